@@ -1,0 +1,34 @@
+"""KernelWarehouse (ICML 2024, arXiv 2406.07879) as a conversion of vanilla models.
+
+>>> import kw, timm
+>>> model = timm.create_model("kw_resnet18", n="1/4", num_classes=1000)
+>>> model = kw.convert(timm.create_model("regnety_002"), config=kw.KWConfig(n="1/2"))
+"""
+
+from kw import backbones, functional
+from kw.config import KWConfig
+from kw.convert import convert, set_temperature
+from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
+from kw.profile import Profile, profile
+from kw.released import load_released, to_released
+from kw.scope import default_scope
+from kw.warehouse import KernelShape, Warehouse
+
+__all__ = [
+    "KWConfig",
+    "KWConv1d",
+    "KWConv2d",
+    "KWConv3d",
+    "KWLinear",
+    "KernelShape",
+    "Profile",
+    "Warehouse",
+    "backbones",
+    "convert",
+    "default_scope",
+    "functional",
+    "load_released",
+    "profile",
+    "set_temperature",
+    "to_released",
+]

@@ -1,0 +1,99 @@
+"""The contrasting-driven attention function, CAF (paper, section 3.3), with its temperature as saved state.
+
+Shapes: `B` batch, `C` channels, `H` hidden width, `m` mixtures of the layer, `n` cells of its warehouse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kw.warehouse import Draw
+
+MIN_HIDDEN = 16
+MIN_BASIS = 16
+EPSILON = 1e-3
+
+
+class Attention(nn.Module):
+    """Pooled features `(B, C)` to the attentions `(B, m, n)` of a layer's mixtures over its warehouse's cells.
+
+    A score for a zero cell takes part in the normalization and is dropped, so a row sums to anything in [-1, 1].
+
+    Args:
+        channels: input channels of the layer, all groups together.
+        draw: the layer's share in its warehouse; `draw.warehouse.config` gives width, basis and norm.
+
+    Raises:
+        ValueError: one sample in training mode with attention_norm="batch", which needs two for its statistics.
+    """
+
+    temperature: Tensor
+    beta: Tensor
+
+    def __init__(self, channels: int, draw: Draw):
+        super().__init__()
+        config = draw.warehouse.config
+        n = len(draw.warehouse.cells)
+        hidden = max(int(channels * config.reduction), MIN_HIDDEN)
+        self.layer_name = draw.kernel.name
+        self.mixtures, self.cells = draw.mixtures, n
+        self.start = draw.start
+        self.local = int(config.n * draw.mixtures) if config.nonlocal_basis < 1 else n
+
+        self.fc1 = nn.Linear(channels, hidden, bias=config.attention_norm == "layer")
+        self.norm = nn.BatchNorm1d(hidden) if config.attention_norm == "batch" else nn.LayerNorm(hidden)
+        if self.local == n:
+            self.fc2 = nn.Linear(hidden, self.mixtures * (n + 1))
+            self.fc3 = None
+            self.register_parameter("basis_bias", None)
+        else:
+            basis = max(int((n - self.local) * config.nonlocal_basis), MIN_BASIS)
+            self.fc2 = nn.Linear(hidden, self.mixtures * (self.local + basis + 1), bias=False)
+            self.fc3 = nn.Linear(basis, n - self.local, bias=False)
+            self.basis_bias = nn.Parameter(torch.empty(self.mixtures * (n + 1)))
+
+        self.register_buffer("temperature", torch.zeros(()))
+        beta = torch.zeros(self.mixtures, n + 1)
+        beta[torch.arange(self.mixtures), torch.tensor(draw.anchors)] = 1
+        self.register_buffer("beta", beta[:, :n].clone(), persistent=False)  # follows from the draw
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """He normal, fan-out, for the linear layers; zero for biases; one and zero for the norm."""
+        for layer in (self.fc1, self.fc2, self.fc3):
+            if layer is not None:
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        self.norm.reset_parameters()
+        if self.basis_bias is not None:
+            nn.init.zeros_(self.basis_bias)
+
+    def scores(self, pooled: Tensor) -> Tensor:
+        """`z` of the paper: `(B, C)` to `(B, m, n + 1)`, the zero cell last."""
+        if len(pooled) == 1 and self.norm.training and isinstance(self.norm, nn.BatchNorm1d):
+            raise ValueError(
+                f"Layer {self.layer_name!r}: BatchNorm in the attention cannot train on a batch of one. "
+                f"Use at least two samples per device, model.eval(), or attention_norm='layer' in KWConfig."
+            )
+        batch = len(pooled)
+        z: Tensor = self.fc2(torch.relu(self.norm(self.fc1(pooled))))
+        if self.fc3 is None:
+            return z.view(batch, self.mixtures, self.cells + 1)
+        z = z.view(batch, self.mixtures, -1)
+        own, basis, zero = torch.split(z, [self.local, z.shape[2] - self.local - 1, 1], dim=2)
+        others = self.fc3(basis)
+        z = torch.cat([others[..., : self.start], own, others[..., self.start :], zero], dim=2)
+        return z + self.basis_bias.view(self.mixtures, self.cells + 1)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        z = self.scores(pooled)
+        if z.dtype in (torch.float16, torch.bfloat16):
+            z = z.float()  # a sum over hundreds of cells loses too much in half precision
+        alpha = z / (z.abs().sum(dim=2, keepdim=True) + EPSILON)
+        tau = self.temperature
+        return (1 - tau) * alpha[..., : self.cells] + tau * self.beta
+
+    def extra_repr(self) -> str:
+        return f"{self.mixtures} mixtures of {self.cells} cells"

@@ -1,0 +1,68 @@
+"""ResNet18 and ResNet50: a warehouse per stage, 3x3 and 1x1 convolutions together; stem and classifier static."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Any
+
+import timm
+from timm.layers.drop import DropPath
+from timm.models import register_model
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import nn
+
+from kw.backbones.build import Backbone
+from kw.config import KWConfig
+
+
+def scope(name: str, layer: nn.Module) -> str | None:
+    """Convolutions of stage s draw from warehouse `stage{s}`; the first and the downsample convolution of a stage's
+    first block, whose input still has the channels of the stage before, draw from that one's.
+
+    In stage 0 they have no stage before: a pointwise one (ResNet50's) stays static.
+    """
+    match = re.match(r"layer(\d+)\.(\d+)\.(.+)", name)
+    if match is None or not isinstance(layer, nn.Conv2d):
+        return None
+    stage, block, child = int(match[1]) - 1, int(match[2]), match[3]
+    if block == 0 and (child == "conv1" or child.startswith("downsample.")):
+        if stage > 0:
+            stage -= 1
+        elif layer.kernel_size == (1, 1):
+            return None
+    return f"stage{stage}"
+
+
+def resnet18_config(n: Fraction, warehouse: str) -> KWConfig:
+    return KWConfig(n=n)
+
+
+def resnet50_config(n: Fraction, warehouse: str) -> KWConfig:
+    """Under n = 1 (published: 1/2) hundreds of small cells are scored through a basis, to keep the attentions small."""
+    return KWConfig(n=n, nonlocal_basis=Fraction(1, 16) if n < 1 else 1)
+
+
+def vanilla(name: str, drop_path_rate: float = 0.0, zero_init_last: bool = False, **kwargs: Any) -> nn.Module:
+    """timm's ResNet as the published rows train it: drop path constant over blocks (timm's grows with depth), and the
+    last norm of a block not zeroed, so that every cell gets a gradient from the first step on."""
+    model = timm.create_model(name, zero_init_last=zero_init_last, **kwargs)
+    if drop_path_rate > 0:
+        for module in model.modules():
+            if isinstance(module, (BasicBlock, Bottleneck)):
+                module.drop_path = DropPath(drop_path_rate)
+    return model
+
+
+RESNET18 = Backbone("resnet18", lambda n: scope, resnet18_config, vanilla)
+RESNET50 = Backbone("resnet50", lambda n: scope, resnet50_config, vanilla)
+
+
+@register_model
+def kw_resnet18(**kwargs: Any) -> nn.Module:
+    return RESNET18.create(**kwargs)
+
+
+@register_model
+def kw_resnet50(**kwargs: Any) -> nn.Module:
+    return RESNET50.create(**kwargs)

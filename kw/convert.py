@@ -1,0 +1,157 @@
+"""Conversion: a model with static layers becomes one whose layers draw their kernels from warehouses, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from kw.attention import Attention
+from kw.config import KWConfig
+from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
+from kw.scope import default_scope
+from kw.warehouse import Draw, KernelShape, Warehouse
+
+Scope = Callable[[str, nn.Module], str | None] | Mapping[str, str]
+Configs = KWConfig | Mapping[str, KWConfig] | Callable[[str], KWConfig]
+
+CONVOLUTIONS: dict[type[nn.Module], type[KWConv1d | KWConv2d | KWConv3d]] = {
+    nn.Conv1d: KWConv1d,
+    nn.Conv2d: KWConv2d,
+    nn.Conv3d: KWConv3d,
+}
+
+
+def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None = None) -> nn.Module:
+    """Make layers of `model` dynamic, in place, and return it.
+
+    Args:
+        model: any model built of `nn.Conv1d/2d/3d` and `nn.Linear`, such as one of timm's.
+        scope: which layer draws from which warehouse: a function of `(layer name, layer)` that gives a warehouse's
+            name, or None for a layer that stays static; or a mapping from layer names to warehouse names.
+            Left out: one warehouse per stage and kind of layer, stem and classifier static (`kw.default_scope`).
+        config: a `KWConfig` for every warehouse, or one each: a mapping or a function from the warehouse's name.
+
+    The warehouses are registered as `model.warehouses`, in the order in which layers first draw from them.
+    Biases are kept; kernels are not: cells are initialized anew.
+
+    Raises:
+        ValueError: the scope matches no layer, names one that does not exist or cannot be dynamic, a warehouse
+            has no config, or its kernels cannot be cut and given out; the message names layer or warehouse.
+    """
+    if any(isinstance(module, KWLayer) for module in model.modules()):
+        raise ValueError(f"This {type(model).__name__} has dynamic layers already; convert a vanilla model.")
+    if hasattr(model, "warehouses"):
+        raise ValueError(f"This {type(model).__name__} has an attribute 'warehouses' of its own, where ours would go.")
+    scope = default_scope(model) if scope is None else scope
+    config = KWConfig() if config is None else config
+
+    drawing = _drawing(model, scope)
+    warehouses = nn.ModuleDict()
+    layers: dict[nn.Module, KWLayer] = {}
+    for warehouse_name, names in drawing.items():
+        kernels = [_kernel(model, name) for name in names]
+        warehouse = Warehouse(kernels, _config_of(warehouse_name, config), name=warehouse_name)
+        warehouses[warehouse_name] = warehouse.to(_weight(model, names[0]))
+        for name, draw in zip(names, warehouse.draws, strict=True):
+            static = model.get_submodule(name)
+            layers[static] = _dynamic(static, draw)
+
+    # Nothing was changed up to here: an error leaves the model as it was.
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a layer may be used in several places
+        if module in layers:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layers[module])
+    model.warehouses = warehouses
+    return model
+
+
+def set_temperature(model: nn.Module, tau: float) -> None:
+    """Set the temperature of every attention in `model`: 1 anchors each mixture to its cell, 0 leaves it free.
+
+    Raises:
+        ValueError: tau is not in [0, 1], or the model has no dynamic layer.
+    """
+    if not 0 <= tau <= 1:
+        raise ValueError(f"temperature {tau!r} must be between 0 (trained) and 1 (start of the warm-up).")
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    if not attentions:
+        raise ValueError(
+            f"This {type(model).__name__} has no dynamic layer to set a temperature of; kw.convert it first."
+        )
+    for attention in attentions:
+        attention.temperature.fill_(tau)
+
+
+def _drawing(model: nn.Module, scope: Scope) -> dict[str, list[str]]:
+    """Warehouse name -> names of its layers, both in module order."""
+    known = {name for name, _ in model.named_modules()}
+    if isinstance(scope, Mapping):
+        for name in scope:
+            if name not in known:
+                raise ValueError(f"The scope names layer {name!r}, which this {type(model).__name__} does not have.")
+    drawing: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        warehouse = scope.get(name) if isinstance(scope, Mapping) else scope(name, module)
+        if warehouse is None:
+            continue
+        if type(module) not in CONVOLUTIONS and type(module) is not nn.Linear:
+            raise ValueError(
+                f"The scope puts {name!r}, a {type(module).__name__}, into warehouse {warehouse!r}: "
+                f"only plain nn.Conv1d, nn.Conv2d, nn.Conv3d and nn.Linear can be dynamic."
+            )
+        if not warehouse or "." in warehouse:
+            raise ValueError(
+                f"The scope names a warehouse {warehouse!r} (layer {name!r}): a name without dots is needed."
+            )
+        drawing.setdefault(warehouse, []).append(name)
+    if not drawing:
+        some = [name for name, module in model.named_modules() if type(module) in (*CONVOLUTIONS, nn.Linear)][:5]
+        raise ValueError(
+            f"The scope matches no layer of this {type(model).__name__}. "
+            f"Layers that could be dynamic: {', '.join(some) or 'none'}{', ...' if len(some) == 5 else ''}."
+        )
+    return drawing
+
+
+def _config_of(warehouse: str, config: Configs) -> KWConfig:
+    if isinstance(config, KWConfig):
+        return config
+    if isinstance(config, Mapping):
+        if warehouse not in config:
+            raise ValueError(f"There is no config for warehouse {warehouse!r}; there are some for {', '.join(config)}.")
+        return config[warehouse]
+    return config(warehouse)
+
+
+def _kernel(model: nn.Module, name: str) -> KernelShape:
+    return KernelShape(name, tuple(_weight(model, name).shape))
+
+
+def _weight(model: nn.Module, name: str) -> nn.Parameter:
+    return model.get_parameter(f"{name}.weight")
+
+
+def _dynamic(layer: nn.Module, draw: Draw) -> KWLayer:
+    """The dynamic layer that takes the place of a static one, with its bias, device and precision."""
+    dynamic: KWLayer
+    if isinstance(layer, nn.Linear):
+        dynamic = KWLinear(layer.in_features, layer.out_features, layer.bias is not None, draw=draw)
+    else:
+        assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        dynamic = CONVOLUTIONS[type(layer)](
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
+            draw=draw,
+        )
+    dynamic.to(layer.weight).train(layer.training)
+    if isinstance(layer.bias, nn.Parameter):
+        dynamic.bias = layer.bias
+    return dynamic
