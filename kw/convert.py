@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import nn
 
 from kw.attention import Attention
 from kw.config import KWConfig
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
-from kw.scope import default_scope
+from kw.scope import default_config, default_scope
 from kw.warehouse import Draw, KernelShape, Warehouse
 
 Scope = Callable[[str, nn.Module], str | None] | Mapping[str, str]
@@ -43,8 +44,11 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
         raise ValueError(f"This {type(model).__name__} has dynamic layers already; convert a vanilla model.")
     if hasattr(model, "warehouses"):
         raise ValueError(f"This {type(model).__name__} has an attribute 'warehouses' of its own, where ours would go.")
-    scope = default_scope(model) if scope is None else scope
     config = KWConfig() if config is None else config
+    if scope is None:
+        scope = default_scope(model)
+        if isinstance(config, KWConfig):
+            config = partial(default_config, config=config)
 
     drawing = _drawing(model, scope)
     warehouses = nn.ModuleDict()

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 from torch import nn
 
+from kw.config import KWConfig
+
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+# Mixtures of a warehouse at n = 1: attentions grow with their square. Published rows have up to 138, depthwise 441.
+MAX_MIXTURES = 64
+MAX_MIXTURES_DEPTHWISE = 256
 
 
 def kind_of(layer: nn.Module) -> str:
@@ -30,18 +35,47 @@ def default_scope(model: nn.Module) -> dict[str, str]:
 
     Stages are timm's: up to each module of `model.feature_info`, those of one resolution together. A model without
     it is cut by names: `layer1` and `blocks.3` are stages, up to the first number in a layer's name.
+
+    Where a stage has many layers, or channels with a small common divisor, one warehouse would have so many cells that
+    the attentions outgrow the model: the stage's next layers get a second (`stage{s}_{kind}_2`, and so on).
     """
     names = [name for name, module in model.named_modules() if type(module) in KINDS]
     hidden = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     static = {*names[:1], *_classifier(model, names)}
     stages = _stages(model, names)
-    scope = {}
+    groups: dict[str, list[list[str]]] = {}
     for name in names:
         inside = any(name.startswith(f"{prefix}.") for prefix in hidden)
         if name in static or inside or "se" in name.split(".") or stages[name] is None:
             continue
-        scope[name] = f"stage{stages[name]}_{kind_of(model.get_submodule(name))}"
-    return scope
+        warehouses = groups.setdefault(f"stage{stages[name]}_{kind_of(model.get_submodule(name))}", [])
+        if warehouses and _fit(model, [*warehouses[-1], name]):
+            warehouses[-1].append(name)
+        else:
+            warehouses.append([name])
+    return {
+        name: group if number == 1 else f"{group}_{number}"
+        for group, warehouses in groups.items()
+        for number, layers in enumerate(warehouses, start=1)
+        for name in layers
+    }
+
+
+def default_config(warehouse: str, config: KWConfig) -> KWConfig:
+    """The settings of a warehouse of the default scope: under n = 1, depthwise kernels stay at n = 1 and whole, as in
+    the published MobileNetV2 rows. They are few parameters, and one position's single channel cannot be cut further."""
+    if config.n < 1 and "depthwise" in warehouse:
+        return config.replace(n=1, cell_in=1, cell_out=1)
+    return config
+
+
+def _fit(model: nn.Module, names: list[str]) -> bool:
+    """Whether one warehouse of whole cells can serve these layers with a moderate number of mixtures."""
+    shapes = [model.get_parameter(f"{name}.weight").shape for name in names]
+    o, i = (math.gcd(*(shape[side] for shape in shapes)) for side in (0, 1))
+    mixtures = sum(math.prod(shape) // (o * i) for shape in shapes)
+    depthwise = kind_of(model.get_submodule(names[0])) == "depthwise"
+    return mixtures <= (MAX_MIXTURES_DEPTHWISE if depthwise else MAX_MIXTURES)
 
 
 def _classifier(model: nn.Module, names: list[str]) -> set[str]:
@@ -55,12 +89,12 @@ def _classifier(model: nn.Module, names: list[str]) -> set[str]:
 
 def _stages(model: nn.Module, names: list[str]) -> dict[str, int | None]:
     """Stage of each layer; None for what comes after the last."""
-    info: Any = getattr(model, "feature_info", None)
-    if not info:
-        prefixes = [_up_to_number(name) for name in names]
-        order = {prefix: index for index, prefix in enumerate(dict.fromkeys(prefixes))}
-        return {name: order[prefix] for name, prefix in zip(names, prefixes, strict=True)}
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    info = [feature for feature in getattr(model, "feature_info", None) or () if feature["module"] in order]
+    if not info:
+        prefixes = {name: _up_to_number(name) for name in names}
+        numbers = {prefix: number for number, prefix in enumerate(dict.fromkeys(prefixes.values()))}
+        return {name: numbers[prefix] for name, prefix in prefixes.items()}
     ends: dict[int, int] = {}  # resolution -> index of the last module of its last feature
     for feature in info:
         module = feature["module"]
