@@ -74,13 +74,15 @@ class Warehouse(nn.Module):
         super().__init__()
         self.name = name
         self.config = config
+        if not kernels:
+            raise ValueError(f"Warehouse {name!r} has no layer to draw from it: list at least one kernel.")
         o = _cell_side([kernel.channels_out for kernel in kernels], config.cell_out)
         i = _cell_side([kernel.channels_in for kernel in kernels], config.cell_in)
         grids = [self._grid(kernel, o, i) for kernel in kernels]
         mixtures = [math.prod(grid) for grid in grids]
         n = max(int(sum(mixtures) * config.n), 1)
-        anchors = anchor(mixtures, n, config.n)
-        self._check_given_out(kernels, mixtures, anchors, n)
+        anchors, given = anchor(mixtures, n, config.n)
+        self._check_given_out(kernels, mixtures, given, n)
 
         self.cells = nn.Parameter(torch.empty(n, o, i))
         self.draws: list[Draw] = []
@@ -118,28 +120,24 @@ class Warehouse(nn.Module):
                 )
         return kernel.positions, kernel.channels_out // o, kernel.channels_in // i
 
-    def _check_given_out(
-        self, kernels: Sequence[KernelShape], mixtures: list[int], anchors: list[list[int]], n: int
-    ) -> None:
-        """Every cell (for n > 1: every range of n cells) must be the anchor of exactly one mixture."""
-        per_mixture = max(int(self.config.n), 1)
-        given = sum(cell < n for own in anchors for cell in own)
-        overflow = any(cell > n for own in anchors for cell in own)
-        if not overflow and given * per_mixture == n:
+    def _check_given_out(self, kernels: Sequence[KernelShape], mixtures: list[int], given: int, n: int) -> None:
+        """Every cell must be given out, and no more than there are: each goes to one mixture by construction."""
+        if given == n:
             return
         q = self.config.n.denominator
         uneven = [(kernel.name, m) for kernel, m in zip(kernels, mixtures, strict=True) if m % q]
         layers = ", ".join(f"{name!r} ({m} mixtures)" for name, m in uneven[:4]) + (", ..." if len(uneven) > 4 else "")
         raise ValueError(
-            f"Warehouse {self.name!r} has {n} cells at n={self.config.n}, of which the anchoring rule gives out "
-            f"{given * per_mixture}. Each layer's mixtures should be a multiple of {q}; these are not: {layers}. "
+            f"Warehouse {self.name!r} has {n} cells at n={self.config.n}, but the anchoring rule gives out "
+            f"{given}. Each layer's mixtures should be a multiple of {q}; these are not: {layers}. "
             f"Smaller cells make more mixtures (cell_in={self.config.cell_in}, cell_out={self.config.cell_out} now), "
             f"or let the layers draw from another warehouse or a larger n."
         )
 
 
-def anchor(mixtures: Sequence[int], n: int, budget: Fraction) -> list[list[int]]:
-    """For each layer (given by its number of mixtures) the cell that each mixture is anchored to; `n` is the zero cell.
+def anchor(mixtures: Sequence[int], n: int, budget: Fraction) -> tuple[list[list[int]], int]:
+    """For each layer (given by its number of mixtures) the cell that each mixture is anchored to, `n` for the zero
+    cell; and how many cells were given out, which is not `n` where the rule does not come out even.
 
     With a budget of at least 1, mixture t has cells `start + t * budget` onwards to itself and is anchored to the
     first. Below, with q = 1 / budget, one mixture in each run of q gets the next free cell, its place in the run
@@ -160,7 +158,7 @@ def anchor(mixtures: Sequence[int], n: int, budget: Fraction) -> list[list[int]]
         if budget >= 1:
             free += m * int(budget)
         layers.append(own)
-    return layers
+    return layers, free
 
 
 def _cell_side(channels: Sequence[int], share: Fraction) -> int:
