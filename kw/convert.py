@@ -11,7 +11,7 @@ from kw.attention import Attention
 from kw.config import KWConfig
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
 from kw.scope import default_config, default_scope
-from kw.warehouse import Draw, KernelShape, Warehouse
+from kw.warehouse import Draw, KernelShape, Warehouse, Warehouses
 
 Scope = Callable[[str, nn.Module], str | None] | Mapping[str, str]
 Configs = KWConfig | Mapping[str, KWConfig] | Callable[[str], KWConfig]
@@ -51,7 +51,7 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
             config = partial(default_config, config=config)
 
     drawing = _drawing(model, scope)
-    warehouses = nn.ModuleDict()
+    warehouses = Warehouses()
     layers: dict[nn.Module, KWLayer] = {}
     for warehouse_name, names in drawing.items():
         kernels = [_kernel(model, name) for name in names]
@@ -104,9 +104,15 @@ def _drawing(model: nn.Module, scope: Scope) -> dict[str, list[str]]:
                 f"The scope puts {name!r}, a {type(module).__name__}, into warehouse {warehouse!r}: "
                 f"only plain nn.Conv1d, nn.Conv2d, nn.Conv3d and nn.Linear can be dynamic."
             )
-        if not warehouse or "." in warehouse:
+        if not name:
             raise ValueError(
-                f"The scope names a warehouse {warehouse!r} (layer {name!r}): a name without dots is needed."
+                f"The model is itself a {type(module).__name__}, which has no place to be replaced in: "
+                f"convert nn.Sequential(model)."
+            )
+        if not isinstance(warehouse, str) or not warehouse or "." in warehouse or hasattr(Warehouses, warehouse):
+            raise ValueError(
+                f"The scope names a warehouse {warehouse!r} (layer {name!r}): a text is needed, "
+                f"without dots and not the name of a method of nn.ModuleDict; 'stage1' would do."
             )
         drawing.setdefault(warehouse, []).append(name)
     if not drawing:

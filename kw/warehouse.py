@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import nn
@@ -133,6 +134,13 @@ class Warehouse(nn.Module):
             f"Smaller cells make more mixtures (cell_in={self.config.cell_in}, cell_out={self.config.cell_out} now), "
             f"or let the layers draw from another warehouse or a larger n."
         )
+
+
+class Warehouses(nn.ModuleDict):
+    """A model's warehouses by name. It hands on what it is given, for `nn.Sequential` runs whatever is registered."""
+
+    def forward(self, x: Any) -> Any:
+        return x
 
 
 def anchor(mixtures: Sequence[int], n: int, budget: Fraction) -> tuple[list[list[int]], int]:

@@ -1,0 +1,121 @@
+"""Checkpoints that survive a kill at any moment: written whole or not at all, read as plain tensors and values only."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+
+State = dict[str, Any]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read, or does not fit; the message names the file."""
+
+
+def write(path: Path, state: State) -> None:
+    """Write atomically: a temporary file beside it, fsync, rename. On an error what was there before stays.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} could not be written ({error}); earlier checkpoints are as they were.") from error
+
+
+def read(path: Path) -> State:
+    """Read with `weights_only=True`: code hidden in a pickle is refused, not run.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds more than tensors and plain values.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is damaged, or holds more than tensors and plain values: {reason}") from None
+    except (OSError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint.")
+    return state
+
+
+class Checkpoints:
+    """A run's checkpoints: `last.pt`, the one before it as `previous.pt`, and the best as `best-{epoch}.pt`."""
+
+    def __init__(self, folder: Path, keep_best: int = 1):
+        self.folder, self.keep_best = folder, keep_best
+        self.best: list[tuple[float, int]] = []  # (score, epoch), best first
+
+    def save(self, state: State) -> None:
+        """Replace `last.pt`, keeping the former one until the new one is whole, and beyond."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        last, fresh = self.folder / "last.pt", self.folder / "fresh.pt"
+        write(fresh, {**state, "best": self.best})
+        if last.exists():
+            last.replace(self.folder / "previous.pt")
+        fresh.replace(last)
+        _sync_folder(self.folder)
+
+    def save_epoch(self, state: State, epoch: int, score: float) -> None:
+        """`save`, and keep the file as one of the best where its score is."""
+        ranked = sorted([*self.best, (score, epoch)], key=lambda entry: (-entry[0], entry[1]))
+        self.best = ranked[: self.keep_best]
+        self.save(state)
+        if (score, epoch) in self.best:
+            kept = self._best_path(epoch)
+            kept.unlink(missing_ok=True)
+            os.link(self.folder / "last.pt", kept)  # last.pt is replaced, never rewritten: a link is a copy for free
+        for _, dropped in ranked[self.keep_best :]:
+            self._best_path(dropped).unlink(missing_ok=True)
+
+    def load_newest(self) -> tuple[State, list[str]] | None:
+        """The newest state that can be read, with a remark for each damaged one that was passed over; None if none was
+        ever written.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all are damaged.
+        """
+        remarks = []
+        for name in ("fresh.pt", "last.pt", "previous.pt"):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            try:
+                state = read(path)
+            except CheckpointError as error:
+                remarks.append(str(error))
+                continue
+            self.best = [(float(score), int(epoch)) for score, epoch in state["best"]]
+            return state, remarks
+        if remarks:
+            raise CheckpointError("No checkpoint can be read. " + " ".join(remarks))
+        return None
+
+    def _best_path(self, epoch: int) -> Path:
+        return self.folder / f"best-{epoch:04d}.pt"
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on disk only once its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

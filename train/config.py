@@ -1,0 +1,237 @@
+"""What can be set: the schema that Hydra composes configs/ into. Unknown keys and values of a wrong type are refused by
+Hydra, values out of range here; every message names the key.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from kw import KWConfig
+from kw.backbones import STATIC
+from kw.config import format_budget, parse_budget
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, missing or has no sense; the message names its key."""
+
+
+def check(holds: bool, key: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key}={value!r}: {rule}.")
+
+
+def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    check(value in choices, key, value, f"must be one of {', '.join(choices)}")
+
+
+@dataclass
+class BackboneConfig:
+    """A timm model. Those of `kw.backbones` have the published warehouses, others those of `kw.default_scope`."""
+
+    name: str = "resnet18"
+    label: str = "${backbone.name}"  # what run folders and reports call it
+    kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model
+
+
+@dataclass
+class SettingsConfig:
+    """Settings of `kw.KWConfig` to use in place of the published ones; None leaves those."""
+
+    reduction: Any = None
+    cell_in: Any = None
+    cell_out: Any = None
+    nonlocal_basis: Any = None
+    attention_norm: str | None = None
+
+    def given(self) -> dict[str, Any]:
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    def __post_init__(self) -> None:
+        try:
+            KWConfig(**self.given())
+        except ValueError as error:
+            raise ConfigError(f"kw.{error}") from None
+
+
+@dataclass
+class DataConfig:
+    name: str = "digits"  # run folders and reports go by it
+    format: str = "digits"  # digits; folder: root/train/<class>/*, root/val/<class>/*
+    root: str | None = None
+    train_split: str = "train"
+    eval_split: str = "val"
+    image_size: int = 224
+    num_classes: int | None = None  # read from the data; given, it is checked
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+
+    def __post_init__(self) -> None:
+        check_choice("data.format", self.format, ("digits", "folder"))
+        check(self.image_size >= 1, "data.image_size", self.image_size, "must be at least 1 pixel")
+        if self.format != "digits":
+            check(self.root is not None, "data.root", self.root, "names the data's folder and must be set")
+            self.root = str(Path(str(self.root)).expanduser())
+
+
+@dataclass
+class AugmentConfig:
+    """What timm's transforms do to an image in training, and how it is cut in evaluation."""
+
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # share of the image's area that a crop takes
+    hflip: float = 0.5
+    color_jitter: float = 0.0
+    auto_augment: str | None = None  # timm's notation, such as rand-m9-mstd0.5-inc1
+    interpolation: str = "bicubic"
+    random_erasing: float = 0.0
+    erasing_mode: str = "pixel"
+    repeats: int = 1  # copies of an image in one epoch, each augmented anew (DeiT)
+    eval_resize: int = 256  # the short side, in pixels, for an image_size of 224; in proportion for others
+    eval_interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        for key in ("hflip", "random_erasing"):
+            check(0 <= getattr(self, key) <= 1, f"recipe.augment.{key}", getattr(self, key), "a chance, in [0, 1]")
+        for key in ("interpolation", "eval_interpolation"):
+            check_choice(f"recipe.augment.{key}", getattr(self, key), ("bilinear", "bicubic", "random"))
+        low, high = self.scale if len(self.scale) == 2 else (0, 0)
+        check(0 < low <= high <= 1, "recipe.augment.scale", self.scale, "must be [low, high] in (0, 1]")
+        check(self.repeats >= 1, "recipe.augment.repeats", self.repeats, "must be at least 1")
+
+
+@dataclass
+class RecipeConfig:
+    """How to train. Epochs may be fractions; `batch_size` is that of all devices together."""
+
+    epochs: int = 300
+    batch_size: int = 256
+    optimizer: str = "adamw"  # any of timm's
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    warmup_epochs: float = 0.0
+    schedule: str = "cosine"
+    decay_epochs: list[float] = field(default_factory=list)  # schedule=step: where lr is multiplied by decay_rate
+    decay_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.05  # not on biases and one-dimensional parameters
+    layer_decay: float | None = None
+    clip_grad: float | None = None  # norm
+    temperature_epochs: float = 20.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    ema_decay: float | None = None  # evaluates, and saves, an average of the weights too
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch_size"):
+            check(getattr(self, key) >= 1, f"recipe.{key}", getattr(self, key), "must be at least 1")
+        check(math.isfinite(self.lr) and self.lr > 0, "recipe.lr", self.lr, "must be positive")
+        for key in ("min_lr", "warmup_epochs", "weight_decay", "temperature_epochs", "mixup", "cutmix"):
+            check(getattr(self, key) >= 0, f"recipe.{key}", getattr(self, key), "must not be negative")
+        for key in ("drop_path", "dropout", "label_smoothing"):
+            check(0 <= getattr(self, key) < 1, f"recipe.{key}", getattr(self, key), "must be in [0, 1)")
+        for key in ("ema_decay", "layer_decay"):
+            value = getattr(self, key)
+            check(value is None or 0 < value < 1, f"recipe.{key}", value, "must be in (0, 1), or null")
+        check(self.clip_grad is None or self.clip_grad > 0, "recipe.clip_grad", self.clip_grad, "must be positive, or null")
+        check_choice("recipe.schedule", self.schedule, ("cosine", "step", "constant"))
+        check(self.warmup_epochs < self.epochs, "recipe.warmup_epochs", self.warmup_epochs, "must be under recipe.epochs")
+
+
+@dataclass
+class RuntimeConfig:
+    device: str = "auto"  # cuda where there is one, else cpu
+    precision: str = "float32"  # of forward and backward; weights stay float32
+    micro_batch: int | None = None  # samples at a time on a device; null: the whole of its share of the batch
+    workers: int = 0  # processes that load data
+    channels_last: bool = False
+    compile: bool = False  # torch.compile
+
+    def __post_init__(self) -> None:
+        check_choice("runtime.device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("runtime.precision", self.precision, ("float32", "bfloat16", "float16"))
+        check(self.workers >= 0, "runtime.workers", self.workers, "must not be negative")
+        check(self.micro_batch is None or self.micro_batch >= 1, "runtime.micro_batch", self.micro_batch, "at least 1")
+
+
+@dataclass
+class TrainConfig:
+    n: Any = 1
+    kw: SettingsConfig = field(default_factory=SettingsConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    seed: int = 0
+    resume: str = "auto"
+    evaluate: str | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.n != STATIC:
+            try:
+                self.n = str(parse_budget(self.n))
+            except ValueError as error:
+                raise ConfigError(f"{error} Or n={STATIC} for the vanilla backbone.") from None
+        elif self.kw.given():
+            raise ConfigError(f"kw.{next(iter(self.kw.given()))} is a setting of warehouses, which n={STATIC} has none of.")
+        check(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
+
+    @property
+    def is_static(self) -> bool:
+        return self.n == STATIC
+
+
+def validate(composed: DictConfig) -> TrainConfig:
+    """The composed configuration as checked dataclasses.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), composed))
+    except MissingMandatoryValue as error:
+        key = error.full_key or str(error).rpartition(" ")[2]
+        raise ConfigError(f"{key} must be set: {key}=... on the command line.") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0] + (f" ({error.full_key})" if error.full_key else "")) from None
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def to_plain(config: TrainConfig) -> dict[str, Any]:
+    """As nested dictionaries of plain values, for config.yaml and checkpoints."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def run_name(label: str, n: Any) -> str:
+    """A run folder's name: as published rows are called (`resnet18`, `resnet18_kw1d4x`), then the overrides that change
+    what is learnt and are not shown so (`resnet18_kw1d4x,recipe.lr=0.1`)."""
+    try:
+        name = label if n == STATIC else f"{label}_kw{format_budget(n)}"
+    except ValueError:
+        name = f"{label}_kw"  # n is no budget: validate says so, once there is a run
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    others = [override for override in overrides if not SHOWN_ELSEWHERE.match(override)]
+    return ",".join([name, *(re.sub(r"[^\w.=+-]+", "_", override) for override in sorted(others))])[:150]
+
+
+# Overrides that are in the run folder's path already, or do not change what is learnt.
+SHOWN_ELSEWHERE = re.compile(r"\+?(backbone|data|experiment|n|seed|name|resume|evaluate|data\.root|runtime[.\w]*)=")
+
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+ConfigStore.instance().store(name="schema", node=TrainConfig)

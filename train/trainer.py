@@ -1,0 +1,330 @@
+"""The training loop: what a step does, what an epoch's end does, and how a run goes on after it was stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+import kw
+from kw.layers import KWLayer
+from train.checkpoint import CheckpointError, Checkpoints, State
+from train.config import ConfigError, TrainConfig, to_plain
+from train.data import MicroBatches, Sample, Samples, eval_loader, open_split, seed_everything, train_loader
+from train.distributed import World
+from train.evaluate import evaluate
+from train.logging import Display, MetricsFile, provenance, write_whole
+from train.model import build_model
+from train.optim import build_loss, build_mixup, build_optimizer
+from train.schedule import learning_rate, temperature
+from train.transforms import eval_transform, train_transform
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Trainer:
+    """One run in its folder. Everything random is a function of the seed and the step, so that a checkpoint of
+    weights, optimizer and step is all that it takes to go on exactly.
+
+    Raises:
+        ConfigError: data, model and recipe do not go together.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path, world: World):
+        self.config, self.folder, self.world = config, folder, world
+        recipe = config.recipe
+        train_images = open_split(config.data, config.data.train_split)
+        eval_images = open_split(config.data, config.data.eval_split)
+        if train_images.classes != eval_images.classes:
+            raise ConfigError(f"data.root={config.data.root!r}: the splits do not have the same classes.")
+        self.train_samples = Samples(train_images, train_transform(config.data, recipe), config.seed)
+        self.eval_samples = Samples(eval_images, eval_transform(config.data, recipe), config.seed)
+        self.accumulation = accumulation(recipe.batch_size, config.runtime.micro_batch, world.size)
+        self.steps_per_epoch = len(train_images) // recipe.batch_size
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"recipe.batch_size={recipe.batch_size} is more than the {len(train_images)} training images: lower it."
+            )
+        self.steps = recipe.epochs * self.steps_per_epoch
+        self.step = 0
+
+        seed_everything(config.seed)
+        num_classes = len(train_images.classes)
+        model = build_model(config, num_classes).to(world.device)
+        if config.runtime.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.model = model
+        self.dynamic = any(isinstance(module, KWLayer) for module in model.modules())
+        self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
+        self.optimizer = build_optimizer(model, recipe)
+        self.mixup = build_mixup(recipe, num_classes)
+        self.loss = build_loss(recipe, self.mixup)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.runtime.precision == "float16")
+        self.forward: nn.Module = torch.compile(model) if config.runtime.compile else model  # type: ignore[assignment]
+
+        self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # this epoch's samples, loss, hits
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.metrics = MetricsFile(folder / "metrics.jsonl")
+        self.display = Display(world.is_main, recipe.epochs, self.steps_per_epoch)
+
+    # ---- going on -------------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Go on from the folder's newest checkpoint, if there is one.
+
+        Order: read the newest whole checkpoint; compare configurations; load weights, average, optimizer and scaler;
+        set the step; drop metrics of epochs that will be repeated.
+
+        Raises:
+            ConfigError: there is one and resume=never, or it was trained with other settings.
+            CheckpointError: all checkpoints are damaged, or the newest does not fit the model.
+        """
+        found = self.checkpoints.load_newest()
+        if found is None:
+            return
+        state, remarks = found
+        for remark in remarks:
+            self.display.print(f"Passed over: {remark}")
+        if self.config.resume == "never":
+            raise ConfigError(f"resume=never, but {self.folder} has checkpoints: move it away, or set another name=...")
+        self._check_same_settings(state["config"])
+        self.load(state)
+        if self.world.is_main:
+            self.metrics.keep_before(self.step // self.steps_per_epoch)
+        self.display.print(f"Resumed {self.folder} at step {self.step} of {self.steps}.")
+
+    def load(self, state: State) -> None:
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.ema:
+                self.ema.module.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.sums.copy_(state["sums"])
+            self.step = state["step"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"The checkpoint in {self.folder} does not fit this run: {error}") from error
+
+    def state(self) -> State:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "sums": self.sums,
+            "step": self.step,
+            "config": to_plain(self.config),
+            "classes": list(self.train_samples.images.classes),
+        }
+
+    def _check_same_settings(self, saved: dict[str, Any]) -> None:
+        now = flatten(to_plain(self.config))
+        then = flatten(saved)
+        for key in sorted(now.keys() | then.keys()):
+            if key.startswith(("runtime.", "resume", "evaluate", "name", "data.root")):
+                continue
+            if now.get(key) != then.get(key):
+                raise ConfigError(
+                    f"{self.folder} was trained with {key}={then.get(key)}, now it is {now.get(key)}. "
+                    f"Set it back to go on, or give the new run a name=... of its own."
+                )
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Train from where it is to the end, and return the summary."""
+        recipe, runtime = self.config.recipe, self.config.runtime
+        batches = MicroBatches(
+            len(self.train_samples.images),
+            batch_size=recipe.batch_size,
+            accumulation=self.accumulation,
+            steps=self.steps,
+            seed=self.config.seed,
+            start=self.step,
+            repeats=recipe.augment.repeats,
+            rank=self.world.rank,
+            world=self.world.size,
+        )
+        pin = self.world.device.type == "cuda"
+        loader = iter(train_loader(self.train_samples, batches, runtime.workers, pin))
+        self.model.train()
+        self.display.start(self.step)
+        started, first = time.monotonic(), self.step
+        try:
+            while self.step < self.steps:
+                self._train_step(loader)
+                if self.display.wants(self.step - 1):
+                    self._show(started, first)
+                if self.step % self.steps_per_epoch == 0:
+                    self._end_epoch(started, first)
+                    started, first = time.monotonic(), self.step
+        finally:
+            self.display.stop()
+        return self._summarize()
+
+    def _train_step(self, loader: Iterable[Sample]) -> None:
+        """One optimizer step on the global batch, in micro-batches."""
+        lr = learning_rate(self.step, self.steps_per_epoch, self.config.recipe)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        indices = []
+        losses = self.sums.new_zeros(())
+        for turn in range(self.accumulation):
+            images, targets, index = next(iter(loader))
+            indices.append(index)
+            self._set_temperature(self.step * self.accumulation + turn)
+            seed_everything(self.config.seed, self.step, turn, self.world.rank)  # of mixup, dropout and drop path
+            loss = self._forward(images, targets)
+            self.scaler.scale(loss / self.accumulation).backward()
+            losses += loss.detach()
+        self._update(losses, indices)
+        self.step += 1
+
+    def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        images, targets = (t.to(self.world.device, non_blocking=True) for t in (images, targets))
+        if self.config.runtime.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self.mixup:
+            images, targets = self.mixup(images, targets)
+        with self.cast():
+            logits = self.forward(images)
+            loss = self.loss(logits.float(), targets)
+        labels = targets.argmax(dim=1) if self.mixup else targets
+        hits = (logits.detach().argmax(dim=1) == labels).sum()
+        self.sums += torch.stack([torch.full_like(hits, len(images)), loss.detach() * len(images), hits]).double()
+        return loss
+
+    def _update(self, losses: Tensor, indices: list[Tensor]) -> None:
+        """Apply the gradients, unless loss or gradients are not finite: then stop before anything is changed."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.recipe.clip_grad or math.inf)
+        finite = torch.isfinite(losses) if self.scaler.is_enabled() else torch.isfinite(losses + norm)
+        if not finite:
+            samples = ", ".join(str(int(i)) for i in torch.cat(indices)[:16])
+            raise FloatingPointError(
+                f"Step {self.step}: loss {losses.item() / self.accumulation:.4g}, gradient norm {norm.item():.4g}. "
+                f"The step was not applied. Samples of its batch: {samples}, ... "
+                f"Last good checkpoint: {self.checkpoints.folder / 'last.pt'}."
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model)
+            self._set_temperature(self.step * self.accumulation + self.accumulation - 1)
+
+    def _set_temperature(self, micro_batch: int) -> None:
+        """The same for the model and its average, which would otherwise be evaluated with an averaged temperature."""
+        if not self.dynamic:
+            return
+        tau = self._temperature(micro_batch)
+        kw.set_temperature(self.model, tau)
+        if self.ema:
+            kw.set_temperature(self.ema.module, tau)
+
+    def _temperature(self, micro_batch: int) -> float:
+        per_epoch = self.steps_per_epoch * self.accumulation
+        return temperature(micro_batch, per_epoch, self.config.recipe.temperature_epochs)
+
+    def cast(self) -> contextlib.AbstractContextManager[object]:
+        dtype = PRECISIONS[self.config.runtime.precision]
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
+
+    # ---- the end of an epoch ----------------------------------------------------------------------------------------
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        runtime = self.config.runtime
+        batch = runtime.micro_batch or min(256, self.config.recipe.batch_size)
+        pin = self.world.device.type == "cuda"
+        loader = eval_loader(self.eval_samples, batch, runtime.workers, pin, self.world.rank, self.world.size)
+        return evaluate(model, loader, self.world, self.cast())
+
+    def _end_epoch(self, started: float, first: int) -> None:
+        epoch = self.step // self.steps_per_epoch - 1
+        samples, loss, hits = self.world.sum(self.sums).tolist()  # waits for the device: the time is right after it
+        speed = (self.step - first) * self.config.recipe.batch_size / (time.monotonic() - started)
+        line: dict[str, Any] = {
+            "epoch": epoch,
+            "step": self.step,
+            "train_loss": loss / samples,
+            "train_top1": 100 * hits / samples,
+            **self.evaluate(self.model),
+        }
+        if self.ema:
+            line |= {f"ema_{key}": value for key, value in self.evaluate(self.ema.module).items()}
+        line["lr"] = learning_rate(self.step - 1, self.steps_per_epoch, self.config.recipe)
+        line["temperature"] = self._temperature(self.step * self.accumulation - 1) if self.dynamic else 0.0
+        line["images_per_second"] = speed
+        self.sums.zero_()
+        if self.world.is_main:
+            self.metrics.append(line)
+            self.checkpoints.save_epoch(self.state(), epoch, line.get("ema_top1", line["top1"]))
+        self.world.barrier()
+        self.display.epoch(line, (self.steps - self.step) * self.config.recipe.batch_size / speed)
+
+    def _show(self, started: float, first: int) -> None:
+        samples, loss, hits = self.sums.tolist()
+        speed = (self.step - first) * self.config.recipe.batch_size / (time.monotonic() - started)
+        self.display.show(self.step - 1, loss / samples, 100 * hits / samples, speed)
+
+    def _summarize(self) -> dict[str, Any]:
+        lines = self.metrics.read()
+        last = lines[-1]
+        size = (3, self.config.data.image_size, self.config.data.image_size)
+        costs = kw.profile(self.model, size)
+        summary = {
+            "name": self.config.name,
+            "backbone": self.config.backbone.label,
+            "n": self.config.n,
+            "data": self.config.data.name,
+            "top1": last["top1"],
+            "top5": last["top5"],
+            **({"ema_top1": last["ema_top1"], "ema_top5": last["ema_top5"]} if self.ema else {}),
+            "best_top1": max(line["top1"] for line in lines),
+            "eval_samples": last["eval_samples"],
+            "epochs": len(lines),
+            "params": costs.params,
+            "macs": costs.macs,
+            "images_per_second": median(line["images_per_second"] for line in lines),
+            "seed": self.config.seed,
+            "device": _device_name(self.world.device),
+            **provenance(),
+        }
+        if self.world.is_main:
+            write_whole(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def accumulation(batch_size: int, micro_batch: int | None, world: int) -> int:
+    """Into how many micro-batches a device cuts its share of the global batch: as few as fit, of equal size.
+
+    Raises:
+        ConfigError: the batch cannot be shared out evenly.
+    """
+    if batch_size % world:
+        raise ConfigError(f"recipe.batch_size={batch_size} cannot be shared out evenly to {world} devices.")
+    share = batch_size // world
+    fewest = -(-share // (micro_batch or share))
+    return next(count for count in range(fewest, share + 1) if share % count == 0)
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"recipe": {"lr": 1}}` as `{"recipe.lr": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
