@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from train.checkpoint import CheckpointError
 from train.config import ConfigError, TrainConfig, to_plain, validate
 from train.data import DataError
 from train.distributed import connect, disconnect
+from train.evaluate import evaluate_checkpoint
 from train.logging import write_whole
 from train.trainer import Trainer
 
@@ -30,6 +32,10 @@ def main(composed: DictConfig) -> None:
 
 def run(config: TrainConfig, folder: Path) -> None:
     world = connect(config.runtime.device)
+    if config.evaluate is not None:
+        data_given = any(override.startswith("data") for override in HydraConfig.get().overrides.task)
+        print(json.dumps(evaluate_checkpoint(config, world, data_given), indent=2))
+        return
     trainer = Trainer(config, folder, world)
     trainer.resume()
     if world.is_main:

@@ -33,7 +33,9 @@ def write(path: Path, state: State) -> None:
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} could not be written ({error}); earlier checkpoints are as they were.") from error
+        raise CheckpointError(
+            f"{path} could not be written ({error}); earlier checkpoints are as they were."
+        ) from error
 
 
 def read(path: Path) -> State:

@@ -145,9 +145,16 @@ class RecipeConfig:
         for key in ("ema_decay", "layer_decay"):
             value = getattr(self, key)
             check(value is None or 0 < value < 1, f"recipe.{key}", value, "must be in (0, 1), or null")
-        check(self.clip_grad is None or self.clip_grad > 0, "recipe.clip_grad", self.clip_grad, "must be positive, or null")
+        check(
+            self.clip_grad is None or self.clip_grad > 0,
+            "recipe.clip_grad",
+            self.clip_grad,
+            "must be positive, or null",
+        )
         check_choice("recipe.schedule", self.schedule, ("cosine", "step", "constant"))
-        check(self.warmup_epochs < self.epochs, "recipe.warmup_epochs", self.warmup_epochs, "must be under recipe.epochs")
+        check(
+            self.warmup_epochs < self.epochs, "recipe.warmup_epochs", self.warmup_epochs, "must be under recipe.epochs"
+        )
 
 
 @dataclass
@@ -186,7 +193,10 @@ class TrainConfig:
             except ValueError as error:
                 raise ConfigError(f"{error} Or n={STATIC} for the vanilla backbone.") from None
         elif self.kw.given():
-            raise ConfigError(f"kw.{next(iter(self.kw.given()))} is a setting of warehouses, which n={STATIC} has none of.")
+            raise ConfigError(
+                f"kw.{next(iter(self.kw.given()))} is a setting of warehouses, which n={STATIC} has none of."
+            )
+        check_choice("resume", self.resume, ("auto", "never"))
         check(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
 
     @property

@@ -67,7 +67,9 @@ class Folder:
         folder = root / split
         if not folder.is_dir():
             there = sorted(path.name for path in root.iterdir() if path.is_dir())[:6] if root.is_dir() else []
-            have = f"it has {', '.join(there)}" if there else "it has no folders" if root.is_dir() else "it does not exist"
+            have = (
+                f"it has {', '.join(there)}" if there else "it has no folders" if root.is_dir() else "it does not exist"
+            )
             raise ConfigError(f"data.root={str(root)!r} has no folder {split!r} of classes with images: {have}.")
         try:
             listing = ImageFolder(str(folder))

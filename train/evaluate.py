@@ -1,22 +1,36 @@
-"""Evaluation: every sample counted once, whatever the number of processes."""
+"""Evaluation: every sample counted once, whatever the number of processes; in training, or of a checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
-from train.data import Sample
+import kw
+from train.checkpoint import CheckpointError, State, read
+from train.config import ConfigError, TrainConfig, validate
+from train.data import Sample, Samples, eval_loader, open_split
 from train.distributed import World
+from train.model import build_model
+from train.transforms import eval_transform
 
 TOP = (1, 5)
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def cast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Automatic mixed precision as `runtime.precision` asks, or nothing."""
+    dtype = PRECISIONS[config.runtime.precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Iterable[Sample], world: World, cast: contextlib.AbstractContextManager[object]
+    model: nn.Module, loader: Iterable[Sample], world: World, amp: contextlib.AbstractContextManager[object]
 ) -> dict[str, float]:
     """Accuracies in percent, mean cross entropy, and the number of samples behind them.
 
@@ -27,7 +41,7 @@ def evaluate(
     totals = torch.zeros(2 + len(TOP), dtype=torch.float64, device=world.device)  # samples, loss, hits at 1 and 5
     for images, targets, _ in loader:
         images, targets = (t.to(world.device, non_blocking=True) for t in (images, targets))
-        with cast:
+        with amp:
             logits = model(images)
         logits = logits.float()
         ranks = logits.topk(min(max(TOP), logits.shape[1]), dim=1).indices == targets[:, None]
@@ -38,3 +52,57 @@ def evaluate(
     samples, loss, *hits = world.sum(totals).tolist()
     percent = {f"top{k}": 100 * hit / samples for k, hit in zip(TOP, hits, strict=True)}
     return {**percent, "eval_loss": loss / samples, "eval_samples": samples}
+
+
+def evaluate_checkpoint(config: TrainConfig, world: World, data_given: bool) -> dict[str, float]:
+    """Evaluate the checkpoint or run folder `config.evaluate`.
+
+    One of ours knows its backbone, budget and data set; the command line's data set is used if it names one. For a
+    released checkpoint, backbone and budget are the command line's. An average of the weights is evaluated too.
+
+    Raises:
+        CheckpointError: it cannot be read, or does not fit.
+        ConfigError: the data set has other classes than the model.
+    """
+    path = Path(str(config.evaluate)).expanduser()
+    path = path / "checkpoints" / "last.pt" if path.is_dir() else path
+    state = read(path)
+    ours = "config" in state
+    if ours:
+        saved = validate(OmegaConf.create(state["config"]))
+        saved.data = config.data if data_given else saved.data
+        saved.runtime = config.runtime
+        config = saved
+    images = open_split(config.data, config.data.eval_split)
+    if ours and list(state["classes"]) != images.classes:
+        raise ConfigError(
+            f"{path} was trained on {len(state['classes'])} classes ({', '.join(state['classes'][:3])}, ...); "
+            f"the data set {config.data.name!r} has {len(images.classes)} others: data=... data.root=..."
+        )
+    samples = Samples(images, eval_transform(config.data, config.recipe), config.seed)
+    batch = config.runtime.micro_batch or 256
+    results: dict[str, float] = {}
+    for prefix, weights in _weights(state, ours):
+        model = _load(config, path, weights, len(images.classes), ours).to(world.device)
+        loader = eval_loader(samples, batch, config.runtime.workers, pin=False, rank=world.rank, world=world.size)
+        found = evaluate(model, loader, world, cast(config, world.device))
+        results |= {prefix + key: value for key, value in found.items()}
+    return results
+
+
+def _weights(state: State, ours: bool) -> list[tuple[str, State]]:
+    if not ours:
+        return [("", state)]
+    return [("", state["model"]), *([("ema_", state["ema"])] if state["ema"] else [])]
+
+
+def _load(config: TrainConfig, path: Path, weights: State, num_classes: int, ours: bool) -> nn.Module:
+    model = build_model(config, num_classes)
+    try:
+        if ours:
+            model.load_state_dict(weights)
+        else:
+            kw.load_released(model, weights)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit {config.backbone.label} at n={config.n}: {error}") from None
+    return model

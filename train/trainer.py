@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -21,14 +20,12 @@ from train.checkpoint import CheckpointError, Checkpoints, State
 from train.config import ConfigError, TrainConfig, to_plain
 from train.data import MicroBatches, Sample, Samples, eval_loader, open_split, seed_everything, train_loader
 from train.distributed import World
-from train.evaluate import evaluate
+from train.evaluate import cast, evaluate
 from train.logging import Display, MetricsFile, provenance, write_whole
 from train.model import build_model
 from train.optim import build_loss, build_mixup, build_optimizer
 from train.schedule import learning_rate, temperature
 from train.transforms import eval_transform, train_transform
-
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Trainer:
@@ -195,7 +192,7 @@ class Trainer:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.mixup:
             images, targets = self.mixup(images, targets)
-        with self.cast():
+        with cast(self.config, self.world.device):
             logits = self.forward(images)
             loss = self.loss(logits.float(), targets)
         labels = targets.argmax(dim=1) if self.mixup else targets
@@ -236,10 +233,6 @@ class Trainer:
         per_epoch = self.steps_per_epoch * self.accumulation
         return temperature(micro_batch, per_epoch, self.config.recipe.temperature_epochs)
 
-    def cast(self) -> contextlib.AbstractContextManager[object]:
-        dtype = PRECISIONS[self.config.runtime.precision]
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
-
     # ---- the end of an epoch ----------------------------------------------------------------------------------------
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -247,7 +240,7 @@ class Trainer:
         batch = runtime.micro_batch or min(256, self.config.recipe.batch_size)
         pin = self.world.device.type == "cuda"
         loader = eval_loader(self.eval_samples, batch, runtime.workers, pin, self.world.rank, self.world.size)
-        return evaluate(model, loader, self.world, self.cast())
+        return evaluate(model, loader, self.world, cast(self.config, self.world.device))
 
     def _end_epoch(self, started: float, first: int) -> None:
         epoch = self.step // self.steps_per_epoch - 1

@@ -1,0 +1,172 @@
+"""A table of run folders: measured beside each other, spread over seeds; as text, Markdown, CSV and a picture.
+
+    python -m scripts.report runs/digits                 every run below a folder
+    python -m scripts.report runs/a runs/b --out report
+
+Runs of one name on one data set that differ in their seed make one row. Folders that hold no finished run are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("Agg")  # no screen is needed
+from matplotlib import pyplot as plt
+
+HEAD = ("run", "data", "n", "parameters", "multiply-adds", "top-1", "top-5", "images/s", "epochs", "seeds")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: its folder, `summary.json` and the lines of `metrics.jsonl`."""
+
+    folder: Path
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed alone."""
+
+    runs: list[Run]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.runs[0].summary[key]
+
+    def values(self, key: str) -> list[float]:
+        return [run.summary[key] for run in self.runs]
+
+    def cells(self) -> tuple[str, ...]:
+        """As `HEAD` names them; mean and sample standard deviation where there are several seeds."""
+        return (
+            self["name"],
+            self["data"],
+            str(self["n"]),
+            f"{self['params']:,}",
+            f"{self['macs']:,}",
+            _spread(self.values("top1")),
+            _spread(self.values("top5")),
+            f"{mean(self.values('images_per_second')):,.0f}",
+            str(self["epochs"]),
+            str(len(self.runs)),
+        )
+
+
+def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """Finished runs at or below the folders, and a remark for each one that is unfinished or broken."""
+    runs, remarks = [], []
+    for folder in sorted({path.parent for root in folders for path in root.rglob("config.yaml")}):
+        try:
+            summary = json.loads((folder / "summary.json").read_text())
+            metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            run = Run(folder, summary, metrics)
+            Row([run]).cells()  # whatever is missing, is missed here
+        except FileNotFoundError as error:
+            remarks.append(f"{folder}: not finished ({Path(error.filename).name} is not there yet)")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            remarks.append(f"{folder}: broken ({type(error).__name__}: {error})")
+        else:
+            runs.append(run)
+    return runs, remarks
+
+
+def group(runs: list[Run]) -> list[Row]:
+    """One row for each data set and name, cheapest first."""
+    rows: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        rows.setdefault((run.summary["data"], run.summary["name"]), []).append(run)
+    return sorted((Row(found) for found in rows.values()), key=lambda row: (row["data"], row["params"]))
+
+
+def show(rows: list[Row], console: Console) -> None:
+    table = Table(*HEAD)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row.cells())
+    console.print(table)
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = [HEAD, ("---",) * 3 + ("---:",) * (len(HEAD) - 3), *(row.cells() for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """One line a run, every number in full."""
+    keys = ("name", "data", "backbone", "n", "seed", "params", "macs", "top1", "top5", "images_per_second", "epochs")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*keys, "folder"])
+        for row in rows:
+            writer.writerows([*(run.summary.get(key) for key in keys), run.folder] for run in row.runs)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Accuracy against parameters, and accuracy by epoch (the mean over seeds, their range shaded)."""
+    figure, (cost, curves) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for row in rows:
+        top1 = row.values("top1")
+        dots = cost.errorbar(row["params"] / 1e6, mean(top1), _deviation(top1), marker="o", capsize=3, linestyle="none")
+        cost.annotate(row["name"], (row["params"] / 1e6, mean(top1)), (6, 4), textcoords="offset points", fontsize=8)
+        by_epoch = list(zip(*([line["top1"] for line in run.metrics] for run in row.runs), strict=False))
+        epochs = range(1, len(by_epoch) + 1)
+        color = dots.lines[0].get_color()
+        curves.plot(epochs, [mean(at) for at in by_epoch], label=row["name"], color=color)
+        curves.fill_between(epochs, [min(at) for at in by_epoch], [max(at) for at in by_epoch], alpha=0.2, color=color)
+    cost.set(xlabel="parameters (millions)", ylabel="top-1 (%)", title="Accuracy against parameters", xscale="log")
+    cost.margins(x=0.25)
+    curves.set(xlabel="epoch", ylabel="top-1 (%)", title="Learning curves")
+    curves.legend(fontsize=8)
+    for axes in (cost, curves):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _deviation(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders above them")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="where the files go (default: report)")
+    options = parser.parse_args()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    missing = [str(folder) for folder in options.folders if not folder.is_dir()]
+    if missing:
+        sys.exit(f"No such folder: {', '.join(missing)}")
+    runs, remarks = find_runs(options.folders)
+    for remark in remarks:
+        console.print(remark, markup=False)
+    if not runs:
+        sys.exit(f"No finished run below {', '.join(map(str, options.folders))}: a run ends with a summary.json.")
+    rows = group(runs)
+    show(rows, console)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "table.md").write_text(markdown(rows))
+    write_csv(rows, options.out / "runs.csv")
+    draw(rows, options.out / "picture.png")
+    console.print(f"Written to {options.out}: table.md, runs.csv, picture.png")
+
+
+if __name__ == "__main__":
+    main()
