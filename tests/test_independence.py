@@ -1,0 +1,33 @@
+"""kw stands on torch and timm alone: it knows nothing of training, scripts or detection."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kw
+
+SOURCES = sorted(Path(kw.__file__).parent.rglob("*.py"))
+STRANGERS = {"train", "scripts", "detection", "tests", "hydra", "omegaconf", "mmdet", "mmengine", "mmcv"}
+
+
+def test_importing_kw_imports_no_stranger():
+    code = "import sys, kw; print(*{name.partition('.')[0] for name in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(run.stdout.split())
+    assert {"kw", "torch", "timm"} <= imported
+    assert not imported & STRANGERS
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_source_imports_torch_timm_and_the_standard_library_alone(source):
+    imported = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            imported.add(node.module.partition(".")[0])
+    assert imported <= {"kw", "torch", "timm", *sys.stdlib_module_names}

@@ -1,0 +1,96 @@
+"""The profile: its parts add up to its totals, and the totals are the published ones."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import kw
+from kw.backbones import STATIC
+
+
+def profile(name, n, **kwargs):
+    with torch.device("meta"):
+        return kw.profile(timm.create_model(f"kw_{name}", n=n), **kwargs)
+
+
+@pytest.mark.parametrize("n", [STATIC, "1/2", 1, 4])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenetv2_050", "convnext_tiny"])
+def test_parts_add_up_to_the_totals(name, n):
+    result = profile(name, n)
+    assert result.other_macs == 0  # convolutional backbones have no products outside their layers
+    assert sum(layer.macs for layer in result.layers) == result.macs
+    drawing = {layer.name: layer.warehouse for layer in result.layers if layer.warehouse}
+    assert drawing == {layer: warehouse.name for warehouse in result.warehouses for layer in warehouse.layers}
+    assert all(layer.assembly == layer.attention == 0 for layer in result.layers if not layer.warehouse)
+
+
+@pytest.mark.parametrize("n", [STATIC, 1])
+def test_softmax_attention_is_what_no_layer_has(n):
+    result = profile("deit_tiny_patch16_224", n)
+    assert result.other_macs == 12 * 2 * 197 * 197 * 192  # blocks, two products each, of tokens by tokens by channels
+
+
+@pytest.mark.parametrize("name, n", [("resnet18", "1/4"), ("mobilenetv2_050", "1/2"), ("deit_tiny_patch16_224", 4)])
+def test_parameters_are_those_of_the_model(name, n):
+    with torch.device("meta"):
+        model = timm.create_model(f"kw_{name}", n=n)
+    result = kw.profile(model)
+    assert result.params == sum(parameter.numel() for parameter in model.parameters())
+    cells = {warehouse.name: warehouse.params for warehouse in result.warehouses}
+    assert cells == {key: warehouse.cells.numel() for key, warehouse in model.warehouses.items()}
+
+
+@pytest.mark.parametrize("name, gigamacs", [("resnet18", 1.814), ("mobilenetv2_100", 0.301)])
+def test_static_models_cost_what_is_published(name, gigamacs):
+    assert round(profile(name, STATIC).macs / 1e9, 3) == gigamacs
+
+
+@pytest.mark.parametrize(
+    "name, n, share",
+    [
+        ("resnet18", 1, 0.23),
+        ("resnet18", 4, 0.91),
+        ("resnet50", 1, 0.52),
+        ("resnet50", 4, 2.08),
+        ("convnext_tiny", 1, 0.28),
+    ],
+)
+def test_assembly_as_a_share_of_the_dynamic_layers_convolution(name, n, share):
+    dynamic = [layer for layer in profile(name, n).layers if layer.warehouse]
+    assert round(sum(layer.assembly for layer in dynamic) / sum(layer.apply for layer in dynamic), 2) == share
+
+
+def test_input_size_scales_the_convolution_and_not_the_assembly():
+    full, half = profile("resnet18", 1), profile("resnet18", 1, input_size=(3, 112, 112))
+    for large, less in zip(full.layers, half.layers, strict=True):
+        assert large.apply == less.apply * (1 if large.kind == "Linear" else 4)
+        assert (large.assembly, large.attention) == (less.assembly, less.attention)
+
+
+def test_model_is_left_as_it_was():
+    model = timm.create_model("kw_mobilenetv2_050", n=1).train()
+    model.bn1.eval()
+    modes = [module.training for module in model.modules()]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    kw.profile(model, (3, 32, 32))
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_mode_is_restored_after_an_error():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 5)).train()
+    with pytest.raises(RuntimeError):
+        kw.profile(model, (3, 32, 32))
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_table_names_layers_and_warehouses():
+    result = profile("resnet18", 1)
+    text = str(result)
+    for part in (*result.layers, *result.warehouses):
+        assert part.name in text
+    assert f"{result.params:,} parameters" in text
+    assert f"{result.macs:,} multiply-adds" in text
