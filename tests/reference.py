@@ -90,7 +90,7 @@ def kernel(alpha, cells, shape):
     for position in range(out.shape[2]):
         for a in range(shape[0] // o):
             for b in range(shape[1] // i):
-                mixed = sum(alpha[mixture, j] * cells[j] for j in range(n))
+                mixed = (alpha[mixture].view(n, 1, 1) * cells).sum(0)
                 out[a * o : (a + 1) * o, b * i : (b + 1) * i, position] = mixed
                 mixture += 1
     return out.view(shape)
@@ -99,7 +99,8 @@ def kernel(alpha, cells, shape):
 @torch.no_grad()
 def forward(layer, static, x, anchors, tau, cells):
     """What `layer` must give: `static`, torch's layer of the same arguments, with each sample's own kernel."""
-    pooled = x.mean(dim=tuple(range(1, x.dim() - 1) if isinstance(static, torch.nn.Linear) else range(2, x.dim())))
+    channels_first = x.movedim(-1, 1) if isinstance(static, torch.nn.Linear) else x
+    pooled = channels_first.reshape(*channels_first.shape[:2], -1).mean(2)
     z = scores(layer.attention, pooled, len(anchors), len(cells), training=layer.training)
     out = []
     for sample, alpha in zip(x, contrast(z, anchors, tau), strict=True):
