@@ -25,7 +25,7 @@ def small():
         nn.ReLU(),
         nn.Conv2d(16, 16, 1),
         nn.Flatten(),
-        nn.Linear(16 * 64, 5),
+        nn.Linear(16 * 64, 6),
     )
 
 
@@ -307,8 +307,8 @@ def test_mode_is_kept():
         (small, {"3": "stage.1"}, None, ["'stage.1'", "'3'", "without dots"]),
         (small, {"3": "items"}, None, ["'items'", "'3'"]),
         (small, {"3": 1}, None, ["warehouse 1", "'3'"]),
-        (small, {"3": "a", "7": "a"}, KWConfig(n="1/4"), ["'7'", "'a'", "cell_out"]),
-        (small, {"5": "a", "7": "b"}, KWConfig(n="1/8", cell_in=1, cell_out=1), ["'a'", "'5'", "larger n"]),
+        (lambda: nn.Sequential(nn.Linear(9, 8)), {"0": "a"}, HALF, ["'0'", "'a'", "9 input channels", "cell_in"]),
+        (small, {"7": "b", "3": "a"}, HALF.replace(cell_in=1, cell_out=1), ["'a'", "'3' (9 mixtures)", "larger n"]),
     ],
 )
 def test_refusal_names_what_is_wrong_and_leaves_the_model_as_it_was(build, scope, config, parts):
@@ -323,12 +323,9 @@ def test_refusal_names_what_is_wrong_and_leaves_the_model_as_it_was(build, scope
 def test_error_in_the_last_warehouse_leaves_the_model_as_it_was():
     model = timm.create_model("resnet18")
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"'layer4\.1\.conv2'"):
-        kw.convert(
-            model,
-            {"layer1.0.conv1": "fine", "layer4.1.conv2": "bad"},
-            lambda name: KWConfig(n="1/8", cell_in=1, cell_out=1),
-        )
+    scope = {"layer1.0.conv1": "fine", "layer4.1.conv2": "bad"}
+    with pytest.raises(ValueError, match=r"'bad'.*'layer4\.1\.conv2'"):
+        kw.convert(model, scope, {"fine": KWConfig(), "bad": HALF.replace(cell_in=1, cell_out=1)})
     assert_unchanged(model, before)
 
 

@@ -66,11 +66,13 @@ class Folder:
 
         folder = root / split
         if not folder.is_dir():
-            there = sorted(path.name for path in root.iterdir() if path.is_dir())[:6] if root.is_dir() else []
-            have = (
-                f"it has {', '.join(there)}" if there else "it has no folders" if root.is_dir() else "it does not exist"
+            if not root.is_dir():
+                raise ConfigError(f"data.root={str(root)!r} is no folder.")
+            there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())[:6])
+            raise ConfigError(
+                f"data.root={str(root)!r} has no folder {split!r} of classes with images; it has {there or 'no folders'}. "
+                f"data.train_split and data.eval_split name the folders."
             )
-            raise ConfigError(f"data.root={str(root)!r} has no folder {split!r} of classes with images: {have}.")
         try:
             listing = ImageFolder(str(folder))
         except FileNotFoundError as error:

@@ -1,0 +1,271 @@
+"""The main job: real configurations composed, then shrunk and run on real digits, through the command line."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+
+from train.checkpoint import CheckpointError, Checkpoints, read
+from train.config import ConfigError, RecipeConfig, validate
+from train.data import MicroBatches, epoch_order
+from train.model import build_model
+from train.optim import build_optimizer
+from train.schedule import learning_rate, temperature
+from train.trainer import accumulation
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = yaml.safe_load((ROOT / "tests/published.yaml").read_text())
+ROWS = {row["id"]: row for row in PUBLISHED["imagenet"]}
+TINY = ["recipe.epochs=1", "recipe.warmup_epochs=0", "recipe.batch_size=256", "data.image_size=16"]
+NARROW = ["backbone.kwargs.channels=[8,8,8,16]", "backbone.kwargs.stem_width=8"]
+
+
+def config(*overrides):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return validate(compose("train", list(overrides)))
+
+
+def launch(*overrides, cwd, check=True):
+    flags = [word for word in overrides if word.startswith("-")]
+    given = [word for word in overrides if word not in flags]
+    command = [sys.executable, "-m", "train", *flags, *TINY, *NARROW, *given]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**_environment(), "COLUMNS": "200"})
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def _environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_an_experiment_composes_to_its_published_row(row):
+    published = ROWS[row]
+    made = config(f"experiment={row}", "data.root=anywhere")
+    assert (made.name, made.n, made.backbone.name) == (row, published["n"] or "static", published["backbone"])
+    assert made.data.num_classes == 1000
+    for key, value in (published.get("settings") or {}).items():
+        assert getattr(made.recipe, key) == value, key
+    recipe = PUBLISHED["recipes"].get(published["recipe"])
+    if recipe is None:  # DeiT's, which was not released
+        return
+    own = published.get("settings") or {}
+    names = {"global_batch": "batch_size"}
+    for key in ("epochs", "global_batch", "optimizer", "lr", "min_lr", "warmup_epochs", "schedule", "weight_decay",
+                "temperature_epochs", "mixup", "cutmix", "label_smoothing"):  # fmt: skip
+        if key not in own:
+            assert getattr(made.recipe, names.get(key, key)) == recipe[key], key
+    augment = {"eval_resize": "eval_resize", "eval_interpolation": "eval_interpolation", "color_jitter": "color_jitter",
+               "auto_augment": "auto_augment", "random_erasing": "random_erasing"}  # fmt: skip
+    for key, ours in augment.items():
+        if key in recipe:
+            assert getattr(made.recipe.augment, ours) == recipe[key], key
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv2_050", "deit_tiny_patch16_224"])
+def test_a_backbone_brings_the_papers_recipe_but_not_to_digits(backbone):
+    recipes = {"resnet18": 4e-3, "mobilenetv2_050": 0.05, "deit_tiny_patch16_224": 1e-3}
+    on_imagenet = config(f"backbone={backbone}", "data=imagenet", "data.root=x")
+    assert on_imagenet.recipe.lr == recipes[backbone]
+    assert config(f"backbone={backbone}").recipe.batch_size == 64
+    assert config(f"backbone={backbone}", "data=imagenet", "data.root=x", "recipe=sgd_100e").recipe.lr == 0.1
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("n=0", "n=0"),
+        ("n=3/2", "n='3/2'"),
+        ("recipe.lr=-1", "recipe.lr"),
+        ("recipe.schedule=cosin", "recipe.schedule"),
+        ("runtime.precision=half", "runtime.precision"),
+        ("recipe.augment.hflip=2", "recipe.augment.hflip"),
+        ("kw.reduction=3", "kw.reduction"),
+        ("resume=maybe", "resume"),
+        ("data=imagenet", "data.root"),
+    ],
+)
+def test_a_bad_value_is_refused_by_its_key(override, words):
+    with pytest.raises(ConfigError, match=words.replace("(", "\\(")):
+        config(override)
+
+
+def test_an_unknown_key_is_refused_by_name():
+    with pytest.raises(Exception, match=r"recipe\.lrr"):
+        config("recipe.lrr=1")
+
+
+def test_learning_rate_rises_then_falls_to_its_minimum():
+    recipe = RecipeConfig(epochs=10, lr=1.0, min_lr=0.1, warmup_epochs=2)
+    rates = [learning_rate(step, 5, recipe) for step in range(50)]
+    assert rates[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
+    assert rates[10] == 1.0 and all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[30] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 2)))
+    assert learning_rate(50, 5, recipe) == pytest.approx(0.1)
+
+
+def test_steps_multiply_the_learning_rate():
+    recipe = RecipeConfig(epochs=100, lr=0.1, schedule="step", decay_epochs=[30, 60, 90], decay_rate=0.1)
+    at = [learning_rate(epoch * 7, 7, recipe) for epoch in (0, 29, 30, 60, 90)]
+    assert at == pytest.approx([0.1, 0.1, 1e-2, 1e-3, 1e-4])
+
+
+def test_temperature_falls_linearly_once_a_micro_batch():
+    assert [temperature(k, 2, 2) for k in range(5)] == [0.75, 0.5, 0.25, 0.0, 0.0]
+    assert temperature(0, 10, 0) == 0
+
+
+def test_weight_decay_spares_biases_and_one_dimensional_parameters():
+    made = config("recipe.weight_decay=0.3", "n=1/2")
+    model = build_model(made, 10)
+    groups = build_optimizer(model, made.recipe).param_groups
+    decayed = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        spared = parameter.ndim <= 1 or name.endswith(".bias")
+        assert decayed[id(parameter)] == (0 if spared else 0.3), name
+
+
+@pytest.mark.parametrize("world, turns", [(1, 1), (2, 1), (2, 3)])
+def test_devices_share_out_an_epoch_without_loss(world, turns):
+    kwargs = {"batch_size": 12, "accumulation": turns, "steps": 4, "seed": 3, "world": world}
+    batches = [list(MicroBatches(50, rank=rank, **kwargs)) for rank in range(world)]
+    seen = [key.index for rank in batches for batch in rank for key in batch]
+    assert sorted(seen) == sorted(epoch_order(50, 3, 0)[:48].tolist())
+    resumed = list(MicroBatches(50, rank=0, start=2, **kwargs))
+    assert resumed == batches[0][2 * turns :]
+
+
+def test_accumulation_is_the_fewest_even_cuts():
+    assert accumulation(4096, None, 8) == 1
+    assert accumulation(4096, 128, 8) == 4
+    assert accumulation(12, 5, 1) == 3
+    with pytest.raises(ConfigError, match="batch_size"):
+        accumulation(10, None, 3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    launch("-m", "n=static,1/2", "name=x${n}", "hydra.sweep.subdir=run_${hydra:job.num}", cwd=folder)
+    return folder
+
+
+def test_a_sweep_leaves_a_folder_each_with_what_a_run_leaves(folder):
+    for number, n in enumerate(("static", "1/2")):
+        run = folder / "runs" / f"run_{number}"
+        summary = json.loads((run / "summary.json").read_text())
+        wanted = ["top1", "top5", "params", "macs", "images_per_second", "seed", "versions", "commit"]
+        assert not [key for key in wanted if key not in summary]
+        assert summary["n"] == n and summary["eval_samples"] == 359
+        assert yaml.safe_load((run / "config.yaml").read_text())["n"] == n
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == summary["epochs"] == 1
+        assert read(run / "checkpoints" / "last.pt")["step"] == 5
+
+
+def test_a_checkpoint_evaluates_to_the_accuracy_it_was_saved_at(folder):
+    run = folder / "runs" / "run_1"
+    found = json.loads(launch(f"evaluate={run}", cwd=folder).stdout)
+    assert found["top1"] == json.loads((run / "summary.json").read_text())["top1"]
+
+
+def test_the_report_tells_of_finished_and_unfinished_runs(folder):
+    (folder / "runs" / "unfinished").mkdir()
+    (folder / "runs" / "unfinished" / "config.yaml").write_text("n: 1\n")
+    command = [sys.executable, "-m", "scripts.report", "runs"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=_environment(), check=True)
+    assert "unfinished: not finished" in done.stdout
+    assert "xstatic" in (folder / "report" / "table.md").read_text()
+    assert len((folder / "report" / "runs.csv").read_text().splitlines()) == 3
+    assert (folder / "report" / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
+    """Stopped after one epoch of two, by a recipe that only the test shortens: weights and metrics are the same."""
+    from train.distributed import World
+    from train.trainer import Trainer
+
+    made = config(*TINY, *NARROW, "recipe.epochs=2", "recipe.ema_decay=0.9", "recipe.mixup=0.5", "recipe.drop_path=0.1")
+    world = World(0, 1, torch.device("cpu"))
+    whole = Trainer(made, tmp_path / "whole", world)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole.fit()
+
+    class Stop(Exception):
+        pass
+
+    cut = Trainer(made, tmp_path / "cut", world)
+    train_step = cut._train_step
+
+    def stopping(loader):
+        if cut.step == cut.steps_per_epoch + 2:
+            raise Stop
+        train_step(loader)
+
+    cut._train_step = stopping
+    with pytest.raises(Stop):
+        cut.fit()
+    again = Trainer(made, tmp_path / "cut", world)
+    again.resume()
+    assert again.step == again.steps_per_epoch
+    again.fit()
+    for name, value in whole.state()["model"].items():
+        assert torch.equal(value, again.state()["model"][name]), name
+    for name, value in whole.ema.module.state_dict().items():
+        assert torch.equal(value, again.ema.module.state_dict()[name]), name
+    lines = [trainer.metrics.read() for trainer in (whole, again)]
+    for a, b in zip(*lines, strict=True):
+        assert {k: v for k, v in a.items() if k != "images_per_second"} == {
+            k: v for k, v in b.items() if k != "images_per_second"
+        }
+    made.recipe.lr = 1.0
+    with pytest.raises(ConfigError, match=r"recipe\.lr"):
+        Trainer(made, tmp_path / "cut", world).resume()
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
+    kept = Checkpoints(tmp_path)
+    kept.save({"step": 1})
+    kept.save({"step": 2})
+    (tmp_path / "last.pt").write_bytes(b"PK\x03\x04 truncated")
+    state, remarks = Checkpoints(tmp_path).load_newest()
+    assert state["step"] == 1 and "last.pt" in remarks[0]
+    (tmp_path / "previous.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="No checkpoint can be read"):
+        Checkpoints(tmp_path).load_newest()
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"step": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match=r"evil\.pt"):
+        read(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_without_the_split_or_with_a_broken_image_is_named(tmp_path):
+    from PIL import Image
+
+    missing = launch("data=folder", f"data.root={tmp_path}", cwd=tmp_path, check=False)
+    assert missing.returncode != 0 and "'train'" in missing.stderr and "Traceback" not in missing.stderr
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for k in range(4):
+                Image.new("RGB", (20, 20), (k * 50, 0, 0)).save(tmp_path / split / name / f"{k}.png")
+    small = ["data=folder", f"data.root={tmp_path}", "recipe.batch_size=4", "recipe.warmup_epochs=0", "name=f"]
+    launch(*small, cwd=tmp_path)
+    (tmp_path / "train" / "dog" / "2.png").write_bytes(b"no image")
+    broken = launch(*small, "seed=1", cwd=tmp_path, check=False)
+    assert broken.returncode != 0 and "2.png" in broken.stderr and "Traceback" not in broken.stderr
