@@ -52,7 +52,7 @@ def parameters(model):
 def snapshot(model):
     """What conversion could change: the modules, their types, entries and modes."""
     modules = [(name, id(module), module.training) for name, module in model.named_modules()]
-    return modules, {key: value.clone() for key, value in model.state_dict(keep_vars=False).items()}, set(vars(model))
+    return modules, {key: value.clone() for key, value in model.state_dict().items()}, set(vars(model))
 
 
 def assert_unchanged(model, before):
@@ -77,12 +77,12 @@ def test_default_scope_trains_with_a_gradient_on_every_parameter(name, n):
     loss.backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
-    torch.optim.SGD(model.parameters(), lr=1e-4).step()
+    torch.optim.AdamW(model.parameters(), lr=1e-3).step()
     with torch.no_grad():
         assert model.eval()(torch.randn(1, 3, side, side)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"nn.Sequential"}))
 def test_half_the_cells_are_at_most_twice_the_static_parameters(name):
     with torch.device("meta"):
         static = MODELS[name][0]()
@@ -91,7 +91,7 @@ def test_half_the_cells_are_at_most_twice_the_static_parameters(name):
     kernels = sum(static.get_parameter(f"{layer}.weight").numel() for layer in dynamic(model))
     cells = sum(parameters(warehouse) for warehouse in model.warehouses.values())
     assert cells <= kernels
-    assert kernels > 0.5 * parameters(static) or name == "nn.Sequential"
+    assert kernels > 0.5 * parameters(static), "the bulk of the model is dynamic"
 
 
 @pytest.mark.parametrize("name", MODELS)
