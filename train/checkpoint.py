@@ -52,7 +52,7 @@ def read(path: Path) -> State:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} is damaged, or holds more than tensors and plain values: {reason}") from None
     except (OSError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {error or type(error).__name__}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint.")
     return state
