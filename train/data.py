@@ -70,7 +70,8 @@ class Folder:
                 raise ConfigError(f"data.root={str(root)!r} is no folder.")
             there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())[:6])
             raise ConfigError(
-                f"data.root={str(root)!r} has no folder {split!r} of classes with images; it has {there or 'no folders'}. "
+                f"data.root={str(root)!r} has no folder {split!r} of classes with images; "
+                f"it has {there or 'no folders'}. "
                 f"data.train_split and data.eval_split name the folders."
             )
         try:
