@@ -214,14 +214,14 @@ def test_batch_of_one_trains_with_layernorm():
 
 
 @torch.no_grad()
-def test_half_precision_scores_are_summed_in_float32():
-    """A sum over 4000 cells in bfloat16 would stop growing at 256 ones."""
+def test_half_precision_scores_are_normalized_in_float32():
+    """In bfloat16 the sum over thousands of cells, and each attention, would keep two digits."""
     config = KWConfig(n=1000, cell_in=1, cell_out=1, attention_norm="layer")
-    attention = Attention(CHANNELS, Warehouse([KernelShape("layer", (1, 1, 4))], config).draws[0])
-    attention.fc2.weight.zero_()
-    attention.fc2.bias.fill_(1)
-    alpha = attention.bfloat16()(torch.randn(2, CHANNELS, dtype=torch.bfloat16)).float()
-    torch.testing.assert_close(alpha.sum(2), torch.full((2, 4), 4000 / 4001), rtol=0.01, atol=0)
+    attention = Attention(CHANNELS, Warehouse([KernelShape("layer", (1, 1, 4))], config).draws[0]).bfloat16()
+    pooled = torch.randn(2, CHANNELS, dtype=torch.bfloat16)
+    z = attention.scores(pooled).double()
+    expected = reference.contrast(z, [None] * 4, tau=0).float()
+    torch.testing.assert_close(attention(pooled), expected, rtol=1e-5, atol=0)
 
 
 def test_budget_beyond_published_ones_has_one_attention_row_per_mixture():
