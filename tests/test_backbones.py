@@ -91,6 +91,23 @@ def test_features_are_those_of_the_vanilla_model(name, out_indices, n):
     assert [feature.shape for feature in ours(image)] == [feature.shape for feature in theirs(image)]
 
 
+@pytest.mark.parametrize("out_indices", [None, (0, 1)], ids=["default", "early"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_features_leave_no_parameter_without_a_gradient(name, out_indices):
+    """Distributed training refuses parameters that a model does not use: warehouses of layers cut off, for one."""
+    chosen = {} if out_indices is None else {"out_indices": out_indices}
+    size = {"img_size": 32} if name.startswith("deit") else {}
+    model = meta(f"kw_{name}", n=1, features_only=True, **size, **chosen)
+    sum(feature.sum() for feature in model(torch.empty(2, 3, 32, 32, device="meta"))).backward()
+    assert not [key for key, parameter in model.named_parameters() if parameter.grad is None]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_more_budget_is_more_parameters(name):
+    counts = [sum(parameter.numel() for parameter in meta(f"kw_{name}", n=n).parameters()) for n in BUDGETS[1:]]
+    assert counts == sorted(set(counts))
+
+
 def test_features_are_computed_by_the_same_weights_as_the_logits():
     model = timm.create_model("kw_mobilenetv2_050", n=1).eval()
     features = timm.create_model("kw_mobilenetv2_050", n=1, features_only=True).eval()

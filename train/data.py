@@ -141,7 +141,10 @@ def seed_everything(*numbers: int) -> None:
     python, numpy, torch_seed = np.random.SeedSequence(numbers).generate_state(3)
     random.seed(int(python))
     np.random.seed(int(numpy))
-    torch.manual_seed(int(torch_seed))
+    # Not torch.manual_seed: without a GPU in use it queues a call and a stack trace for one, at every sample.
+    torch.default_generator.manual_seed(int(torch_seed))
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(int(torch_seed))
 
 
 def epoch_order(length: int, seed: int, epoch: int, repeats: int = 1) -> Tensor:

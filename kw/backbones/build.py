@@ -14,6 +14,7 @@ from torch import nn
 
 from kw.config import BudgetLike, KWConfig, parse_budget
 from kw.convert import Scope, convert
+from kw.layers import KWLayer
 
 STATIC = "static"
 SETTINGS = tuple(field.name for field in dataclasses.fields(KWConfig) if field.name != "n")
@@ -64,4 +65,14 @@ class Backbone:
         if not features_only:
             return model
         # timm's list wrapper takes a model apart, and would leave the warehouses behind; its getter keeps it whole.
-        return FeatureGetterNet(model, **{"out_indices": self.out_indices, **features})
+        net = FeatureGetterNet(model, **{"out_indices": self.out_indices, **features})
+        _drop_unused_warehouses(model)
+        return net
+
+
+def _drop_unused_warehouses(model: nn.Module) -> None:
+    """Warehouses whose layers timm has all cut off, behind the last feature: their cells would get no gradient."""
+    drawn_from = {layer.warehouse.name for layer in model.modules() if isinstance(layer, KWLayer)}
+    warehouses = getattr(model, "warehouses", {})
+    for name in [name for name in warehouses if name not in drawn_from]:
+        del warehouses[name]
