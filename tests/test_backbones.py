@@ -104,7 +104,8 @@ def test_features_leave_no_parameter_without_a_gradient(name, out_indices):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_more_budget_is_more_parameters(name):
-    counts = [sum(parameter.numel() for parameter in meta(f"kw_{name}", n=n).parameters()) for n in ("1/8", "1/2", 1, 2)]
+    models = [meta(f"kw_{name}", n=n) for n in ("1/8", "1/2", 1, 2)]
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
     assert counts == sorted(set(counts))
 
 
