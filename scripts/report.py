@@ -24,6 +24,7 @@ from rich.table import Table
 
 matplotlib.use("Agg")  # no screen is needed
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 HEAD = ("run", "data", "n", "parameters", "multiply-adds", "top-1", "top-5", "images/s", "epochs", "seeds")
 
@@ -121,14 +122,19 @@ def draw(rows: list[Row], path: Path) -> None:
     for row in rows:
         top1 = row.values("top1")
         dots = cost.errorbar(row["params"] / 1e6, mean(top1), _deviation(top1), marker="o", capsize=3, linestyle="none")
-        cost.annotate(row["name"], (row["params"] / 1e6, mean(top1)), (6, 4), textcoords="offset points", fontsize=8)
+        cost.annotate(
+            row["name"], (row["params"] / 1e6, mean(top1)), (0, 7), textcoords="offset points", ha="center", fontsize=8
+        )
         by_epoch = list(zip(*([line["top1"] for line in run.metrics] for run in row.runs), strict=False))
         epochs = range(1, len(by_epoch) + 1)
         color = dots.lines[0].get_color()
         curves.plot(epochs, [mean(at) for at in by_epoch], label=row["name"], color=color)
         curves.fill_between(epochs, [min(at) for at in by_epoch], [max(at) for at in by_epoch], alpha=0.2, color=color)
     cost.set(xlabel="parameters (millions)", ylabel="top-1 (%)", title="Accuracy against parameters", xscale="log")
-    cost.margins(x=0.25)
+    cost.margins(x=0.3, y=0.15)
+    cost.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    cost.xaxis.set_major_formatter("{x:g}")
+    cost.xaxis.set_minor_formatter(NullFormatter())
     curves.set(xlabel="epoch", ylabel="top-1 (%)", title="Learning curves")
     curves.legend(fontsize=8)
     for axes in (cost, curves):
