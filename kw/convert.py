@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 from torch import nn
 
@@ -48,7 +47,7 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
     if scope is None:
         scope = default_scope(model)
         if isinstance(config, KWConfig):
-            config = partial(default_config, config=config)
+            config = default_config(model, scope, config)
 
     drawing = _drawing(model, scope)
     warehouses = Warehouses()

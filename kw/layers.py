@@ -32,7 +32,7 @@ class KWLayer(nn.Module):
 
     def __init__(self, channels: int, draw: Draw, bias: bool):
         super().__init__()
-        self.__dict__["draw"] = draw  # past nn.Module's registration
+        self.__dict__["draw"] = draw  # past nn.Module's registration: one owner saves, moves and optimizes the cells
         self.attention = Attention(channels, draw)
         self.bias = nn.Parameter(torch.zeros(draw.kernel.channels_out)) if bias else None
 

@@ -51,8 +51,8 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     The temperature becomes 0, as in a trained model. On an error the model is as it was.
 
     Raises:
-        KeyError: entries are missing or left over; they are named.
-        ValueError: an entry has another shape, or the model is of a family that was not released.
+        ValueError: entries are missing, left over or of another shape (they are named), or the model is of a family
+            that was not released.
     """
     values = _unwrap(state_dict)
     entries = _entries(model)
@@ -60,7 +60,7 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     missing = [entry.released_name for entry in entries if entry.released_name not in values]
     left_over = sorted(set(values) - {entry.released_name for entry in entries})
     if missing or left_over:
-        raise KeyError(
+        raise ValueError(
             f"The state dict does not fit this {type(model).__name__}: {len(missing)} missing ({_some(missing)}), "
             f"{len(left_over)} left over ({_some(left_over)}). {fit}"
         )
@@ -93,7 +93,7 @@ def _entries(model: nn.Module) -> list[Entry]:
     renamed = released.rename(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, KWLayer)}
     cells: dict[str, tuple[int, int]] = {}  # warehouse -> its number and spatial dimensions in the release
-    for name in sorted(layers, key=lambda name: not renamed[name].startswith(released.first or "\0")):
+    for name in sorted(layers, key=lambda name: not _comes_first(renamed[name], released)):  # the release's order
         dims = released.linear_dims if isinstance(layers[name], KWLinear) else 2
         cells.setdefault(layers[name].warehouse.name, (len(cells), dims))
     entries = []
@@ -108,6 +108,10 @@ def _entries(model: nn.Module) -> list[Entry]:
         elif leaf != "temperature":
             entries.append(Entry(name, f"{renamed[module]}.{leaf}", shape))
     return entries
+
+
+def _comes_first(released_name: str, released: ReleasedFormat) -> bool:
+    return bool(released.first) and released_name.startswith(released.first)
 
 
 def _format_of(model: nn.Module) -> ReleasedFormat:

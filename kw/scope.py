@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from fractions import Fraction
 
 from torch import nn
 
@@ -61,12 +63,32 @@ def default_scope(model: nn.Module) -> dict[str, str]:
     }
 
 
-def default_config(warehouse: str, config: KWConfig) -> KWConfig:
-    """The settings of a warehouse of the default scope: under n = 1, depthwise kernels stay at n = 1 and whole, as in
-    the published MobileNetV2 rows. They are few parameters, and one position's single channel cannot be cut further."""
-    if config.n < 1 and "depthwise" in warehouse:
-        return config.replace(n=1, cell_in=1, cell_out=1)
-    return config
+def default_config(model: nn.Module, scope: Mapping[str, str], config: KWConfig) -> dict[str, KWConfig]:
+    """Warehouse name -> its settings, for the warehouses of the default scope. They are `config`, but
+
+    - under n = 1 depthwise kernels stay at n = 1 and whole, as in the published MobileNetV2 rows: they are few
+      parameters, and one position's single channel cannot be cut further;
+    - where the side of a cell does not divide the layers' channels (24 of Mixer's 49 tokens), it is the next smaller
+      one that does.
+    """
+    configs = {}
+    for warehouse in dict.fromkeys(scope.values()):
+        if config.n < 1 and "depthwise" in warehouse:
+            configs[warehouse] = config.replace(n=1, cell_in=1, cell_out=1)
+            continue
+        shapes = [model.get_parameter(f"{name}.weight").shape for name in scope if scope[name] == warehouse]
+        sides = {
+            key: _dividing(math.gcd(*(shape[axis] for shape in shapes)), getattr(config, key))
+            for key, axis in (("cell_out", 0), ("cell_in", 1))
+        }
+        configs[warehouse] = config.replace(**sides)
+    return configs
+
+
+def _dividing(channels: int, share: Fraction) -> Fraction:
+    """The largest share of `channels`, up to `share`, that is a divisor of them."""
+    side = max(int(channels * share), 1)
+    return Fraction(next(divisor for divisor in range(side, 0, -1) if channels % divisor == 0), channels)
 
 
 def _fit(model: nn.Module, names: list[str]) -> bool:

@@ -26,7 +26,10 @@ matplotlib.use("Agg")  # no screen is needed
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
-HEAD = ("run", "data", "n", "parameters", "multiply-adds", "top-1", "top-5", "images/s", "epochs", "seeds")
+HEAD = ("run", "backbone", "data", "n", "parameters", "multiply-adds", "top-1", "top-5", "images/s", "epochs", "seeds")
+
+
+SAME = ("data", "name", "n", "params", "macs", "epochs")  # what the runs of a row have in common
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Row:
         """As `HEAD` names them; mean and sample standard deviation where there are several seeds."""
         return (
             self["name"],
+            self["backbone"],
             self["data"],
             str(self["n"]),
             f"{self['params']:,}",
@@ -84,17 +88,28 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
     return runs, remarks
 
 
-def group(runs: list[Run]) -> list[Row]:
-    """One row for each data set and name, cheapest first."""
-    rows: dict[tuple[str, str], list[Run]] = {}
+def group(runs: list[Run]) -> tuple[list[Row], list[str]]:
+    """One row for runs of one name, data set, budget and cost, cheapest first; and a remark for each run whose seed its
+    row has already: a copy of a run, or the same run in two places, tells nothing of the spread."""
+    rows: dict[tuple[Any, ...], dict[int, Run]] = {}
+    remarks = []
     for run in runs:
-        rows.setdefault((run.summary["data"], run.summary["name"]), []).append(run)
-    return sorted((Row(found) for found in rows.values()), key=lambda row: (row["data"], row["params"]))
+        seeds = rows.setdefault(
+            tuple(run.summary[key] for key in ("data", "name", "n", "params", "macs", "epochs")), {}
+        )
+        seed = run.summary["seed"]
+        if seed in seeds:
+            remarks.append(f"{run.folder}: left out, {seeds[seed].folder} is of the same settings and seed")
+        else:
+            seeds[seed] = run
+    found = [Row(list(seeds.values())) for seeds in rows.values()]
+    return sorted(found, key=lambda row: (row["data"], row["params"])), remarks
 
 
 def show(rows: list[Row], console: Console) -> None:
     table = Table(*HEAD)
-    for column in table.columns[3:]:
+    table.columns[0].overflow = "fold"
+    for column in table.columns[4:]:
         column.justify = "right"
     for row in rows:
         table.add_row(*row.cells())
@@ -102,7 +117,7 @@ def show(rows: list[Row], console: Console) -> None:
 
 
 def markdown(rows: list[Row]) -> str:
-    lines = [HEAD, ("---",) * 3 + ("---:",) * (len(HEAD) - 3), *(row.cells() for row in rows)]
+    lines = [HEAD, ("---",) * 4 + ("---:",) * (len(HEAD) - 4), *(row.cells() for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -161,11 +176,11 @@ def main() -> None:
     if missing:
         sys.exit(f"No such folder: {', '.join(missing)}")
     runs, remarks = find_runs(options.folders)
-    for remark in remarks:
+    rows, repeated = group(runs)
+    for remark in remarks + repeated:
         console.print(remark, markup=False)
     if not runs:
         sys.exit(f"No finished run below {', '.join(map(str, options.folders))}: a run ends with a summary.json.")
-    rows = group(runs)
     show(rows, console)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "table.md").write_text(markdown(rows))

@@ -74,8 +74,8 @@ CELLS = "warehouse_manager.weights.0"
 @pytest.mark.parametrize(
     "spoil, error, message",
     [
-        (lambda d: d.pop(CELLS), KeyError, rf"1 missing \({CELLS}\), 0 left over"),
-        (lambda d: d.update(strange=torch.zeros(1)), KeyError, r"0 missing \(none\), 1 left over \(strange\)"),
+        (lambda d: d.pop(CELLS), ValueError, rf"1 missing \({CELLS}\), 0 left over"),
+        (lambda d: d.update(strange=torch.zeros(1)), ValueError, r"0 missing \(none\), 1 left over \(strange\)"),
         (lambda d: d.update({CELLS: d[CELLS][:1]}), ValueError, rf"'{CELLS}' has shape \(1, .* is needed"),
     ],
     ids=["missing", "left over", "shape"],
@@ -94,7 +94,7 @@ def test_other_budget_is_refused(model):
     with torch.device("meta"):
         other = kw.to_released(timm.create_model("kw_mobilenetv2_050", n=1))
     before = state(model)
-    with pytest.raises((KeyError, ValueError), match="at this n"):
+    with pytest.raises(ValueError, match="at this n"):
         kw.load_released(model, other)
     assert same(model.state_dict(), before)
 

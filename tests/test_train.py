@@ -1,9 +1,11 @@
 """The main job: real configurations composed, then shrunk and run on real digits, through the command line."""
 
+import argparse
 import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
+import kw
 from train.checkpoint import CheckpointError, Checkpoints, read
 from train.config import ConfigError, RecipeConfig, validate
 from train.data import MicroBatches, epoch_order
@@ -33,10 +36,10 @@ def config(*overrides):
         return validate(compose("train", list(overrides)))
 
 
-def launch(*overrides, cwd, check=True):
+def launch(*overrides, cwd, check=True, shrunk=(*TINY, *NARROW)):
     flags = [word for word in overrides if word.startswith("-")]
     given = [word for word in overrides if word not in flags]
-    command = [sys.executable, "-m", "train", *flags, *TINY, *NARROW, *given]
+    command = [sys.executable, "-m", "train", *flags, *shrunk, *given]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**_environment(), "COLUMNS": "200"})
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -90,6 +93,11 @@ def test_a_backbone_brings_the_papers_recipe_but_not_to_digits(backbone):
         ("recipe.augment.hflip=2", "recipe.augment.hflip"),
         ("kw.reduction=3", "kw.reduction"),
         ("resume=maybe", "resume"),
+        ("recipe.betas=[2,3]", "recipe.betas"),
+        ("recipe.augment.auto_augment=foo", "recipe.augment.auto_augment"),
+        ("recipe.optimizer=adamx", "recipe.optimizer"),
+        ("backbone.name=resnet19", "backbone.name"),
+        ("data.std=[1,1,0]", "data.std"),
         ("data=imagenet", "data.root"),
     ],
 )
@@ -154,7 +162,7 @@ def test_accumulation_is_the_fewest_even_cuts():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
-    launch("-m", "n=static,1/2", "name=x${n}", "hydra.sweep.subdir=run_${hydra:job.num}", cwd=folder)
+    launch("-m", "n=static,1/2", "label=x", "hydra.sweep.subdir=run_${hydra:job.num}", cwd=folder)
     return folder
 
 
@@ -172,8 +180,32 @@ def test_a_sweep_leaves_a_folder_each_with_what_a_run_leaves(folder):
 
 def test_a_checkpoint_evaluates_to_the_accuracy_it_was_saved_at(folder):
     run = folder / "runs" / "run_1"
-    found = json.loads(launch(f"evaluate={run}", cwd=folder).stdout)
+    found = json.loads(launch(f"evaluate={run}", cwd=folder, shrunk=()).stdout)
     assert found["top1"] == json.loads((run / "summary.json").read_text())["top1"]
+    assert (found["n"], found["data"]) == ("1/2", "digits")
+    contradicted = launch(f"evaluate={run}", "n=4", cwd=folder, check=False, shrunk=())
+    assert contradicted.returncode != 0 and "n=..." in contradicted.stderr
+
+
+def test_a_released_checkpoint_evaluates(folder):
+    model = build_model(config(*NARROW, "n=1/2"), 10)
+    torch.save({"model": kw.to_released(model), "args": argparse.Namespace(lr=1)}, folder / "released.pth")
+    found = json.loads(launch("evaluate=released.pth", "n=1/2", cwd=folder).stdout)
+    assert found["eval_samples"] == 359
+    other = launch("evaluate=released.pth", "n=1", cwd=folder, check=False)
+    assert other.returncode != 0 and "does not fit" in other.stderr
+
+
+def test_a_bad_value_in_a_sweep_does_not_stop_the_others(tmp_path):
+    done = launch("-m", "n=3/2,static", cwd=tmp_path, check=False)
+    assert done.returncode != 0 and "3/2" in done.stderr
+    assert [path.parent.parent.name.partition("+")[0] for path in tmp_path.rglob("summary.json")] == ["resnet_digits"]
+    assert len(list((tmp_path / "runs" / "digits").iterdir())) == 1  # the refused run left no folder
+
+
+def test_run_folders_need_no_quoting(folder):
+    names = [read(path)["config"]["name"] for path in folder.rglob("last.pt")]
+    assert names and all(re.fullmatch(r"[\w.+-]+", name) for name in names)
 
 
 def test_the_report_tells_of_finished_and_unfinished_runs(folder):
@@ -182,7 +214,7 @@ def test_the_report_tells_of_finished_and_unfinished_runs(folder):
     command = [sys.executable, "-m", "scripts.report", "runs"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=_environment(), check=True)
     assert "unfinished: not finished" in done.stdout
-    assert "xstatic" in (folder / "report" / "table.md").read_text()
+    assert "| x_kw1d2x+" in (folder / "report" / "table.md").read_text()
     assert len((folder / "report" / "runs.csv").read_text().splitlines()) == 3
     assert (folder / "report" / "picture.png").read_bytes().startswith(b"\x89PNG")
 

@@ -20,21 +20,27 @@ from train.logging import write_whole
 from train.trainer import Trainer
 
 EXPECTED = (ConfigError, DataError, CheckpointError, FloatingPointError)
+failed: list[str] = []  # of a sweep's jobs
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(composed: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        run(validate(composed), Path(HydraConfig.get().runtime.output_dir))
+        run(validate(composed), folder)
     except EXPECTED as error:
-        sys.exit(f"{type(error).__name__}: {error}")  # the message says it all; a traceback would bury it
+        # The message says it all; a traceback would bury it, and an exit would stop a sweep's later jobs.
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        failed.append(folder.name)
+        remove_if_empty(folder)
 
 
 def run(config: TrainConfig, folder: Path) -> None:
     world = connect(config.runtime.device)
     if config.evaluate is not None:
-        data_given = any(override.startswith("data") for override in HydraConfig.get().overrides.task)
-        print(json.dumps(evaluate_checkpoint(config, world, data_given), indent=2))
+        given = [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
+        print(json.dumps(evaluate_checkpoint(config, world, given), indent=2))
+        remove_if_empty(folder)
         return
     trainer = Trainer(config, folder, world)
     trainer.resume()
@@ -48,5 +54,16 @@ def run(config: TrainConfig, folder: Path) -> None:
     disconnect()
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Take back the folder that Hydra made for a run that left nothing, and those above it."""
+    for path in (folder, *folder.parents):
+        try:
+            path.rmdir()
+        except OSError:  # not empty
+            return
+
+
 if __name__ == "__main__":
     main()
+    if failed:
+        sys.exit(1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -11,6 +13,7 @@ from zipfile import BadZipFile
 import torch
 
 State = dict[str, Any]
+FORMAT = "kernelwarehouse 1"  # what a state says under "format", to be told from foreign checkpoints
 
 
 class CheckpointError(RuntimeError):
@@ -45,14 +48,19 @@ def read(path: Path) -> State:
         CheckpointError: the file is missing, damaged, or holds more than tensors and plain values.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Training scripts in timm's manner save their arguments beside the weights: plain values, too.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} is damaged, or holds more than tensors and plain values: {reason}") from None
-    except (OSError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {error or type(error).__name__}") from None
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {code[1]}, which was not run" if code else "its pickle cannot be read"
+        raise CheckpointError(f"{path} is damaged, or holds more than tensors and plain values: {reason}.") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a folder, not a checkpoint.") from None
+    except (OSError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError):  # torch's words tell of its insides
+        raise CheckpointError(f"{path} is damaged, cut off, or no checkpoint.") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint.")
     return state

@@ -2,16 +2,21 @@
 Hydra, values out of range here; every message names the key.
 """
 
+import difflib
+import hashlib
 import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import timm
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from timm.data import create_transform
+from timm.optim import list_optimizers
 
 from kw import KWConfig
 from kw.backbones import STATIC
@@ -38,6 +43,11 @@ class BackboneConfig:
     name: str = "resnet18"
     label: str = "${backbone.name}"  # what run folders and reports call it
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model
+
+    def __post_init__(self) -> None:
+        near = difflib.get_close_matches(self.name, timm.list_models(), n=3)
+        rule = f"timm has no such model; near are {', '.join(near) or 'none'}"
+        check(timm.is_model(self.name), "backbone.name", self.name, rule)
 
 
 @dataclass
@@ -75,8 +85,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_choice("data.format", self.format, ("digits", "folder"))
         check(self.image_size >= 1, "data.image_size", self.image_size, "must be at least 1 pixel")
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            rule = "three numbers, one a color; std positive"
+            check(len(values) == 3 and (key == "mean" or min(values) > 0), f"data.{key}", values, rule)
         if self.format != "digits":
-            check(self.root is not None, "data.root", self.root, "names the data's folder and must be set")
+            check(self.root is not None, "data.root", self.root, "name the data's folder, data.root=PATH")
             self.root = str(Path(str(self.root)).expanduser())
 
 
@@ -102,12 +116,20 @@ class AugmentConfig:
             check_choice(f"recipe.augment.{key}", getattr(self, key), ("bilinear", "bicubic", "random"))
         low, high = self.scale if len(self.scale) == 2 else (0, 0)
         check(0 < low <= high <= 1, "recipe.augment.scale", self.scale, "must be [low, high] in (0, 1]")
-        check(self.repeats >= 1, "recipe.augment.repeats", self.repeats, "must be at least 1")
+        for key in ("repeats", "eval_resize"):
+            check(getattr(self, key) >= 1, f"recipe.augment.{key}", getattr(self, key), "must be at least 1")
+        check(self.color_jitter >= 0, "recipe.augment.color_jitter", self.color_jitter, "must not be negative")
+        check_choice("recipe.augment.erasing_mode", self.erasing_mode, ("const", "rand", "pixel"))
+        try:
+            create_transform(224, is_training=True, auto_augment=self.auto_augment)
+        except (AssertionError, ValueError, KeyError) as error:
+            rule = f"timm does not take it ({error}); rand-m9-mstd0.5-inc1 would do"
+            check(False, "recipe.augment.auto_augment", self.auto_augment, rule)
 
 
 @dataclass
 class RecipeConfig:
-    """How to train. Epochs may be fractions; `batch_size` is that of all devices together."""
+    """How to train. Lengths of warm-ups may be fractions of epochs; `batch_size` is that of all devices together."""
 
     epochs: int = 300
     batch_size: int = 256
@@ -135,6 +157,11 @@ class RecipeConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
+        check_choice("recipe.optimizer", self.optimizer, tuple(list_optimizers()))
+        check(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "recipe.betas", self.betas, "two in [0, 1)")
+        for key in ("eps", "decay_rate"):
+            check(getattr(self, key) > 0, f"recipe.{key}", getattr(self, key), "must be positive")
+        check(0 <= self.momentum < 1, "recipe.momentum", self.momentum, "must be in [0, 1)")
         for key in ("epochs", "batch_size"):
             check(getattr(self, key) >= 1, f"recipe.{key}", getattr(self, key), "must be at least 1")
         check(math.isfinite(self.lr) and self.lr > 0, "recipe.lr", self.lr, "must be positive")
@@ -184,7 +211,8 @@ class TrainConfig:
     seed: int = 0
     resume: str = "auto"
     evaluate: str | None = None
-    name: str = ""
+    label: str = "${backbone.label}"  # what the run is called: its name begins with it
+    name: str = ""  # the run folder's
 
     def __post_init__(self) -> None:
         if self.n != STATIC:
@@ -228,20 +256,45 @@ def to_plain(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
+def learnt_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what is learnt, as `{"recipe.lr": 0.1}`: a run goes on only where these are the same."""
+    flat = flatten(to_plain(config))
+    return {key: value for key, value in flat.items() if not HOW_IT_RUNS.fullmatch(key)}
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"recipe": {"lr": 1}}` as `{"recipe.lr": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+# Where it runs and what it is called; not what is learnt.
+HOW_IT_RUNS = re.compile(r"name|label|resume|evaluate|data\.root|runtime(\..+)?")
+# Beside these, what a run folder's path shows in a word of its own.
+IN_THE_PATH = re.compile(r"backbone|data|experiment|n|seed")
+
+
 def run_name(label: str, n: Any) -> str:
-    """A run folder's name: as published rows are called (`resnet18`, `resnet18_kw1d4x`), then the overrides that change
-    what is learnt and are not shown so (`resnet18_kw1d4x,recipe.lr=0.1`)."""
+    """A run folder's name: as published rows are called (`resnet18`, `resnet18_kw1d4x`), then the other settings given
+    on the command line that decide what is learnt (`resnet18_kw1d4x+recipe.lr-0.1`). It needs no quoting in a shell
+    or in Hydra."""
     try:
         name = label if n == STATIC else f"{label}_kw{format_budget(n)}"
     except ValueError:
         name = f"{label}_kw"  # n is no budget: validate says so, once there is a run
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    others = [override for override in overrides if not SHOWN_ELSEWHERE.match(override)]
-    return ",".join([name, *(re.sub(r"[^\w.=+-]+", "_", override) for override in sorted(others))])[:150]
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    for override in sorted(given):
+        key, _, value = override.lstrip("+~").partition("=")
+        if not HOW_IT_RUNS.fullmatch(key) and not IN_THE_PATH.fullmatch(key):
+            name += re.sub(r"[^\w.+-]+", "_", f"+{key}-{value}")
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[:MAX_NAME]}+{hashlib.sha1(name.encode()).hexdigest()[:8]}"  # cut, and still its own
 
 
-# Overrides that are in the run folder's path already, or do not change what is learnt.
-SHOWN_ELSEWHERE = re.compile(r"\+?(backbone|data|experiment|n|seed|name|resume|evaluate|data\.root|runtime[.\w]*)=")
+MAX_NAME = 120
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 ConfigStore.instance().store(name="schema", node=TrainConfig)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 
 import kw
-from train.checkpoint import CheckpointError, State, read
+from train.checkpoint import FORMAT, CheckpointError, State, read
 from train.config import ConfigError, TrainConfig, validate
 from train.data import Sample, Samples, eval_loader, open_split
 from train.distributed import World
@@ -54,23 +55,27 @@ def evaluate(
     return {**percent, "eval_loss": loss / samples, "eval_samples": samples}
 
 
-def evaluate_checkpoint(config: TrainConfig, world: World, data_given: bool) -> dict[str, float]:
+def evaluate_checkpoint(config: TrainConfig, world: World, given: list[str]) -> dict[str, Any]:
     """Evaluate the checkpoint or run folder `config.evaluate`.
 
-    One of ours knows its backbone, budget and data set; the command line's data set is used if it names one. For a
-    released checkpoint, backbone and budget are the command line's. An average of the weights is evaluated too.
+    One of ours knows its backbone, budget and data set; the command line's data set is used if it names one (`given`
+    are the keys on the command line). For a released checkpoint, backbone and budget are the command line's. An average
+    of the weights is evaluated too.
 
     Raises:
         CheckpointError: it cannot be read, or does not fit.
-        ConfigError: the data set has other classes than the model.
+        ConfigError: the data set has other classes than the model, or settings were given that the checkpoint knows.
     """
     path = Path(str(config.evaluate)).expanduser()
     path = path / "checkpoints" / "last.pt" if path.is_dir() else path
     state = read(path)
-    ours = "config" in state
+    ours = state.get("format") == FORMAT
     if ours:
         saved = validate(OmegaConf.create(state["config"]))
-        saved.data = config.data if data_given else saved.data
+        for key in given:
+            if not key.startswith(("data", "runtime", "evaluate", "hydra")):
+                raise ConfigError(f"{path} is of {saved.name} and knows its own settings: leave {key}=... out.")
+        saved.data = config.data if any(key.startswith("data") for key in given) else saved.data
         saved.runtime = config.runtime
         config = saved
     images = open_split(config.data, config.data.eval_split)
@@ -81,7 +86,8 @@ def evaluate_checkpoint(config: TrainConfig, world: World, data_given: bool) -> 
         )
     samples = Samples(images, eval_transform(config.data, config.recipe), config.seed)
     batch = config.runtime.micro_batch or 256
-    results: dict[str, float] = {}
+    results: dict[str, Any] = {"checkpoint": str(path), "backbone": config.backbone.label, "n": config.n}
+    results["data"] = config.data.name
     for prefix, weights in _weights(state, ours):
         model = _load(config, path, weights, len(images.classes), ours).to(world.device)
         loader = eval_loader(samples, batch, config.runtime.workers, pin=False, rank=world.rank, world=world.size)

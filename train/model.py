@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import timm
@@ -17,12 +16,9 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     """Build, with cells and attentions at their initial values.
 
     Raises:
-        ConfigError: timm has no such model, or does not take `backbone.kwargs`; the kernels cannot be cut as asked.
+        ConfigError: timm does not take `backbone.kwargs`, or the kernels cannot be cut as asked.
     """
     name = config.backbone.name
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ConfigError(f"backbone.name={name!r}: timm has no such model. Near: {', '.join(near) or 'none'}.")
     kwargs: dict[str, Any] = {"num_classes": num_classes, "drop_rate": config.recipe.dropout}
     if config.recipe.drop_path > 0:
         kwargs["drop_path_rate"] = config.recipe.drop_path

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import kw
 from kw.layers import KWLayer
-from train.checkpoint import CheckpointError, Checkpoints, State
-from train.config import ConfigError, TrainConfig, to_plain
+from train.checkpoint import FORMAT, CheckpointError, Checkpoints, State
+from train.config import ConfigError, TrainConfig, learnt_settings, to_plain, validate
 from train.data import MicroBatches, Sample, Samples, eval_loader, open_split, seed_everything, train_loader
 from train.distributed import World
 from train.evaluate import cast, evaluate
@@ -46,6 +47,11 @@ class Trainer:
         self.train_samples = Samples(train_images, train_transform(config.data, recipe), config.seed)
         self.eval_samples = Samples(eval_images, eval_transform(config.data, recipe), config.seed)
         self.accumulation = accumulation(recipe.batch_size, config.runtime.micro_batch, world.size)
+        micro = recipe.batch_size // (self.accumulation * world.size)
+        if micro % 2 and (recipe.mixup or recipe.cutmix):
+            raise ConfigError(
+                f"recipe.mixup and cutmix pair the samples of a micro-batch, which has {micro}: an odd number."
+            )
         self.steps_per_epoch = len(train_images) // recipe.batch_size
         if self.steps_per_epoch == 0:
             raise ConfigError(
@@ -78,8 +84,10 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the folder's newest checkpoint, if there is one.
 
-        Order: read the newest whole checkpoint; compare configurations; load weights, average, optimizer and scaler;
-        set the step; drop metrics of epochs that will be repeated.
+        1. Read the newest whole checkpoint, passing over damaged ones.
+        2. Compare its settings with this run's.
+        3. Load weights, average, optimizer, scaler, the epoch's sums and the step.
+        4. Drop the metrics of epochs that will be repeated.
 
         Raises:
             ConfigError: there is one and resume=never, or it was trained with other settings.
@@ -92,7 +100,9 @@ class Trainer:
         for remark in remarks:
             self.display.print(f"Passed over: {remark}")
         if self.config.resume == "never":
-            raise ConfigError(f"resume=never, but {self.folder} has checkpoints: move it away, or set another name=...")
+            raise ConfigError(
+                f"resume=never, but {self.folder} has checkpoints: move it away, or set another label=..."
+            )
         self._check_same_settings(state["config"])
         self.load(state)
         if self.world.is_main:
@@ -113,6 +123,7 @@ class Trainer:
 
     def state(self) -> State:
         return {
+            "format": FORMAT,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
@@ -124,16 +135,18 @@ class Trainer:
         }
 
     def _check_same_settings(self, saved: dict[str, Any]) -> None:
-        now = flatten(to_plain(self.config))
-        then = flatten(saved)
-        for key in sorted(now.keys() | then.keys()):
-            if key.startswith(("runtime.", "resume", "evaluate", "name", "data.root")):
-                continue
-            if now.get(key) != then.get(key):
+        then, now = validate(OmegaConf.create(saved)), self.config
+        before, after = learnt_settings(then), learnt_settings(now)
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
                 raise ConfigError(
-                    f"{self.folder} was trained with {key}={then.get(key)}, now it is {now.get(key)}. "
-                    f"Set it back to go on, or give the new run a name=... of its own."
+                    f"{self.folder} was trained with {key}={before.get(key)}, now it is {after.get(key)}. "
+                    f"Set it back to go on, or give the new run a label=... of its own."
                 )
+        for key in ("precision", "micro_batch"):  # they change rounding and batch statistics, not the recipe
+            was, is_now = getattr(then.runtime, key), getattr(now.runtime, key)
+            if was != is_now:
+                self.display.print(f"Going on with runtime.{key}={is_now}; it was {was}.")
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -168,7 +181,7 @@ class Trainer:
             self.display.stop()
         return self._summarize()
 
-    def _train_step(self, loader: Iterable[Sample]) -> None:
+    def _train_step(self, loader: Iterator[Sample]) -> None:
         """One optimizer step on the global batch, in micro-batches."""
         lr = learning_rate(self.step, self.steps_per_epoch, self.config.recipe)
         for group in self.optimizer.param_groups:
@@ -176,7 +189,7 @@ class Trainer:
         indices = []
         losses = self.sums.new_zeros(())
         for turn in range(self.accumulation):
-            images, targets, index = next(iter(loader))
+            images, targets, index = next(loader)
             indices.append(index)
             self._set_temperature(self.step * self.accumulation + turn)
             seed_everything(self.config.seed, self.step, turn, self.world.rank)  # of mixup, dropout and drop path
@@ -184,6 +197,9 @@ class Trainer:
             self.scaler.scale(loss / self.accumulation).backward()
             losses += loss.detach()
         self._update(losses, indices)
+        if self.ema:
+            self.ema.update(self.model)
+            self._set_temperature(self.step * self.accumulation + self.accumulation - 1)  # not an average of it
         self.step += 1
 
     def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
@@ -201,7 +217,8 @@ class Trainer:
         return loss
 
     def _update(self, losses: Tensor, indices: list[Tensor]) -> None:
-        """Apply the gradients, unless loss or gradients are not finite: then stop before anything is changed."""
+        """Apply the gradients, unless loss or gradients are not finite: then stop before anything is changed. To know
+        that in time, this waits for the device, once a step; at the end of the backward pass there is least to lose."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.recipe.clip_grad or math.inf)
@@ -216,9 +233,6 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.ema:
-            self.ema.update(self.model)
-            self._set_temperature(self.step * self.accumulation + self.accumulation - 1)
 
     def _set_temperature(self, micro_batch: int) -> None:
         """The same for the model and its average, which would otherwise be evaluated with an averaged temperature."""
@@ -309,14 +323,6 @@ def accumulation(batch_size: int, micro_batch: int | None, world: int) -> int:
     share = batch_size // world
     fewest = -(-share // (micro_batch or share))
     return next(count for count in range(fewest, share + 1) if share % count == 0)
-
-
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"recipe": {"lr": 1}}` as `{"recipe.lr": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _device_name(device: torch.device) -> str:

@@ -56,7 +56,12 @@ class Backbone:
         overrides = {key: kwargs.pop(key) for key in SETTINGS if key in kwargs}
         features = {key: kwargs.pop(key) for key in ("out_indices", "output_fmt", "norm") if key in kwargs}
         features_only = kwargs.pop("features_only", False)
-        model = self.vanilla(self.base, **kwargs)
+        try:
+            model = self.vanilla(self.base, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"kw_{self.base}: {error}. Settings of its warehouses are {', '.join(SETTINGS)}."
+            ) from error
         if n != STATIC:
             budget = parse_budget(n)
             convert(model, self.scope(budget), lambda warehouse: self.config(budget, warehouse).replace(**overrides))
