@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+# Threads that wait must not burn the core that another one needs: on a busy machine that costs several times over.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-all lint setup clean
 
