@@ -109,6 +109,20 @@ def test_more_budget_is_more_parameters(name):
     assert counts == sorted(set(counts))
 
 
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_small_patch16_224"])
+def test_deit_draws_by_stages_of_four_blocks_with_layer_norm_in_the_attention(name):
+    found = warehouses(meta(f"kw_{name}", n=4))
+    layers = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
+    assert {warehouse.name: [draw.kernel.name for draw in warehouse.draws] for warehouse in found} == {
+        f"stage{stage}_{part}": [
+            f"blocks.{block}.{part}.{layer}" for block in range(4 * stage, 4 * stage + 4) for layer in layers[part]
+        ]
+        for stage in range(3)
+        for part in layers
+    }
+    assert {warehouse.config.attention_norm for warehouse in found} == {"layer"}
+
+
 def test_features_are_computed_by_the_same_weights_as_the_logits():
     model = timm.create_model("kw_mobilenetv2_050", n=1).eval()
     features = timm.create_model("kw_mobilenetv2_050", n=1, features_only=True).eval()
