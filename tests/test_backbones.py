@@ -87,6 +87,7 @@ def test_features_are_those_of_the_vanilla_model(name, out_indices, n):
     theirs = meta(name, features_only=True, **chosen).eval()
     assert ours.feature_info.channels() == theirs.feature_info.channels()
     assert ours.feature_info.reduction() == theirs.feature_info.reduction()
+    assert ours.feature_info.module_name() == theirs.feature_info.module_name()
     image = torch.empty(2, 3, 224, 224, device="meta")
     assert [feature.shape for feature in ours(image)] == [feature.shape for feature in theirs(image)]
 

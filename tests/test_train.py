@@ -16,9 +16,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 import kw
-from train.checkpoint import CheckpointError, Checkpoints, read
-from train.config import ConfigError, RecipeConfig, validate
+from train.checkpoint import Checkpoints, read
+from train.config import RecipeConfig, validate
 from train.data import MicroBatches, epoch_order
+from train.errors import CheckpointError, ConfigError
 from train.model import build_model
 from train.optim import build_optimizer
 from train.schedule import learning_rate, temperature

@@ -12,12 +12,10 @@ from zipfile import BadZipFile
 
 import torch
 
+from train.errors import CheckpointError
+
 State = dict[str, Any]
 FORMAT = "kernelwarehouse 1"  # what a state says under "format", to be told from foreign checkpoints
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read, or does not fit; the message names the file."""
 
 
 def write(path: Path, state: State) -> None:
@@ -87,13 +85,8 @@ class Checkpoints:
         """`save`, and keep the file as one of the best where its score is."""
         ranked = sorted([*self.best, (score, epoch)], key=lambda entry: (-entry[0], entry[1]))
         self.best = ranked[: self.keep_best]
-        self.save(state)
-        if (score, epoch) in self.best:
-            kept = self._best_path(epoch)
-            kept.unlink(missing_ok=True)
-            os.link(self.folder / "last.pt", kept)  # last.pt is replaced, never rewritten: a link is a copy for free
-        for _, dropped in ranked[self.keep_best :]:
-            self._best_path(dropped).unlink(missing_ok=True)
+        self.save({**state, "epoch": epoch})
+        self._keep_best_of(self.folder / "last.pt", epoch)
 
     def load_newest(self) -> tuple[State, list[str]] | None:
         """The newest state that can be read, with a remark for each damaged one that was passed over; None if none was
@@ -113,13 +106,20 @@ class Checkpoints:
                 remarks.append(str(error))
                 continue
             self.best = [(float(score), int(epoch)) for score, epoch in state["best"]]
+            self._keep_best_of(path, state.get("epoch"))
             return state, remarks
         if remarks:
             raise CheckpointError("No checkpoint can be read. " + " ".join(remarks))
         return None
 
-    def _best_path(self, epoch: int) -> Path:
-        return self.folder / f"best-{epoch:04d}.pt"
+    def _keep_best_of(self, path: Path, epoch: int | None = None) -> None:
+        """Keep the state at `path` if it is that of one of the best epochs, and drop files that are no longer."""
+        wanted = {self.folder / f"best-{number:04d}.pt" for _, number in self.best}
+        kept = self.folder / f"best-{epoch:04d}.pt" if epoch is not None else None
+        if kept in wanted and not kept.exists():
+            os.link(path, kept)  # checkpoints are replaced, never rewritten: a link is a copy for free
+        for stale in set(self.folder.glob("best-*.pt")) - wanted:
+            stale.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

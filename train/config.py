@@ -21,10 +21,7 @@ from timm.optim import list_optimizers
 from kw import KWConfig
 from kw.backbones import STATIC
 from kw.config import format_budget, parse_budget
-
-
-class ConfigError(ValueError):
-    """A setting is unknown, missing or has no sense; the message names its key."""
+from train.errors import ConfigError
 
 
 def check(holds: bool, key: str, value: object, rule: str) -> None:
@@ -188,15 +185,26 @@ class RecipeConfig:
 class RuntimeConfig:
     device: str = "auto"  # cuda where there is one, else cpu
     precision: str = "float32"  # of forward and backward; weights stay float32
+    devices: int = 1  # processes on a node, a GPU each
+    nodes: int = 1  # the same command runs on each
+    rendezvous: str | None = None  # host:port of the first of several nodes; on SLURM it is known
     micro_batch: int | None = None  # samples at a time on a device; null: the whole of its share of the batch
     workers: int = 0  # processes that load data
     channels_last: bool = False
     compile: bool = False  # torch.compile
+    sync_norm: bool = False  # batch statistics over all devices (GPUs only)
+    checkpoint_steps: int | None = None  # checkpoints within an epoch, beside those at its end
+    keep_best: int = 1  # checkpoints of the best epochs to keep
 
     def __post_init__(self) -> None:
         check_choice("runtime.device", self.device, ("auto", "cpu", "cuda"))
         check_choice("runtime.precision", self.precision, ("float32", "bfloat16", "float16"))
-        check(self.workers >= 0, "runtime.workers", self.workers, "must not be negative")
+        for key in ("workers", "keep_best"):
+            check(getattr(self, key) >= 0, f"runtime.{key}", getattr(self, key), "must not be negative")
+        for key in ("devices", "nodes"):
+            check(getattr(self, key) >= 1, f"runtime.{key}", getattr(self, key), "must be at least 1")
+        steps = self.checkpoint_steps
+        check(steps is None or steps >= 1, "runtime.checkpoint_steps", steps, "must be at least 1, or null")
         check(self.micro_batch is None or self.micro_batch >= 1, "runtime.micro_batch", self.micro_batch, "at least 1")
 
 
@@ -213,6 +221,7 @@ class TrainConfig:
     evaluate: str | None = None
     label: str = "${backbone.label}"  # what the run is called: its name begins with it
     name: str = ""  # the run folder's
+    given: list[str] = field(default_factory=list)  # keys on the command line; set by the program itself
 
     def __post_init__(self) -> None:
         if self.n != STATIC:
@@ -271,7 +280,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # Where it runs and what it is called; not what is learnt.
-HOW_IT_RUNS = re.compile(r"name|label|resume|evaluate|data\.root|runtime(\..+)?")
+HOW_IT_RUNS = re.compile(r"name|label|given|resume|evaluate|data\.root|runtime(\..+)?")
 # Beside these, what a run folder's path shows in a word of its own.
 IN_THE_PATH = re.compile(r"backbone|data|experiment|n|seed")
 

@@ -13,12 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from train.config import ConfigError, DataConfig
+from train.config import DataConfig
+from train.errors import ConfigError, DataError
 from train.transforms import Transform
-
-
-class DataError(RuntimeError):
-    """An image cannot be read; the message names the file."""
 
 
 class Images(Protocol):

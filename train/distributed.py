@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from train.config import ConfigError
+from train.config import RuntimeConfig
+from train.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,27 +29,47 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def stack(self, values: Tensor) -> Tensor:
+        """Every process's values, `(size, *shape)`."""
+        if self.size == 1:
+            return values[None].clone()
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(gathered, values)
+        return torch.stack(gathered)
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """The first process's buffers to all: running statistics are its own, until it is evaluated or saved."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
 
-def connect(device: str) -> World:
-    """The world as the launcher's environment describes it (RANK, WORLD_SIZE, LOCAL_RANK), or a world of one.
+def connect(runtime: RuntimeConfig) -> World:
+    """The world as a launcher's environment describes it (RANK, WORLD_SIZE, LOCAL_RANK), or a world of one.
 
     Raises:
         ConfigError: runtime.device=cuda without a GPU, or with fewer than there are processes.
     """
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    kind = runtime.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
     local = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda" and local >= torch.cuda.device_count():
-        raise ConfigError(f"runtime.device=cuda: process {local} finds {torch.cuda.device_count()} GPUs here.")
-    place = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
+        raise ConfigError(f"runtime.device=cuda: process {local} of this node finds {torch.cuda.device_count()} GPUs.")
+    if runtime.sync_norm and kind == "cpu":
+        raise ConfigError("runtime.sync_norm=true needs GPUs: torch synchronizes batch statistics there alone.")
+    device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
-        torch.cuda.set_device(place)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: training in several processes is not there yet.")
-    return World(0, 1, place)
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return World(0, 1, device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), device)
 
 
 def disconnect() -> None:

@@ -12,10 +12,11 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import kw
-from train.checkpoint import FORMAT, CheckpointError, State, read
-from train.config import ConfigError, TrainConfig, validate
+from train.checkpoint import FORMAT, State, read
+from train.config import TrainConfig, validate
 from train.data import Sample, Samples, eval_loader, open_split
 from train.distributed import World
+from train.errors import CheckpointError, ConfigError
 from train.model import build_model
 from train.transforms import eval_transform
 
@@ -55,12 +56,11 @@ def evaluate(
     return {**percent, "eval_loss": loss / samples, "eval_samples": samples}
 
 
-def evaluate_checkpoint(config: TrainConfig, world: World, given: list[str]) -> dict[str, Any]:
+def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
     """Evaluate the checkpoint or run folder `config.evaluate`.
 
-    One of ours knows its backbone, budget and data set; the command line's data set is used if it names one (`given`
-    are the keys on the command line). For a released checkpoint, backbone and budget are the command line's. An average
-    of the weights is evaluated too.
+    One of ours knows its backbone, budget and data set; the command line's data set is used if it names one. For a
+    released checkpoint, backbone and budget are the command line's. An average of the weights is evaluated too.
 
     Raises:
         CheckpointError: it cannot be read, or does not fit.
@@ -72,10 +72,10 @@ def evaluate_checkpoint(config: TrainConfig, world: World, given: list[str]) -> 
     ours = state.get("format") == FORMAT
     if ours:
         saved = validate(OmegaConf.create(state["config"]))
-        for key in given:
+        for key in config.given:
             if not key.startswith(("data", "runtime", "evaluate", "hydra")):
                 raise ConfigError(f"{path} is of {saved.name} and knows its own settings: leave {key}=... out.")
-        saved.data = config.data if any(key.startswith("data") for key in given) else saved.data
+        saved.data = config.data if any(key.startswith("data") for key in config.given) else saved.data
         saved.runtime = config.runtime
         config = saved
     images = open_split(config.data, config.data.eval_split)

@@ -9,7 +9,8 @@ from torch import nn
 
 import kw
 from kw.backbones import BACKBONES
-from train.config import ConfigError, TrainConfig
+from train.config import TrainConfig
+from train.errors import ConfigError
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:

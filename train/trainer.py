@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +14,20 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import kw
 from kw.layers import KWLayer
-from train.checkpoint import FORMAT, CheckpointError, Checkpoints, State
-from train.config import ConfigError, TrainConfig, learnt_settings, to_plain, validate
+from train.checkpoint import FORMAT, Checkpoints, State
+from train.config import TrainConfig, learnt_settings, to_plain, validate
 from train.data import MicroBatches, Sample, Samples, eval_loader, open_split, seed_everything, train_loader
 from train.distributed import World
+from train.errors import CheckpointError, ConfigError, NonFiniteError
 from train.evaluate import cast, evaluate
+from train.interrupt import StopRequest, requeue
 from train.logging import Display, MetricsFile, provenance, write_whole
 from train.model import build_model
 from train.optim import build_loss, build_mixup, build_optimizer
@@ -62,9 +68,12 @@ class Trainer:
 
         seed_everything(config.seed)
         num_classes = len(train_images.classes)
-        model = build_model(config, num_classes).to(world.device)
+        model = build_model(config, num_classes)
+        if config.runtime.sync_norm:
+            model = convert_sync_batchnorm(model)
+        model.to(world.device)
         if config.runtime.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)
         self.model = model
         self.dynamic = any(isinstance(module, KWLayer) for module in model.modules())
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
@@ -72,10 +81,17 @@ class Trainer:
         self.mixup = build_mixup(recipe, num_classes)
         self.loss = build_loss(recipe, self.mixup)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.runtime.precision == "float16")
-        self.forward: nn.Module = torch.compile(model) if config.runtime.compile else model  # type: ignore[assignment]
+        self.forward: nn.Module = model  # the same weights, as a step goes through them
+        if world.size > 1:
+            devices = [world.device] if world.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(model, device_ids=devices)
+        if config.runtime.compile:
+            self.forward.compile()
 
-        self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # this epoch's samples, loss, hits
-        self.checkpoints = Checkpoints(folder / "checkpoints")
+        # This epoch's samples, loss and hits, on this process.
+        self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self.stop = StopRequest()
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.runtime.keep_best)
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.display = Display(world.is_main, recipe.epochs, self.steps_per_epoch)
 
@@ -116,19 +132,30 @@ class Trainer:
                 self.ema.module.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            self.sums.copy_(state["sums"])
             self.step = state["step"]
+            self._load_sums(state["sums"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"The checkpoint in {self.folder} does not fit this run: {error}") from error
 
+    def _load_sums(self, sums: Tensor) -> None:
+        """Each process takes its own; of another number of processes the first takes all, which add up the same."""
+        if len(sums) == self.world.size:
+            self.sums.copy_(sums[self.world.rank])
+            return
+        self.display.print(f"Going on with {self.world.size} processes; there were {len(sums)}.")
+        if self.world.is_main:
+            self.sums.copy_(sums.sum(dim=0))
+
     def state(self) -> State:
+        """All that it takes to go on. Every process must call it, the first one saves it."""
+        sums = self.world.stack(self.sums)
         return {
             "format": FORMAT,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "sums": self.sums,
+            "sums": sums,
             "step": self.step,
             "config": to_plain(self.config),
             "classes": list(self.train_samples.images.classes),
@@ -171,18 +198,36 @@ class Trainer:
         started, first = time.monotonic(), self.step
         try:
             while self.step < self.steps:
-                self._train_step(loader)
+                stopping = self._train_step(loader)
                 if self.display.wants(self.step - 1):
                     self._show(started, first)
                 if self.step % self.steps_per_epoch == 0:
                     self._end_epoch(started, first)
                     started, first = time.monotonic(), self.step
+                elif stopping or self.step % (runtime.checkpoint_steps or self.steps + 1) == 0:
+                    self._save()
+                if stopping and self.step < self.steps:
+                    self._leave()
         finally:
             self.display.stop()
+            self.stop.forget()
         return self._summarize()
 
-    def _train_step(self, loader: Iterator[Sample]) -> None:
-        """One optimizer step on the global batch, in micro-batches."""
+    def _save(self) -> None:
+        state = self.state()
+        if self.world.is_main:
+            self.checkpoints.save(state)
+        self.world.barrier()
+
+    def _leave(self) -> None:
+        """A signal asked for it, and the step just done is saved."""
+        again = self.world.is_main and requeue()
+        how = "it is back in the queue" if again else "the same command goes on from here"
+        self.display.print(f"Stopped by a signal after step {self.step} of {self.steps}, and saved: {how}.")
+        raise SystemExit(128 + (self.stop.signal or signal.SIGTERM))
+
+    def _train_step(self, loader: Iterator[Sample]) -> bool:
+        """One optimizer step on the global batch, in micro-batches. Whether some process was asked to stop."""
         lr = learning_rate(self.step, self.steps_per_epoch, self.config.recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -193,14 +238,17 @@ class Trainer:
             indices.append(index)
             self._set_temperature(self.step * self.accumulation + turn)
             seed_everything(self.config.seed, self.step, turn, self.world.rank)  # of mixup, dropout and drop path
-            loss = self._forward(images, targets)
-            self.scaler.scale(loss / self.accumulation).backward()
+            last = turn == self.accumulation - 1
+            with contextlib.nullcontext() if last or self.world.size == 1 else self.forward.no_sync():
+                loss = self._forward(images, targets)
+                self.scaler.scale(loss / self.accumulation).backward()
             losses += loss.detach()
-        self._update(losses, indices)
+        stopping = self._update(losses, indices)
         if self.ema:
             self.ema.update(self.model)
             self._set_temperature(self.step * self.accumulation + self.accumulation - 1)  # not an average of it
         self.step += 1
+        return stopping
 
     def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
         images, targets = (t.to(self.world.device, non_blocking=True) for t in (images, targets))
@@ -216,23 +264,34 @@ class Trainer:
         self.sums += torch.stack([torch.full_like(hits, len(images)), loss.detach() * len(images), hits]).double()
         return loss
 
-    def _update(self, losses: Tensor, indices: list[Tensor]) -> None:
-        """Apply the gradients, unless loss or gradients are not finite: then stop before anything is changed. To know
-        that in time, this waits for the device, once a step; at the end of the backward pass there is least to lose."""
+    def _update(self, losses: Tensor, indices: list[Tensor]) -> bool:
+        """Apply the gradients, unless loss or gradients are not finite: then all processes stop before anything is
+        changed. To know that in time, this waits for the device once a step, at the end of the backward pass, where
+        there is least to lose; whether one of the processes was asked to stop is learnt on the way."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.recipe.clip_grad or math.inf)
         finite = torch.isfinite(losses) if self.scaler.is_enabled() else torch.isfinite(losses + norm)
-        if not finite:
-            samples = ", ".join(str(int(i)) for i in torch.cat(indices)[:16])
-            raise FloatingPointError(
-                f"Step {self.step}: loss {losses.item() / self.accumulation:.4g}, gradient norm {norm.item():.4g}. "
-                f"The step was not applied. Samples of its batch: {samples}, ... "
-                f"Last good checkpoint: {self.checkpoints.folder / 'last.pt'}."
-            )
+        flags = torch.stack([~finite, torch.full_like(finite, self.stop.signal > 0)]).to(torch.int32)
+        broken, stopping = self.world.sum(flags).tolist()
+        if broken:
+            self._refuse(losses.item() / self.accumulation, norm.item(), torch.cat(indices))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        return bool(stopping)
+
+    def _refuse(self, loss: float, norm: float, indices: Tensor) -> None:
+        losses = self.world.stack(torch.tensor(loss, device=self.world.device)).tolist()
+        everyone = self.world.stack(indices.to(self.world.device)).cpu()
+        culprits = everyone[[not math.isfinite(each) for each in losses]]
+        shown = (culprits if len(culprits) else everyone).flatten()[:64].tolist()
+        last = self.checkpoints.folder / "last.pt"
+        raise NonFiniteError(
+            f"Step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}. The step was not applied. Indices of its "
+            f"samples: {', '.join(map(str, shown))}. "
+            + (f"Last good checkpoint: {last}." if last.exists() else "There is no checkpoint yet.")
+        )
 
     def _set_temperature(self, micro_batch: int) -> None:
         """The same for the model and its average, which would otherwise be evaluated with an averaged temperature."""
@@ -249,7 +308,8 @@ class Trainer:
 
     # ---- the end of an epoch ----------------------------------------------------------------------------------------
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        self.world.share_buffers(model)
         runtime = self.config.runtime
         batch = runtime.micro_batch or min(256, self.config.recipe.batch_size)
         pin = self.world.device.type == "cuda"
@@ -258,24 +318,25 @@ class Trainer:
 
     def _end_epoch(self, started: float, first: int) -> None:
         epoch = self.step // self.steps_per_epoch - 1
-        samples, loss, hits = self.world.sum(self.sums).tolist()  # waits for the device: the time is right after it
+        samples, loss, hits = self.world.sum(self.sums.clone()).tolist()  # waits for the device: then the time is right
         speed = (self.step - first) * self.config.recipe.batch_size / (time.monotonic() - started)
         line: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
             "train_loss": loss / samples,
             "train_top1": 100 * hits / samples,
-            **self.evaluate(self.model),
+            **self._evaluate(self.model),
         }
         if self.ema:
-            line |= {f"ema_{key}": value for key, value in self.evaluate(self.ema.module).items()}
+            line |= {f"ema_{key}": value for key, value in self._evaluate(self.ema.module).items()}
         line["lr"] = learning_rate(self.step - 1, self.steps_per_epoch, self.config.recipe)
         line["temperature"] = self._temperature(self.step * self.accumulation - 1) if self.dynamic else 0.0
         line["images_per_second"] = speed
         self.sums.zero_()
+        state = self.state()
         if self.world.is_main:
             self.metrics.append(line)
-            self.checkpoints.save_epoch(self.state(), epoch, line.get("ema_top1", line["top1"]))
+            self.checkpoints.save_epoch(state, epoch, line.get("ema_top1", line["top1"]))
         self.world.barrier()
         self.display.epoch(line, (self.steps - self.step) * self.config.recipe.batch_size / speed)
 

@@ -1,0 +1,64 @@
+"""Leaving well: signals that ask to save and go, and a lock that keeps a second job out of a run folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from train.errors import ConfigError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LOCK_SECONDS = 15
+
+
+class StopRequest:
+    """Remembers that SIGTERM or SIGUSR1 came, for the trainer to act on at the end of its step."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+    def forget(self) -> None:
+        """Signals mean again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def requeue() -> bool:
+    """Put this job back into SLURM's queue, if it runs there; the run then goes on from its checkpoint."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return False
+    return subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
+
+
+def lock(folder: Path) -> IO[str]:
+    """Claim a run folder for as long as this process lives (or the file returned is open).
+
+    A job that was killed may leave helpers behind that take some seconds to notice; that long it is tried again.
+
+    Raises:
+        ConfigError: another job is at work there, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"The run folder {folder} cannot be written: {error.strerror}.") from None
+    for _ in range(LOCK_SECONDS * 10):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError:
+            time.sleep(0.1)
+    file.close()
+    raise ConfigError(f"Another job is at work in {folder}: wait for it, or give this one a label=... of its own.")

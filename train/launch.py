@@ -1,0 +1,84 @@
+"""From one command to one process or many: torch's elastic launch inside the Hydra job, or torchrun around it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import uuid
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from train.config import TrainConfig
+from train.errors import LaunchError, RunError
+from train.run import run
+
+PR_SET_PDEATHSIG = 1
+
+
+def launch(config: TrainConfig, folder: Path) -> None:
+    """Run the job: here, if it is one process or if torchrun has started this one; else in `runtime.devices` new ones.
+
+    With `runtime.nodes` > 1 the same command runs on every node, and the nodes meet at `runtime.rendezvous`.
+
+    Raises:
+        LaunchError: a worker failed. Errors of a job that runs here come as they are.
+    """
+    runtime = config.runtime
+    if "RANK" in os.environ or runtime.devices * runtime.nodes == 1:
+        run(config, folder)
+        return
+    endpoint = runtime.rendezvous or "localhost:0"  # port 0: a free one, so that jobs do not meet by accident
+    local = endpoint.startswith(("localhost", "127."))
+    settings = LaunchConfig(
+        min_nodes=runtime.nodes,
+        max_nodes=runtime.nodes,
+        nproc_per_node=runtime.devices,
+        run_id=config.name if runtime.nodes > 1 else uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint=endpoint,
+        max_restarts=0,  # a checkpoint and the same command are how a run goes on
+        monitor_interval=0.2,
+        local_addr="localhost" if local else None,
+    )
+    # SIGUSR1, as SLURM sends it before the end of a job, reaches the workers as SIGTERM does.
+    before = signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        elastic_launch(settings, _work)(config, folder)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 128:  # a worker that saved and left
+            sys.exit(failure.exitcode)
+        raise LaunchError(f"process {rank} of {runtime.devices * runtime.nodes} failed ({failure.exitcode})") from None
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _work(config: TrainConfig, folder: Path) -> None:
+    """What each worker runs. It dies with its launcher: an orphan would go on writing into the run folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        run(config, folder)
+    except Exception as error:
+        if not report(error):
+            raise
+        sys.exit(1)
+
+
+def report(error: BaseException) -> bool:
+    """Print an error whose message says it all, without the traceback that would bury it; False for any other.
+
+    All processes find the same fault in a configuration, and the first one tells.
+    """
+    if not isinstance(error, RunError):
+        return False
+    if not error.everywhere or os.environ.get("RANK", "0") == "0":
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return True
