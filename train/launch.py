@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
+import traceback
 import uuid
 from pathlib import Path
 
@@ -45,6 +47,8 @@ def launch(config: TrainConfig, folder: Path) -> None:
         monitor_interval=0.2,
         local_addr="localhost" if local else None,
     )
+    # Workers tell what went wrong with them; the launcher's account of their exit codes would bury it.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # SIGUSR1, as SLURM sends it before the end of a job, reaches the workers as SIGTERM does.
     before = signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
@@ -68,7 +72,7 @@ def _work(config: TrainConfig, folder: Path) -> None:
         run(config, folder)
     except Exception as error:
         if not report(error):
-            raise
+            traceback.print_exc()
         sys.exit(1)
 
 

@@ -1,0 +1,185 @@
+"""Several processes against one, kills and signals: the command line, on real digits, shrunk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.kill_storm import differences, outcome
+from train.checkpoint import read
+
+ROOT = Path(__file__).parents[1]
+SMALL = (
+    "recipe.batch_size=64",
+    "recipe.epochs=2",
+    "recipe.warmup_epochs=0",
+    "recipe.temperature_epochs=1",
+    "data.image_size=16",
+    "runtime.device=cpu",
+    "backbone.kwargs.channels=[8,8,8,16]",
+    "backbone.kwargs.stem_width=8",
+)
+
+
+def start(folder, *settings, shrunk=SMALL, **environment):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "train", *shrunk, *settings, f"hydra.run.dir={folder}"]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(folder, *settings, code=0, **more):
+    process = start(folder, *settings, **more)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors
+    return out, errors
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """One process that works off each batch in two micro-batches."""
+    folder = tmp_path_factory.mktemp("one")
+    run(folder, "n=1/2", "runtime.micro_batch=32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two processes with a micro-batch each."""
+    folder = tmp_path_factory.mktemp("two")
+    run(folder, "n=static", "runtime.devices=2")
+    return folder
+
+
+def test_two_processes_learn_as_one_does_with_the_same_micro_batches(two, tmp_path):
+    """Batch statistics are those of a micro-batch, so that they are the same here and there; only the running ones,
+    which evaluation uses, see the first process's half."""
+    run(tmp_path, "n=static", "runtime.micro_batch=32")
+    for alone, together in zip(metrics(tmp_path), metrics(two), strict=True):
+        assert together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
+        assert together["eval_samples"] == alone["eval_samples"] == 359
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_evaluation_counts_every_sample_once(one, ranks):
+    """All 1,797 digits, which none of these numbers divides without a rest."""
+    evaluate = (f"evaluate={one}", "data=digits", "data.eval_split=all", "runtime.device=cpu")
+    alone = json.loads(run(one / "x", *evaluate, shrunk=())[0])
+    shared = json.loads(run(one / "y", *evaluate, f"runtime.devices={ranks}", shrunk=())[0])
+    assert shared["eval_samples"] == alone["eval_samples"] == 1797
+    assert (shared["top1"], shared["top5"]) == (alone["top1"], alone["top5"])
+    assert shared["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_end(devices, two, tmp_path):
+    settings = ("n=static", f"runtime.devices={devices}")
+    if devices == 1:
+        run(tmp_path / "calm", *settings)
+    calm = two if devices == 2 else tmp_path / "calm"
+    stopped = tmp_path / "stopped"
+    process = start(stopped, *settings, "runtime.checkpoint_steps=5")
+    while process.poll() is None and not (stopped / "checkpoints" / "last.pt").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1 if devices == 2 else signal.SIGTERM)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGUSR1), errors
+    assert "Stopped by a signal" in out
+    assert read(stopped / "checkpoints" / "last.pt")["step"] < 44
+    out, _ = run(stopped, *settings)
+    assert "Resumed" in out
+    assert differences(outcome(calm), outcome(stopped)) == []
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_says_so(two, tmp_path):
+    stopped = tmp_path / "run"
+    process = start(stopped, "n=static", "runtime.checkpoint_steps=5", "runtime.devices=2")
+    while process.poll() is None and not (stopped / "checkpoints" / "last.pt").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    out, _ = run(stopped, "n=static", "runtime.micro_batch=32")
+    assert "Going on with 1 processes; there were 2" in out
+    for now, undisturbed in zip(metrics(stopped), metrics(two), strict=True):
+        assert now["train_loss"] == pytest.approx(undisturbed["train_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_short_kill_storm(devices):
+    command = [sys.executable, "-m", "scripts.kill_storm", "--kills", "2", "--devices", str(devices)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "The same to the bit" in done.stdout, done.stdout + done.stderr
+
+
+def test_two_agents_on_one_machine_stand_for_two_nodes(two, tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    settings = ("n=static", "label=nodes", "runtime.nodes=2", f"runtime.rendezvous=localhost:{port}")
+    agents = [start(tmp_path, *settings) for _ in range(2)]
+    for agent in agents:
+        _, errors = agent.communicate(timeout=300)
+        assert agent.returncode == 0, errors
+    for nodes, processes in zip(metrics(tmp_path), metrics(two), strict=True):
+        assert nodes["train_loss"] == pytest.approx(processes["train_loss"], rel=1e-6)
+
+
+def test_torchrun_around_it_works_too(two, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
+    done = subprocess.run(
+        [*command, *SMALL, "n=static", f"hydra.run.dir={tmp_path}"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line["train_loss"] for line in metrics(tmp_path)] == [line["train_loss"] for line in metrics(two)]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_loss_that_is_not_finite_stops_before_the_update(devices, tmp_path):
+    settings = ("n=static", f"runtime.devices={devices}", "recipe.optimizer=sgd", "recipe.schedule=constant")
+    _, errors = run(tmp_path, *settings, "recipe.lr=1e30", code=1)
+    assert errors.count("NonFiniteError: Step ") == 1 and "Indices of its samples" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_second_job_is_kept_out_of_the_folder(tmp_path, monkeypatch):
+    from train import interrupt
+    from train.errors import ConfigError
+
+    monkeypatch.setattr(interrupt, "LOCK_SECONDS", 0.2)
+    with interrupt.lock(tmp_path), pytest.raises(ConfigError, match="Another job"):
+        interrupt.lock(tmp_path)
+    interrupt.lock(tmp_path).close()
+
+
+def test_slurm_gets_the_job_back(tmp_path, monkeypatch):
+    from train.interrupt import requeue
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert not requeue()
+    fake = tmp_path / "scontrol"
+    fake.write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert requeue() and (tmp_path / "asked").read_text() == "requeue 42\n"
+
+
+def test_an_average_is_evaluated_at_the_models_temperature(tmp_path):
+    run(tmp_path, "n=1", "recipe.ema_decay=0.99", "recipe.epochs=1", "recipe.temperature_epochs=2")
+    state = read(tmp_path / "checkpoints" / "last.pt")
+    key = next(key for key in state["model"] if key.endswith("temperature"))
+    assert torch.equal(state["model"][key], state["ema"][key])
+    assert 0 < state["ema"][key] < 1
