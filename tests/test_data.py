@@ -494,6 +494,11 @@ def test_a_sample_of_a_shard_that_is_not_whole_is_named(tmp_path, files, words):
     assert "train-000001.tar" in message and words in message
 
 
+def test_a_missing_shard_is_named_by_its_number(shards):
+    (shards / "train-000002.tar").unlink()
+    assert "number 2" in refusal(format="shards", root=shards)
+
+
 def test_a_truncated_shard_is_named(shards):
     path = shards / "train-000002.tar"
     path.write_bytes(path.read_bytes()[:1500])
@@ -523,7 +528,9 @@ def test_classes_of_shards(tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps(["chat noir", "猫"]))
     assert open_split(data, "train").classes == ["chat noir", "猫"]
     assert "is of class 2" in refusal("val", format="shards", root=tmp_path)
-    (tmp_path / "classes.json").write_text('{"a": 0}')
+    (tmp_path / "classes.json").write_text('{"b": 2, "a": 0, "c": 1}')
+    assert open_split(data, "train").classes == ["a", "c", "b"]
+    (tmp_path / "classes.json").write_text('{"a": 1}')
     assert "classes.json" in refusal(format="shards", root=tmp_path)
     (tmp_path / "classes.txt").write_text("a b\nc\nd\n")
     assert open_split(data, "val").classes == ["a b", "c", "d"]

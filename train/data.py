@@ -90,6 +90,8 @@ class Files:
         try:
             with Image.open(file) as image:
                 return image.convert("RGB"), int(self.targets[index])
+        except MemoryError:  # says nothing about the file
+            raise
         except Exception as error:  # decoders raise nearly anything on broken files
             raise BrokenImage(f"{self.describe(index)} cannot be read as an image: {error}") from None
 
@@ -153,7 +155,7 @@ class Archive(Files):
 
 class Shards(Files):
     """WebDataset shards `root/split-*.tar` of images and `.cls`, and the names of the classes in `root/classes.txt` (a
-    line each) or `classes.json` (a list); without, classes are called by their numbers."""
+    line each) or `classes.json`; without, classes are called by their numbers."""
 
     def __init__(self, root: Path, split: str, window: int, num_classes: int | None, splits: Iterable[str] = ()):
         self.window = window
@@ -208,7 +210,20 @@ class Shards(Files):
 
 
 def list_shards(root: Path, split: str) -> list[Path]:
-    return sorted(root.glob(f"{glob.escape(split)}-*.tar"))
+    """Paths by name.
+
+    Raises:
+        ConfigError: some are missing, by their numbers.
+    """
+    paths = sorted(root.glob(f"{glob.escape(split)}-*.tar"))
+    numbers = sorted(int(number[1]) for path in paths if (number := re.search(r"(\d+)\.tar$", path.name)))
+    missing = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers)) if numbers else []
+    if missing:
+        raise ConfigError(
+            f"{root} has shards up to {paths[-1].name}, but none of number {missing[0]}: "
+            f"copy it there, or number them anew."
+        )
+    return paths
 
 
 def read_classes(root: Path) -> list[str]:
@@ -222,8 +237,12 @@ def read_classes(root: Path) -> list[str]:
         names = json.loads(listed.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{listed} is no JSON: {error}.") from None
+    if isinstance(names, dict) and sorted(map(str, names.values())) == sorted(map(str, range(len(names)))):
+        names = sorted(names, key=lambda name: int(names[name]))
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f'{listed} must be a list of names, such as ["cat", "dog"].')
+        raise DataError(
+            f'{listed} must be a list of names, ["cat", "dog"], or have their numbers, {{"cat": 0, "dog": 1}}.'
+        )
     return names
 
 
@@ -434,8 +453,11 @@ class Loader:
                 if self.substitutes:
                     self.substitutes.record(batch)
                 yield Sample(batch.image, batch.target, batch.index)
+            return
         except DataError as error:
-            raise DataError(without_trace(str(error))) from None
+            message = without_trace(str(error))
+            error.__traceback__ = None  # it has the workers' handles in a cycle, whose collection waits 5 s for each
+        raise DataError(message)
 
 
 def without_trace(message: str) -> str:
