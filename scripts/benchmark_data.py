@@ -1,8 +1,9 @@
 """How fast images are read, decoded and augmented, by our loader and others: python -m scripts.benchmark_data FOLDER
 
-One process (no workers) reads every file of a split once with each loader, by turns, with the same transform
-object on the same files. A rate is images by seconds of processor time, so images/s per core; that by the
-clock, which other programs disturb, stands beside it. `seen` counts distinct files for ours, and images for the others.
+One process (no workers) reads every file of a split once with each loader, by turns and in random order, with the
+same transform object on the same files. A rate is images by seconds of processor time, so images/s per core; that by
+the clock, which other programs disturb, stands beside it. `seen` counts distinct files for ours, and images for the
+others; timm's leaves out the last incomplete batch in training.
 """
 
 from __future__ import annotations
@@ -49,10 +50,8 @@ def torchvisions(root: str, split: str, transform: Transform, batch: int) -> Epo
 
 def timms(root: str, split: str, transform: Transform, batch: int, size: int) -> Epoch:
     dataset = create_dataset("", root=root, split=split)
-    # As in evaluation, where timm neither leaves out the last batch nor shuffles.
-    loader = create_loader(
-        dataset, (3, size, size), batch, num_workers=0, persistent_workers=False, use_prefetcher=False
-    )
+    kwargs: dict[str, Any] = {"num_workers": 0, "persistent_workers": False, "use_prefetcher": False}
+    loader = create_loader(dataset, (3, size, size), batch, is_training=True, **kwargs)
     dataset.transform = transform
     return lambda number: loader
 
@@ -100,6 +99,10 @@ def main() -> None:
         for name in names:
             results[name].append(measure(loaders[name](turn)))
     print_table(results, files, given.rounds)
+    for name, found in results.items():
+        whole = files - files % given.batch if name == "timm" else files
+        if {seen for _, _, seen in found} != {whole}:
+            sys.exit(f"{name} lost images: it should read {whole}.")
 
 
 def print_table(results: dict[str, list[tuple[float, float, int]]], files: int, rounds: int) -> None:
@@ -110,8 +113,6 @@ def print_table(results: dict[str, list[tuple[float, float, int]]], files: int, 
         columns = [spread([f[0] for f in found]), spread([f[1] for f in found]), spread(ratios, 3)]
         seen = {f[2] for f in found}
         print(f"{name:<14}{columns[0]:<26}{columns[1]:<26}{columns[2]:<24}{', '.join(map(str, sorted(seen)))}")
-        if seen != {files}:
-            sys.exit(f"{name} lost images: {files} files.")
 
 
 def spread(values: list[float], digits: int = 0) -> str:

@@ -23,7 +23,7 @@ from PIL import Image
 import scripts.make_shards
 import train.archives
 from scripts.make_shards import make_shards
-from train.config import AugmentConfig, ConfigError, DataConfig, DataError, RecipeConfig, validate
+from train.config import AugmentConfig, DataConfig, RecipeConfig, validate
 from train.data import (
     BrokenImage,
     Key,
@@ -35,6 +35,9 @@ from train.data import (
     open_split,
     train_loader,
 )
+from train.distributed import World
+from train.errors import ConfigError, DataError
+from train.trainer import Trainer
 from train.transforms import eval_transform, train_transform
 
 ROOT = Path(__file__).parents[1]
@@ -549,7 +552,7 @@ def test_the_groups_compose():
     assert config("data=shards", "data.root=x", "data.window=3").data.window == 3
     cifar = config("data=cifar10", "data.root=x.tar")
     assert (cifar.data.image_size, cifar.data.num_classes, cifar.data.eval_split) == (32, 10, "test")
-    assert (cifar.recipe.epochs, cifar.recipe.augment.hflip) == (10, 0.5)
+    assert (cifar.recipe.augment.hflip, cifar.recipe.augment.eval_resize) == (0.5, 224)
 
 
 @pytest.mark.parametrize("override", ["data.on_error=skip", "data.window=0", "data.format=zip"])
@@ -558,17 +561,40 @@ def test_a_bad_value_is_refused_by_its_key(override):
         config(override)
 
 
-def test_a_run_lists_what_was_substituted(broken, tmp_path):
-    """Two epochs of the real thing, with workers."""
-    data = holding("shards", broken, tmp_path)
-    words = ["data=shards", f"data.root={data.root}", "data.image_size=16", "data.on_error=substitute", "recipe=digits",
-             "recipe.epochs=2", "recipe.batch_size=8", "backbone=resnet_digits", "backbone.kwargs.channels=[8,8,8,16]",
-             "backbone.kwargs.stem_width=8", "runtime.workers=2"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "train", *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    run = next(tmp_path.rglob("metrics.jsonl")).parent
+def check_substituted(run):
+    """Every epoch's line has the number of what is listed for it."""
     counts = [json.loads(line)["substituted"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     listed = (run / "substituted.txt").read_text().splitlines()
-    assert counts == [sum(line.startswith(f"{epoch}\t") for line in listed) for epoch in (0, 1)] and min(counts) > 0
+    assert len(counts) == 2 and min(counts) > 0
+    assert counts == [sum(line.startswith(f"{epoch}\t") for line in listed) for epoch in (0, 1)]
+    return listed
+
+
+@pytest.mark.slow
+def test_a_job_of_two_processes_lists_what_was_substituted_as_one_does(broken, tmp_path):
+    words = run_words(holding("shards", broken, tmp_path))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    Trainer(config(*words), alone, World(0, 1, torch.device("cpu"))).fit()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    two = ["runtime.devices=2", "runtime.workers=1", f"hydra.run.dir={tmp_path}/two"]
+    command = [sys.executable, "-m", "train", *words, *two]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert check_substituted(tmp_path / "two") == check_substituted(alone)
+
+
+def test_a_run_lists_what_was_substituted(broken, tmp_path):
+    words = run_words(holding("tar", broken, tmp_path))
+    (tmp_path / "run").mkdir()
+    Trainer(config(*words, "runtime.workers=2"), tmp_path / "run", World(0, 1, torch.device("cpu"))).fit()
+    assert all("broken.tar" in line for line in check_substituted(tmp_path / "run"))
+
+
+def run_words(data):
+    """Two epochs of a narrow model on broken images."""
+    group = {"tar": "archive"}.get(data.format, data.format)
+    return [f"data={group}", f"data.root={data.root}", "data.image_size=16", "data.on_error=substitute",
+            "recipe=digits", "recipe.epochs=2", "recipe.batch_size=8", "recipe.warmup_epochs=0",
+            "backbone=resnet_digits", "backbone.kwargs.channels=[8,8,8,16]",
+            "backbone.kwargs.stem_width=8"]  # fmt: skip
