@@ -88,8 +88,9 @@ class Files:
     def load(self, index: int) -> tuple[Image.Image, int]:
         file = io.BytesIO(self.read(index))
         try:
-            with Image.open(file) as image:
-                return image.convert("RGB"), int(self.targets[index])
+            image: Image.Image = Image.open(file)
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB"), int(self.targets[index])
         except MemoryError:  # says nothing about the file
             raise
         except Exception as error:  # decoders raise nearly anything on broken files
@@ -125,8 +126,8 @@ class Folder(Files):
 
     def read(self, index: int) -> bytes:
         try:
-            with open(self.describe(index), "rb") as file:
-                return file.read()
+            with open(self.paths[index], "rb", buffering=0) as file:
+                return file.readall()
         except OSError as error:
             raise DataError(f"{self.describe(index)} cannot be read: {error.strerror}.") from None
 
