@@ -70,17 +70,23 @@ class SettingsConfig:
 @dataclass
 class DataConfig:
     name: str = "digits"  # run folders and reports go by it
-    format: str = "digits"  # digits; folder: root/train/<class>/*, root/val/<class>/*
+    # digits; folder: root/train/<class>/*, root/val/<class>/*; tar: the same in an uncompressed archive, root is its
+    # path; auto: tar if root is a file, folder otherwise; shards: root/train-*.tar, root/val-*.tar of WebDataset
+    format: str = "digits"
     root: str | None = None
     train_split: str = "train"
     eval_split: str = "val"
     image_size: int = 224
+    on_error: str = "stop"  # at a broken training image; substitute: the next that can be read takes its place
+    window: int = 8  # format=shards: of how many shards the samples are shuffled together
     num_classes: int | None = None  # read from the data; given, it is checked
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
 
     def __post_init__(self) -> None:
-        check_choice("data.format", self.format, ("digits", "folder"))
+        check_choice("data.format", self.format, ("digits", "folder", "tar", "auto", "shards"))
+        check_choice("data.on_error", self.on_error, ("stop", "substitute"))
+        check(self.window >= 1, "data.window", self.window, "must be at least 1 shard")
         check(self.image_size >= 1, "data.image_size", self.image_size, "must be at least 1 pixel")
         for key in ("mean", "std"):
             values = getattr(self, key)

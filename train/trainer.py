@@ -23,7 +23,16 @@ import kw
 from kw.layers import KWLayer
 from train.checkpoint import FORMAT, Checkpoints, State
 from train.config import TrainConfig, learnt_settings, to_plain, validate
-from train.data import MicroBatches, Sample, Samples, eval_loader, open_split, seed_everything, train_loader
+from train.data import (
+    MicroBatches,
+    Sample,
+    Samples,
+    Substitutes,
+    eval_loader,
+    open_split,
+    seed_everything,
+    train_loader,
+)
 from train.distributed import World
 from train.errors import CheckpointError, ConfigError, NonFiniteError
 from train.evaluate import cast, evaluate
@@ -50,7 +59,9 @@ class Trainer:
         eval_images = open_split(config.data, config.data.eval_split)
         if train_images.classes != eval_images.classes:
             raise ConfigError(f"data.root={config.data.root!r}: the splits do not have the same classes.")
-        self.train_samples = Samples(train_images, train_transform(config.data, recipe), config.seed)
+        substitute = config.data.on_error == "substitute"
+        self.train_samples = Samples(train_images, train_transform(config.data, recipe), config.seed, substitute)
+        self.substitutes = Substitutes(folder, train_images, world.rank) if substitute else None
         self.eval_samples = Samples(eval_images, eval_transform(config.data, recipe), config.seed)
         self.accumulation = accumulation(recipe.batch_size, config.runtime.micro_batch, world.size)
         micro = recipe.batch_size // (self.accumulation * world.size)
@@ -190,9 +201,10 @@ class Trainer:
             repeats=recipe.augment.repeats,
             rank=self.world.rank,
             world=self.world.size,
+            order=self.train_samples.order,
         )
         pin = self.world.device.type == "cuda"
-        loader = iter(train_loader(self.train_samples, batches, runtime.workers, pin))
+        loader = iter(train_loader(self.train_samples, batches, runtime.workers, pin, self.substitutes))
         self.model.train()
         self.display.start(self.step)
         started, first = time.monotonic(), self.step
@@ -332,6 +344,8 @@ class Trainer:
         line["lr"] = learning_rate(self.step - 1, self.steps_per_epoch, self.config.recipe)
         line["temperature"] = self._temperature(self.step * self.accumulation - 1) if self.dynamic else 0.0
         line["images_per_second"] = speed
+        if self.substitutes:  # by now all processes are through with the epoch: their samples were summed
+            line["substituted"] = self.substitutes.count(epoch)
         self.sums.zero_()
         state = self.state()
         if self.world.is_main:
