@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from train.config import AugmentConfig, DataConfig, RecipeConfig
-from train.data import Key, Loader, Sample, Samples, epoch_order, open_split
+from train.data import Key, Loader, Sample, Samples, epoch_order
 from train.errors import ConfigError, DataError
+from train.images import open_split
 from train.transforms import Transform, train_transform
 
 Epoch = Callable[[int], Iterable[Any]]  # epoch -> batches of images, targets, ...

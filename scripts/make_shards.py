@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from train.config import DataConfig
-from train.data import Files, list_shards, open_split, order_generator
 from train.errors import ConfigError, DataError
+from train.images import Files, list_shards, open_split, order_generator
 
 
 def main() -> None:

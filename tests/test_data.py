@@ -24,19 +24,10 @@ import scripts.make_shards
 import train.archives
 from scripts.make_shards import make_shards
 from train.config import AugmentConfig, DataConfig, RecipeConfig, validate
-from train.data import (
-    BrokenImage,
-    Key,
-    MicroBatches,
-    Samples,
-    Substitutes,
-    epoch_order,
-    eval_loader,
-    open_split,
-    train_loader,
-)
+from train.data import Key, MicroBatches, Samples, Substitutes, epoch_order, eval_loader, train_loader
 from train.distributed import World
 from train.errors import ConfigError, DataError
+from train.images import BrokenImage, open_split
 from train.trainer import Trainer
 from train.transforms import eval_transform, train_transform
 

@@ -14,9 +14,10 @@ from torch import nn
 import kw
 from train.checkpoint import FORMAT, State, read
 from train.config import TrainConfig, validate
-from train.data import Sample, Samples, eval_loader, open_split
+from train.data import Sample, Samples, eval_loader
 from train.distributed import World
 from train.errors import CheckpointError, ConfigError
+from train.images import open_split
 from train.model import build_model
 from train.transforms import eval_transform
 

@@ -23,19 +23,11 @@ import kw
 from kw.layers import KWLayer
 from train.checkpoint import FORMAT, Checkpoints, State
 from train.config import TrainConfig, learnt_settings, to_plain, validate
-from train.data import (
-    MicroBatches,
-    Sample,
-    Samples,
-    Substitutes,
-    eval_loader,
-    open_split,
-    seed_everything,
-    train_loader,
-)
+from train.data import MicroBatches, Sample, Samples, Substitutes, eval_loader, seed_everything, train_loader
 from train.distributed import World
 from train.errors import CheckpointError, ConfigError, NonFiniteError
 from train.evaluate import cast, evaluate
+from train.images import open_split
 from train.interrupt import StopRequest, requeue
 from train.logging import Display, MetricsFile, provenance, write_whole
 from train.model import build_model
