@@ -18,9 +18,10 @@ from test_train import NARROW, ROOT, TINY, _environment, config, launch
 
 from train.config import ConfigError, learnt_settings
 from train.distributed import World
+from train.launch import meeting_point
 from train.logging import MetricsFile
 from train.services import Services
-from train.slurm import cpus_per_task, first_host, gpus_per_node, hand_on, rendezvous
+from train.slurm import first_host, rendezvous
 from train.trainer import Trainer
 
 SMALL = (*TINY, *NARROW, "n=static", "recipe.epochs=3")
@@ -170,13 +171,12 @@ def slurm_launcher(*overrides):
 
 
 def test_slurm_asks_for_what_the_run_takes():
-    made = slurm_launcher("runtime.workers=7", "runtime.device=cuda", "hydra.launcher.partition=gpu")
-    assert (made["nodes"], made["tasks_per_node"], made["gpus_per_node"], made["cpus_per_task"]) == (1, 1, 1, 8)
+    made = slurm_launcher("runtime.nodes=2", "runtime.devices=4", "runtime.workers=7", "hydra.launcher.partition=gpu")
+    assert (made["nodes"], made["tasks_per_node"], made["gpus_per_node"], made["cpus_per_task"]) == (2, 1, 4, 32)
     assert made["partition"] == "gpu" and made["name"] == "resnet_digits"
     assert made["additional_parameters"]["signal"] == f"USR1@{made['signal_delay_s']}"
     assert made["setup"] == ["export SUBMITIT_PREEMPT_SIGNAL=USR1"] and made["max_num_timeout"] > 0
     assert slurm_launcher("runtime.device=cpu")["gpus_per_node"] is None
-    assert (gpus_per_node("auto", 8), cpus_per_task(7, 8)) == (8, 64)
 
 
 @pytest.mark.parametrize(
@@ -205,13 +205,16 @@ def test_a_requeued_job_meets_under_another_name():
             first_host(damaged)
 
 
-def test_a_signal_is_handed_on_and_then_it_exits():
-    given = []
-    with pytest.raises(SystemExit) as left:
-        hand_on(signal.SIGUSR1, lambda signum, frame: given.append(signum))
-    assert given == [signal.SIGUSR1] and left.value.code == 128 + signal.SIGUSR1
-    with pytest.raises(SystemExit):
-        hand_on(signal.SIGTERM, signal.SIG_DFL)
+def test_several_nodes_must_know_where_they_meet(monkeypatch):
+    made = config("runtime.nodes=2")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(ConfigError, match=r"runtime\.rendezvous"):
+        meeting_point(made)
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    assert meeting_point(made) == ("node1:15041", "41.0")
+    made.runtime.rendezvous = "host:1"
+    assert meeting_point(made) == ("host:1", made.name)
 
 
 def test_a_launcher_without_a_sweep_is_refused(tmp_path):
@@ -244,7 +247,8 @@ STAND_INS = {
 
 
 @pytest.mark.slow
-def test_a_slurm_job_at_its_time_limit_is_requeued_and_goes_on(tmp_path):
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_slurm_job_at_its_time_limit_is_requeued_and_goes_on(tmp_path, devices):
     """SLURM's commands stand in for it: sbatch starts the job here, scontrol starts it again."""
     for name, script in STAND_INS.items():
         path = tmp_path / "bin" / name
@@ -252,7 +256,7 @@ def test_a_slurm_job_at_its_time_limit_is_requeued_and_goes_on(tmp_path):
         path.write_text(f"#!/bin/bash\n{script.strip()}\n")
         path.chmod(0o755)
     command = [sys.executable, "-m", "train", "-m", *TINY, *NARROW, "n=static"]
-    command += ["recipe.epochs=40", "runtime.device=cpu", "hydra/launcher=slurm"]
+    command += ["recipe.epochs=40", "runtime.device=cpu", f"runtime.devices={devices}", "hydra/launcher=slurm"]
     environ = {**_environment(), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True) as launcher:
         wait_for(lambda: any(tmp_path.rglob("last.pt")), launcher)
@@ -261,7 +265,7 @@ def test_a_slurm_job_at_its_time_limit_is_requeued_and_goes_on(tmp_path):
     assert launcher.returncode == 0, errors
     log = (tmp_path / "job.log").read_text()
     assert (tmp_path / "scontrol.log").read_text() == "requeue 41\n"
-    assert "Resumed" in log
+    assert "back in the queue" in log and "Resumed" in log
     (summary,) = tmp_path.rglob("summary.json")
     assert json.loads(summary.read_text())["epochs"] == 40
 

@@ -11,8 +11,8 @@ Stop and go on:
    requeues what it preempts, and what was cancelled is to stay so.
 4. The job starts again with the same overrides, so in the same run folder, and resume=auto goes on from there.
 
-While a job has not come to train yet, submitit's own handler is at SIGUSR1 (so says the launcher's `setup`): it requeues
-too, at most hydra.launcher.max_num_timeout times, so that a job that never gets to a first step does not for ever.
+While a job has not come to train yet, submitit's own handler is at SIGUSR1 (the launcher's `setup` says so): it
+requeues too, but at most hydra.launcher.max_num_timeout times, so that a job without progress comes to an end.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ class Trainer:
         raise SystemExit(128 + number)
 
     def _train_step(self, loader: Iterator[Sample]) -> int:
-        """One optimizer step on the global batch, in micro-batches. The signal that asked some process to stop, or 0."""
+        """One optimizer step on the global batch, in micro-batches. The signal by which one was asked to stop, or 0."""
         lr = learning_rate(self.step, self.steps_per_epoch, self.config.recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
