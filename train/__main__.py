@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from train.config import validate
+from train.config import COMMAND, check_launched, validate
 from train.launch import launch, report
+from train.slurm import in_submitit
 
 failed: list[str] = []  # of a sweep's jobs
 
@@ -20,12 +22,13 @@ def main(composed: DictConfig) -> None:
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     try:
+        check_launched()
         config = validate(composed)
         config.given = [override.lstrip("+~").partition("=")[0] for override in job.overrides.task]
         launch(config, folder)
     except Exception as error:
-        if not report(error):
-            raise
+        if in_submitit(os.environ) or not report(error):
+            raise  # under submitit: through it, to the process that submitted the job
         failed.append(folder.name)  # an exit would stop a sweep's later jobs
     finally:
         remove_if_empty(folder)
@@ -41,6 +44,7 @@ def remove_if_empty(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.environ[COMMAND] = " ".join(sys.argv[1:])
     main()
     if failed:
         sys.exit(1)

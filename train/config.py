@@ -5,6 +5,7 @@ Hydra, values out of range here; every message names the key.
 import difflib
 import hashlib
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from timm.optim import list_optimizers
 from kw import KWConfig
 from kw.backbones import STATIC
 from kw.config import format_budget, parse_budget
+from train import slurm
 from train.errors import ConfigError
 
 
@@ -201,17 +203,35 @@ class RuntimeConfig:
     sync_norm: bool = False  # batch statistics over all devices (GPUs only)
     checkpoint_steps: int | None = None  # checkpoints within an epoch, beside those at its end
     keep_best: int = 1  # checkpoints of the best epochs to keep
+    profile_steps: int = 0  # profile so many steps, from the fifth on: profile/ in the run folder; 0: none
 
     def __post_init__(self) -> None:
         check_choice("runtime.device", self.device, ("auto", "cpu", "cuda"))
         check_choice("runtime.precision", self.precision, ("float32", "bfloat16", "float16"))
-        for key in ("workers", "keep_best"):
+        for key in ("workers", "keep_best", "profile_steps"):
             check(getattr(self, key) >= 0, f"runtime.{key}", getattr(self, key), "must not be negative")
         for key in ("devices", "nodes"):
             check(getattr(self, key) >= 1, f"runtime.{key}", getattr(self, key), "must be at least 1")
         steps = self.checkpoint_steps
         check(steps is None or steps >= 1, "runtime.checkpoint_steps", steps, "must be at least 1, or null")
         check(self.micro_batch is None or self.micro_batch >= 1, "runtime.micro_batch", self.micro_batch, "at least 1")
+
+
+@dataclass
+class LoggerConfig:
+    """Services that show a run while it goes on, beside the files of its folder."""
+
+    services: list[str] = field(default_factory=list)  # tensorboard, wandb
+    mode: str = "offline"  # of wandb: offline, for `wandb sync` later, or online
+    project: str = "kernelwarehouse"  # of wandb, as entity and group
+    entity: str | None = None
+    group: str | None = "${sweep_name:}"  # the jobs of a sweep are a group
+
+    def __post_init__(self) -> None:
+        for service in self.services:
+            check_choice("logger.services", service, ("tensorboard", "wandb"))
+        check_choice("logger.mode", self.mode, ("offline", "online"))
+        check(self.project != "", "logger.project", self.project, "must not be empty")
 
 
 @dataclass
@@ -222,6 +242,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = 0
     resume: str = "auto"
     evaluate: str | None = None
@@ -286,7 +307,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # Where it runs and what it is called; not what is learnt.
-HOW_IT_RUNS = re.compile(r"name|label|given|resume|evaluate|data\.root|runtime(\..+)?")
+HOW_IT_RUNS = re.compile(r"name|label|given|resume|evaluate|data\.root|(runtime|logger)(\..+)?")
 # Beside these, what a run folder's path shows in a word of its own.
 IN_THE_PATH = re.compile(r"backbone|data|experiment|n|seed")
 
@@ -304,12 +325,42 @@ def run_name(label: str, n: Any) -> str:
         key, _, value = override.lstrip("+~").partition("=")
         if not HOW_IT_RUNS.fullmatch(key) and not IN_THE_PATH.fullmatch(key):
             name += re.sub(r"[^\w.+-]+", "_", f"+{key}-{value}")
-    if len(name) <= MAX_NAME:
-        return name
-    return f"{name[:MAX_NAME]}+{hashlib.sha1(name.encode()).hexdigest()[:8]}"  # cut, and still its own
+    return shorten(name)
 
 
 MAX_NAME = 120
 
+
+def shorten(name: str, length: int = MAX_NAME) -> str:
+    """Cut where it is too long, and still its own."""
+    return name if len(name) <= length else f"{name[:length]}+{hashlib.sha1(name.encode()).hexdigest()[:8]}"
+
+
+COMMAND = "KW_TRAIN_COMMAND"  # an environment variable: the overrides as typed, for jobs that run elsewhere
+
+
+def in_sweep() -> bool:
+    return HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().job, "num")
+
+
+def check_launched() -> None:
+    """Hydra would not say that without -m it passes over the launcher, and train where the command was typed."""
+    launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
+    check(launcher == "basic" or in_sweep(), "hydra/launcher", launcher, "launches sweeps: add -m, also for one run")
+
+
+def sweep_name() -> str | None:
+    """What the jobs of a sweep have in common: its overrides as they were typed, the same when it is resumed. None
+    outside of a sweep."""
+    if not in_sweep():
+        return None
+    keys = {word: word.lstrip("+~").partition("=")[0] for word in os.environ.get(COMMAND, "").split()}
+    told = [word for word, key in keys.items() if not HOW_IT_RUNS.fullmatch(key) and not key.startswith(("-", "hydra"))]
+    return shorten(re.sub(r"[^\w.,+-]+", "-", "+".join(sorted(told))), 100) or None
+
+
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
+OmegaConf.register_new_resolver("slurm_gpus", slurm.gpus_per_node, replace=True)
+OmegaConf.register_new_resolver("slurm_cpus", slurm.cpus_per_task, replace=True)
 ConfigStore.instance().store(name="schema", node=TrainConfig)

@@ -16,8 +16,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from train.config import TrainConfig
-from train.errors import LaunchError, RunError
+from train.errors import ConfigError, LaunchError, RunError
 from train.run import run
+from train.slurm import rendezvous
 
 PR_SET_PDEATHSIG = 1
 
@@ -34,23 +35,23 @@ def launch(config: TrainConfig, folder: Path) -> None:
     if "RANK" in os.environ or runtime.devices * runtime.nodes == 1:
         run(config, folder)
         return
-    endpoint = runtime.rendezvous or "localhost:0"  # port 0: a free one, so that jobs do not meet by accident
+    endpoint, name = meeting_point(config)
     local = endpoint.startswith(("localhost", "127."))
     settings = LaunchConfig(
         min_nodes=runtime.nodes,
         max_nodes=runtime.nodes,
         nproc_per_node=runtime.devices,
-        run_id=config.name if runtime.nodes > 1 else uuid.uuid4().hex,
+        run_id=name,
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
         max_restarts=0,  # a checkpoint and the same command are how a run goes on
         monitor_interval=0.2,
         local_addr="localhost" if local else None,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # passed on to the workers
     )
     # Workers tell what went wrong with them; the launcher's account of their exit codes would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # SIGUSR1, as SLURM sends it before the end of a job, reaches the workers as SIGTERM does.
-    before = signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGUSR1)
     try:
         elastic_launch(settings, _work)(config, folder)
     except ChildFailedError as error:
@@ -62,6 +63,22 @@ def launch(config: TrainConfig, folder: Path) -> None:
         sys.exit(128 + error.sigval)
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def meeting_point(config: TrainConfig) -> tuple[str, str]:
+    """Where the nodes' launchers meet, and the name that they know each other by.
+
+    Raises:
+        ConfigError: there are several nodes, and nobody says where.
+    """
+    runtime = config.runtime
+    if runtime.nodes == 1:
+        return runtime.rendezvous or "localhost:0", uuid.uuid4().hex  # port 0: a free one
+    if runtime.rendezvous:
+        return runtime.rendezvous, config.name
+    if "SLURM_JOB_ID" not in os.environ:
+        raise ConfigError(f"runtime.nodes={runtime.nodes}: where do they meet? runtime.rendezvous=FIRST_NODE:PORT.")
+    return rendezvous(os.environ)
 
 
 def _work(config: TrainConfig, folder: Path) -> None:

@@ -28,11 +28,13 @@ from train.distributed import World
 from train.errors import CheckpointError, ConfigError, NonFiniteError
 from train.evaluate import cast, evaluate
 from train.images import open_split
-from train.interrupt import StopRequest, requeue
+from train.interrupt import SIGNALS, StopRequest, requeue
 from train.logging import Display, MetricsFile, provenance, write_whole
 from train.model import build_model
 from train.optim import build_loss, build_mixup, build_optimizer
+from train.profiling import StepProfiler
 from train.schedule import learning_rate, temperature
+from train.services import Services
 from train.transforms import eval_transform, train_transform
 
 
@@ -97,6 +99,8 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "checkpoints", config.runtime.keep_best)
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.display = Display(world.is_main, recipe.epochs, self.steps_per_epoch)
+        self.services = Services(config.logger.services, world.is_main)
+        self.profiler = StepProfiler(config.runtime.profile_steps if world.is_main else 0, folder, world.device)
 
     # ---- going on -------------------------------------------------------------------------------------------------
 
@@ -198,11 +202,15 @@ class Trainer:
         pin = self.world.device.type == "cuda"
         loader = iter(train_loader(self.train_samples, batches, runtime.workers, pin, self.substitutes))
         self.model.train()
-        self.display.start(self.step)
-        started, first = time.monotonic(), self.step
+        summary = None
         try:
+            self.services.start(self.config, self.folder)
+            self.profiler.start()
+            self.display.start(self.step)
+            started, first = time.monotonic(), self.step
             while self.step < self.steps:
                 stopping = self._train_step(loader)
+                self.profiler.step()
                 if self.display.wants(self.step - 1):
                     self._show(started, first)
                 if self.step % self.steps_per_epoch == 0:
@@ -211,11 +219,14 @@ class Trainer:
                 elif stopping or self.step % (runtime.checkpoint_steps or self.steps + 1) == 0:
                     self._save()
                 if stopping and self.step < self.steps:
-                    self._leave()
+                    self._leave(stopping)
+            summary = self._summarize()
         finally:
             self.display.stop()
+            self.profiler.stop()
+            self.services.finish(summary)
             self.stop.forget()
-        return self._summarize()
+        return summary
 
     def _save(self) -> None:
         state = self.state()
@@ -223,15 +234,16 @@ class Trainer:
             self.checkpoints.save(state)
         self.world.barrier()
 
-    def _leave(self) -> None:
-        """A signal asked for it, and the step just done is saved."""
-        again = self.world.is_main and requeue()
+    def _leave(self, number: int) -> None:
+        """Signal `number` asked for it, and the step just done is saved. SIGUSR1 says that the time is up, so that the
+        job goes back into SLURM's queue; at SIGTERM SLURM does that itself, or the user has cancelled the job."""
+        again = self.world.is_main and number == signal.SIGUSR1 and requeue()
         how = "it is back in the queue" if again else "the same command goes on from here"
         self.display.print(f"Stopped by a signal after step {self.step} of {self.steps}, and saved: {how}.")
-        raise SystemExit(128 + (self.stop.signal or signal.SIGTERM))
+        raise SystemExit(128 + number)
 
-    def _train_step(self, loader: Iterator[Sample]) -> bool:
-        """One optimizer step on the global batch, in micro-batches. Whether some process was asked to stop."""
+    def _train_step(self, loader: Iterator[Sample]) -> int:
+        """One optimizer step on the global batch, in micro-batches. The signal by which one was asked to stop, or 0."""
         lr = learning_rate(self.step, self.steps_per_epoch, self.config.recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -268,7 +280,7 @@ class Trainer:
         self.sums += torch.stack([torch.full_like(hits, len(images)), loss.detach() * len(images), hits]).double()
         return loss
 
-    def _update(self, losses: Tensor, indices: list[Tensor]) -> bool:
+    def _update(self, losses: Tensor, indices: list[Tensor]) -> int:
         """Apply the gradients, unless loss or gradients are not finite: then all processes stop before anything is
         changed. To know that in time, this waits for the device once a step, at the end of the backward pass, where
         there is least to lose; whether one of the processes was asked to stop is learnt on the way."""
@@ -276,14 +288,14 @@ class Trainer:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.recipe.clip_grad or math.inf)
         finite = torch.isfinite(losses) if self.scaler.is_enabled() else torch.isfinite(losses + norm)
-        flags = torch.stack([~finite, torch.full_like(finite, self.stop.signal > 0)]).to(torch.int32)
-        broken, stopping = self.world.sum(flags).tolist()
+        came = [torch.full_like(finite, self.stop.signal == number) for number in SIGNALS]
+        broken, *counts = self.world.sum(torch.stack([~finite, *came]).to(torch.int32)).tolist()
         if broken:
             self._refuse(losses.item() / self.accumulation, norm.item(), torch.cat(indices))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return bool(stopping)
+        return next((number for number, count in zip(SIGNALS, counts, strict=True) if count), 0)
 
     def _refuse(self, loss: float, norm: float, indices: Tensor) -> None:
         losses = self.world.stack(torch.tensor(loss, device=self.world.device)).tolist()
@@ -343,6 +355,7 @@ class Trainer:
         if self.world.is_main:
             self.metrics.append(line)
             self.checkpoints.save_epoch(state, epoch, line.get("ema_top1", line["top1"]))
+        self.services.log(line)
         self.world.barrier()
         self.display.epoch(line, (self.steps - self.step) * self.config.recipe.batch_size / speed)
 

@@ -1,0 +1,148 @@
+"""Services that show a run while it goes on: TensorBoard and wandb. They get the lines of metrics.jsonl, which stays
+the truth: after a resume they are brought to what it says."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any, Protocol
+
+from train.config import ConfigError, TrainConfig, shorten, to_plain
+from train.logging import MetricsFile, write_whole
+
+Line = dict[str, Any]
+
+
+class Service(Protocol):
+    def start(self, config: TrainConfig, folder: Path) -> None:
+        """Begin, or go on after a resume, when metrics.jsonl holds the epochs that will not be repeated."""
+
+    def log(self, line: Line) -> None:
+        """Show a line of metrics.jsonl."""
+
+    def finish(self, summary: Line | None) -> None:
+        """End; `summary` is None where the run was stopped."""
+
+
+class Services:
+    """Those of logger.services, as one; none on all processes but the main one."""
+
+    def __init__(self, names: list[str], main: bool):
+        self.services: list[Service] = [SERVICES[name]() for name in names] if main else []
+
+    def start(self, config: TrainConfig, folder: Path) -> None:
+        for service in self.services:
+            service.start(config, folder)
+
+    def log(self, line: Line) -> None:
+        for service in self.services:
+            service.log(line)
+
+    def finish(self, summary: Line | None) -> None:
+        for service in self.services:
+            service.finish(summary)
+
+
+class TensorBoard:
+    """Event files in the run folder's tensorboard/, one for each time that the run was started."""
+
+    writer: Any = None
+
+    def start(self, config: TrainConfig, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(f"logger.services: tensorboard cannot be imported ({error}).") from None
+        place = folder / "tensorboard"
+        lines = unseen(folder, place)
+        self.writer = SummaryWriter(place, purge_step=lines[0]["step"] if lines else 0)
+        for line in lines:
+            self.log(line)
+
+    def log(self, line: Line) -> None:
+        for key, value in numbers(line).items():
+            self.writer.add_scalar(key, value, line["step"])
+        self.writer.flush()
+
+    def finish(self, summary: Line | None) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+class Wandb:
+    """One wandb run for one run folder, however often it is resumed: the run's id is kept there, in wandb/id."""
+
+    run: Any = None
+
+    def start(self, config: TrainConfig, folder: Path) -> None:
+        wandb = import_wandb(config.logger.mode)
+        place = folder / "wandb"
+        lines = unseen(folder, place)
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run = wandb.init(
+                id=run_id(place / "id"),
+                resume="allow",  # offline it leaves another folder with this id, which `wandb sync` joins
+                mode=config.logger.mode,
+                dir=str(folder),
+                project=config.logger.project,
+                entity=config.logger.entity,
+                group=config.logger.group,
+                name=f"{shorten(config.name, 100)}/seed{config.seed}",
+                config=to_plain(config),
+                allow_val_change=True,
+                settings=wandb.Settings(console="off", silent=config.logger.mode == "offline"),
+            )
+        except wandb.Error as error:
+            raise ConfigError(f"logger.mode={config.logger.mode}: wandb does not start: {error}") from None
+        for line in lines:
+            self.log(line)
+
+    def log(self, line: Line) -> None:
+        self.run.log(numbers(line), step=line["step"])  # a step that wandb knows already is not doubled
+
+    def finish(self, summary: Line | None) -> None:
+        if self.run is None:
+            return
+        self.run.summary.update(summary or {})
+        self.run.finish(exit_code=1 if summary is None else 0)
+        self.run = None
+
+
+SERVICES: dict[str, type[Service]] = {"tensorboard": TensorBoard, "wandb": Wandb}
+
+
+def unseen(folder: Path, place: Path) -> list[Line]:
+    """The lines of metrics.jsonl that a service with files in `place` may not have: all where it was not used before,
+    else the last, as the run can have been killed right after it was written."""
+    lines = MetricsFile(folder / "metrics.jsonl").read()
+    return lines[-1:] if place.exists() else lines
+
+
+def numbers(line: Line) -> dict[str, float]:
+    return {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
+
+
+def run_id(path: Path) -> str:
+    """The id in a file, made up where there is none."""
+    if not path.exists():
+        write_whole(path, secrets.token_hex(4))
+    return path.read_text()
+
+
+def import_wandb(mode: str) -> Any:
+    """wandb, ready to start.
+
+    Raises:
+        ConfigError: it is not installed, or nobody is logged in, which would be asked for in the midst of the start.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(f"logger.services: wandb cannot be imported ({error}).") from None
+    if mode == "online" and not wandb.api.api_key:
+        raise ConfigError(
+            "logger.mode=online: no wandb login is known here. Run `wandb login` or set WANDB_API_KEY; or with "
+            "logger.mode=offline, `wandb sync` the run folder's wandb/ later."
+        )
+    return wandb
