@@ -302,3 +302,38 @@ def test_a_folder_without_the_split_or_with_a_broken_image_is_named(tmp_path):
     (tmp_path / "train" / "dog" / "2.png").write_bytes(b"no image")
     broken = launch(*small, "seed=1", cwd=tmp_path, check=False)
     assert broken.returncode != 0 and "2.png" in broken.stderr and "Traceback" not in broken.stderr
+
+
+@pytest.fixture(scope="module")
+def thousand_classes(tmp_path_factory):
+    """As ImageNet lies on a disk: a thousand classes, an image each."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("imagenet")
+    for split in ("train", "val"):
+        for number in range(1000):
+            (root / split / f"n{number:04d}").mkdir(parents=True)
+            Image.new("RGB", (40, 30), (number % 256, 90, 200)).save(root / split / f"n{number:04d}" / "a.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["resnet18_kw1d4x", "resnet50_kw1d2x", "convnext_tiny_kw1x", "mobilenetv2_100_kw4x", "mobilenetv2_050_kw1d2x",
+     "deit_tiny_kw4x"],
+)  # fmt: skip
+def test_a_published_row_takes_its_first_step(row, thousand_classes, tmp_path):
+    """All settings as published, but for the batch."""
+    from train.data import train_loader
+    from train.distributed import World
+    from train.trainer import Trainer
+
+    made = config(f"experiment={row}", f"data.root={thousand_classes}", "recipe.batch_size=4", "runtime.device=cpu")
+    trainer = Trainer(made, tmp_path, World(0, 1, torch.device("cpu")))
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    batches = MicroBatches(1000, batch_size=4, accumulation=1, steps=1, seed=0)
+    trainer.model.train()
+    trainer._train_step(iter(train_loader(trainer.train_samples, batches, 0, False)))
+    trainer.stop.forget()
+    moved = [not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)]
+    assert trainer.step == 1 and sum(moved) > 0.5 * len(moved)  # drop path leaves some blocks out of so small a batch

@@ -54,7 +54,7 @@ def lock(folder: Path) -> IO[str]:
         file = (folder / ".lock").open("w")
     except OSError as error:
         raise ConfigError(f"The run folder {folder} cannot be written: {error.strerror}.") from None
-    for _ in range(LOCK_SECONDS * 10):
+    for _ in range(round(LOCK_SECONDS * 10)):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
