@@ -1,4 +1,4 @@
-# make demo: from a fresh clone to a table in minutes.   make test: the suite.   make lint: ruff and mypy.
+# make demo: from a fresh clone to a table in minutes.   make test: the suite.   make lint: ruff and mypy.   make bench: what the trainer costs.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # Threads that wait must not burn the core that another one needs: on a busy machine that costs several times over.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all lint setup clean
+.PHONY: demo test test-all lint bench setup clean
 
 setup: $(READY)
 
@@ -31,6 +31,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What the trainer costs over a bare loop; with DATA=folder of train/<class>/*, how fast images load beside timm and torchvision.
+bench: $(READY)
+	$(BIN)/python -m scripts.benchmark_trainer
+	$(BIN)/python -m scripts.benchmark_trainer n=1
+	$(if $(DATA),$(BIN)/python -m scripts.benchmark_data $(DATA))
 
 clean:
 	rm -rf $(VENV) runs report *.egg-info
