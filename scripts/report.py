@@ -22,13 +22,13 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
+from kw.backbones import STATIC
+
 matplotlib.use("Agg")  # no screen is needed
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
 HEAD = ("run", "backbone", "data", "n", "parameters", "multiply-adds", "top-1", "top-5", "images/s", "epochs", "seeds")
-
-
 SAME = ("data", "name", "n", "params", "macs", "epochs")  # what the runs of a row have in common
 
 
@@ -94,9 +94,7 @@ def group(runs: list[Run]) -> tuple[list[Row], list[str]]:
     rows: dict[tuple[Any, ...], dict[int, Run]] = {}
     remarks = []
     for run in runs:
-        seeds = rows.setdefault(
-            tuple(run.summary[key] for key in ("data", "name", "n", "params", "macs", "epochs")), {}
-        )
+        seeds = rows.setdefault(tuple(run.summary[key] for key in SAME), {})
         seed = run.summary["seed"]
         if seed in seeds:
             remarks.append(f"{run.folder}: left out, {seeds[seed].folder} is of the same settings and seed")
@@ -137,8 +135,9 @@ def draw(rows: list[Row], path: Path) -> None:
     for row in rows:
         top1 = row.values("top1")
         dots = cost.errorbar(row["params"] / 1e6, mean(top1), _deviation(top1), marker="o", capsize=3, linestyle="none")
+        text = row["n"] if row["n"] == STATIC else f"n = {row['n']}"  # the colors say of which backbone
         cost.annotate(
-            row["name"], (row["params"] / 1e6, mean(top1)), (0, 7), textcoords="offset points", ha="center", fontsize=8
+            text, (row["params"] / 1e6, mean(top1)), (0, 7), textcoords="offset points", ha="center", fontsize=8
         )
         by_epoch = list(zip(*([line["top1"] for line in run.metrics] for run in row.runs), strict=False))
         epochs = range(1, len(by_epoch) + 1)

@@ -99,11 +99,21 @@ def wandb_records(file):
             whole = b""
 
 
+def whole_wandb_run(file):
+    """wandb writes in a process of its own, and may not be done when `finish` returns: the last record is an exit."""
+    for _ in range(300):
+        records = list(wandb_records(file))
+        if records and records[-1].HasField("exit"):
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{file} has no end.")
+
+
 def wandb_run(folder):
     """A run folder's wandb runs, and what they hold of top1: ({id}, {group}, {step: top1})."""
     ids, groups, history = set(), set(), {}
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in wandb_records(file):
+        for record in whole_wandb_run(file):
             if record.HasField("run"):
                 ids.add(record.run.run_id)
                 groups.add(record.run.run_group)

@@ -157,6 +157,7 @@ class RecipeConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     drop_path: float = 0.0
+    drop_path_rule: str | None = None  # constant, or linear from 0 to drop_path; null: constant in ResNets, else linear
     dropout: float = 0.0
     ema_decay: float | None = None  # evaluates, and saves, an average of the weights too
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -184,6 +185,8 @@ class RecipeConfig:
             "must be positive, or null",
         )
         check_choice("recipe.schedule", self.schedule, ("cosine", "step", "constant"))
+        if self.drop_path_rule is not None:
+            check_choice("recipe.drop_path_rule", self.drop_path_rule, ("constant", "linear"))
         check(
             self.warmup_epochs < self.epochs, "recipe.warmup_epochs", self.warmup_epochs, "must be under recipe.epochs"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import timm
+from timm.layers import DropPath
 from torch import nn
 
 import kw
@@ -29,8 +30,33 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     settings = config.kw.given()
     try:
         if name in BACKBONES:
-            return timm.create_model(f"kw_{name}", n=config.n, **settings, **kwargs)
-        model = timm.create_model(name, **kwargs)
-        return model if config.is_static else kw.convert(model, config=kw.KWConfig(n=config.n, **settings))
+            model = timm.create_model(f"kw_{name}", n=config.n, **settings, **kwargs)
+        else:
+            model = timm.create_model(name, **kwargs)
+            if not config.is_static:
+                kw.convert(model, config=kw.KWConfig(n=config.n, **settings))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"backbone={name} cannot be built at n={config.n}: {error}") from error
+    if config.recipe.drop_path_rule:
+        set_drop_path(model, config.recipe.drop_path, config.recipe.drop_path_rule)
+    return model
+
+
+def set_drop_path(model: nn.Module, rate: float, rule: str) -> None:
+    """Drop residual branches at `rate` in every block, or (`linear`) at a rate that rises from 0 in the first block to
+    `rate` in the last.
+
+    Raises:
+        ConfigError: the model has no such blocks.
+    """
+    # timm's blocks have an attribute `drop_path`, or `drop_path1` and `drop_path2`, whatever the rate is.
+    slots = [[key for key in ("drop_path", "drop_path1", "drop_path2") if hasattr(m, key)] for m in model.modules()]
+    blocks = [(block, keys) for block, keys in zip(model.modules(), slots, strict=True) if keys]
+    if not blocks:
+        raise ConfigError(
+            f"recipe.drop_path_rule={rule}: this {type(model).__name__} has no residual blocks of timm's."
+        )
+    for index, (block, keys) in enumerate(blocks):
+        share = 1.0 if rule == "constant" else index / max(len(blocks) - 1, 1)
+        for key in keys:
+            setattr(block, key, DropPath(rate * share))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 
+from kw.layers import KWLayer
 from train.config import RecipeConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -17,20 +19,36 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def build_optimizer(model: nn.Module, recipe: RecipeConfig) -> torch.optim.Optimizer:
     """Weight decay on all but biases, one-dimensional parameters and what the model itself exempts."""
-    extra: dict[str, object] = {}
+    extra: dict[str, Any] = {}
     if recipe.optimizer == "sgd":
         extra["nesterov"] = recipe.nesterov
     else:
         extra |= {"betas": tuple(recipe.betas), "eps": recipe.eps}
     return create_optimizer_v2(
-        model,
+        model if recipe.layer_decay is None else layer_decay_groups(model, recipe.weight_decay, recipe.layer_decay),
         opt=recipe.optimizer,
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
         momentum=recipe.momentum,
-        layer_decay=recipe.layer_decay,
         **extra,
     )
+
+
+def layer_decay_groups(model: nn.Module, weight_decay: float, decay: float) -> list[dict[str, Any]]:
+    """timm's parameter groups, in which the learning rate of a layer is `decay` times that of the next one; but cells,
+    which timm would put with the head, learn as fast as the deepest layer that draws from them."""
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups: list[dict[str, Any]] = param_groups_layer_decay(model, weight_decay, exempt, layer_decay=decay)
+    scales = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
+    by_cells: dict[nn.Parameter, float] = {}
+    for layer in model.modules():
+        if isinstance(layer, KWLayer):
+            cells, scale = layer.warehouse.cells, scales[next(layer.attention.parameters())]
+            by_cells[cells] = max(scale, by_cells.get(cells, 0.0))
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter not in by_cells]
+    of_cells = [{"params": [cells], "lr_scale": by_cells[cells], "weight_decay": weight_decay} for cells in by_cells]
+    return [group for group in groups if group["params"]] + of_cells
 
 
 def build_mixup(recipe: RecipeConfig, num_classes: int) -> Mixup | None:

@@ -1,0 +1,170 @@
+"""Every switch of recipe and runtime that changes how a run computes: it trains, and does what it says."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_train import NARROW, TINY, _environment, config
+from timm.layers import DropPath
+from torch import nn
+
+from kw.layers import KWLayer
+from train.checkpoint import Checkpoints
+from train.distributed import World, connect
+from train.errors import ConfigError
+from train.model import build_model
+from train.optim import build_optimizer
+from train.trainer import Trainer
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def train(folder, *settings):
+    folder.mkdir()
+    trainer = Trainer(config(*TINY, *NARROW, *settings), folder, ALONE)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    line = trainer.fit()
+    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+    assert not any(torch.equal(before[name], value) for name, value in trainer.model.named_parameters())
+    return trainer, line
+
+
+@pytest.mark.parametrize("clip", ["null", "1.0"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_learns_what_float32_does(precision, clip, tmp_path):
+    losses = []
+    for name in ("float32", precision):
+        trainer, _ = train(tmp_path / name, f"runtime.precision={name}", f"recipe.clip_grad={clip}")
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+        losses.append(trainer.metrics.read()[0]["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+
+
+@pytest.mark.parametrize("clip", ["null", "1.0"])
+def test_float16_passes_over_steps_that_overflow_and_scales_back(clip, tmp_path):
+    trainer = Trainer(config(*TINY, *NARROW, "runtime.precision=float16", f"recipe.clip_grad={clip}"), tmp_path, ALONE)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)  # far too large
+    trainer.fit()
+    assert trainer.scaler.get_scale() < 2.0**120
+    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+
+
+def test_clipping_bounds_what_reaches_the_optimizer(tmp_path):
+    trainer = Trainer(config(*TINY, *NARROW, "recipe.clip_grad=0.01"), tmp_path, ALONE)
+    norms = []
+    step = trainer.optimizer.step
+
+    def noting(*arguments, **more):
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients).item())
+        return step(*arguments, **more)
+
+    trainer.optimizer.step = noting
+    trainer.fit()
+    assert len(norms) == trainer.steps and max(norms) <= 0.01 * (1 + 1e-4)
+
+
+def test_channels_last_changes_rounding_alone(tmp_path):
+    losses = []
+    for value in ("false", "true"):
+        trainer, _ = train(tmp_path / value, f"runtime.channels_last={value}")
+        losses.append(trainer.metrics.read()[0]["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same(tmp_path):
+    losses = []
+    for value in ("false", "true"):
+        trainer, _ = train(tmp_path / value, f"runtime.compile={value}")
+        assert not any("_orig_mod" in name for name in trainer.state()["model"])
+        losses.append(trainer.metrics.read()[0]["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_sync_norm_on_a_cpu_is_refused():
+    with pytest.raises(ConfigError, match=r"runtime\.sync_norm"):
+        connect(config("runtime.sync_norm=true", "runtime.device=cpu").runtime)
+
+
+def drop_rates(*settings):
+    model = build_model(config("data=imagenet", "data.root=x", *settings), 10)
+    return [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+
+
+@pytest.mark.parametrize("n", ["static", "1"])
+def test_drop_path_is_constant_in_resnets_and_rises_in_others(n):
+    assert drop_rates("backbone=resnet18", f"n={n}", "recipe.drop_path=0.2") == [0.2] * 8
+    rising = drop_rates("backbone=convnext_tiny", f"n={n}", "recipe.drop_path=0.2")
+    assert rising == sorted(rising) and rising[-1] == pytest.approx(0.2) and rising[0] < 0.02
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "convnext_tiny", "deit_tiny_patch16_224", "mobilenetv2_050"])
+def test_the_rule_of_drop_path_can_be_set(backbone):
+    given = (f"backbone={backbone}", "n=1", "recipe.drop_path=0.2")
+    assert set(drop_rates(*given, "recipe.drop_path_rule=constant")) == {0.2}
+    rising = drop_rates(*given, "recipe.drop_path_rule=linear")
+    assert rising == sorted(rising) and (rising[0], rising[-1]) == (0, 0.2) and len(set(rising)) > 7
+    with pytest.raises(ConfigError, match=r"recipe\.drop_path_rule"):
+        config("recipe.drop_path_rule=steep")
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "convnext_tiny", "deit_tiny_patch16_224", "mobilenetv2_050"])
+def test_under_layer_decay_cells_learn_as_fast_as_the_deepest_layer_that_draws_from_them(backbone):
+    made = config(f"backbone={backbone}", "data=imagenet", "data.root=x", "n=1", "recipe.layer_decay=0.8")
+    model = build_model(made, 10)
+    groups = build_optimizer(model, made.recipe).param_groups
+    scale = {p: group["lr_scale"] for group in groups for p in group["params"]}
+    assert scale.keys() == set(model.parameters())
+    assert sum(len(group["params"]) for group in groups) == len(scale)  # none twice
+    drawing = {}
+    for layer in model.modules():
+        if isinstance(layer, KWLayer):
+            drawing.setdefault(layer.warehouse.cells, []).append(scale[layer.attention.fc1.weight])
+    assert all(scale[cells] == max(scales) for cells, scales in drawing.items())
+    assert len({scale[cells] for cells in drawing}) > 1
+    decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    assert all(decays[cells] == made.recipe.weight_decay for cells in drawing)
+
+
+def test_layer_decay_reaches_the_steps(tmp_path):
+    trainer, _ = train(tmp_path / "run", "recipe.layer_decay=0.5", "recipe.schedule=constant")
+    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    assert max(rates) == trainer.config.recipe.lr and min(rates) < 0.1 * max(rates)
+
+
+@pytest.mark.parametrize("keep, kept", [(0, []), (1, [2]), (2, [0, 2]), (9, [0, 1, 2, 3])])
+def test_the_last_and_the_best_few_are_kept(keep, kept, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep)
+    for epoch, score in enumerate([50.0, 10.0, 70.0, 30.0]):
+        checkpoints.save_epoch({"step": epoch}, epoch, score)
+    names = {f"best-{epoch:04d}.pt" for epoch in kept} | {"last.pt", "previous.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def start(folder, *settings, limit=None):
+    def bound():
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, "-m", "train", *TINY, *NARROW, *settings, f"hydra.run.dir={folder}"]
+    return subprocess.run(command, env=_environment(), capture_output=True, text=True, preexec_fn=bound)
+
+
+def test_a_disk_that_is_full_is_told_of_and_loses_nothing(tmp_path):
+    """A limit on the size of files stands for a full disk: it, too, fails in the midst of writing."""
+    assert start(tmp_path, "recipe.epochs=1").returncode == 0
+    saved = (tmp_path / "checkpoints" / "last.pt").read_bytes()
+    full = start(tmp_path, "recipe.epochs=1", "recipe.lr=0.01", "label=x")
+    assert full.returncode == 1 and "recipe.lr" in full.stderr  # other settings: the run that is there is kept
+    fresh = tmp_path / "full"
+    full = start(fresh, limit=50_000)
+    assert full.returncode == 1
+    assert "last.pt could not be written" in full.stderr or "fresh.pt could not be written" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not list(fresh.rglob("*.tmp"))
+    assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == saved
+    assert start(fresh).returncode == 0  # there is space again
