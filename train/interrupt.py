@@ -14,6 +14,7 @@ from typing import IO
 from train.errors import ConfigError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LOCK = ".lock"  # in a run folder
 LOCK_SECONDS = 15
 
 
@@ -49,16 +50,35 @@ def lock(folder: Path) -> IO[str]:
     Raises:
         ConfigError: another job is at work there, or the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise ConfigError(f"The run folder {folder} cannot be written: {error.strerror}.") from None
     for _ in range(round(LOCK_SECONDS * 10)):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / LOCK).open("w")
+        except OSError as error:
+            raise ConfigError(f"The run folder {folder} cannot be written: {error.strerror}.") from None
+        if _claim(file, folder / LOCK):
             return file
-        except OSError:
-            time.sleep(0.1)
-    file.close()
+        file.close()
+        time.sleep(0.1)
     raise ConfigError(f"Another job is at work in {folder}: wait for it, or give this one a label=... of its own.")
+
+
+def remove_lock(folder: Path) -> None:
+    """Take away the lock file of a folder that holds nothing else, unless a job is at work there."""
+    path = folder / LOCK
+    try:
+        with path.open() as file:
+            if _claim(file, path) and os.listdir(folder) == [LOCK]:
+                path.unlink()
+    except OSError:  # there is none, or the folder cannot be written
+        return
+
+
+def _claim(file: IO[str], path: Path) -> bool:
+    """Lock a file that was opened at `path`; False if another process has it, or if it was removed since: then it is no
+    longer what others meet at."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
