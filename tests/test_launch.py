@@ -6,11 +6,16 @@ import threading
 import time
 
 import pytest
-from test_train import NARROW, ROOT, TINY
+from PIL import Image
+from test_train import NARROW, ROOT, TINY, config
+from torch import nn
 
 import train.__main__ as entry
 from train import folders, interrupt
-from train.errors import ConfigError
+from train.errors import ConfigError, LaunchError
+from train.launch import launch
+from train.model import build_model
+from train.optim import build_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -149,3 +154,42 @@ def test_a_sweep_says_which_jobs_failed(command, monkeypatch):
 def test_a_run_of_the_command_trains(here, command):
     _, failed = command(*TINY, *NARROW, "n=static", "runtime.device=cpu")
     assert not failed and len(list(here.rglob("summary.json"))) == 1
+
+
+def test_a_batch_that_cannot_be_shared_out_is_told_before_workers_start(here, monkeypatch):
+    monkeypatch.setattr("train.launch.elastic_launch", None)
+    with pytest.raises(ConfigError, match=r"recipe\.batch_size=127"):
+        launch(config("recipe.batch_size=127", "runtime.devices=2"), here)
+
+
+def test_a_broken_image_is_not_buried_by_the_other_processes(here, capfd):
+    """The error, a line of the process that lost contact, if it was still there, and nothing of torch's."""
+    for split in ("train", "val"):
+        for name in "ab":
+            (here / split / name).mkdir(parents=True)
+            for k in range(8):
+                Image.new("RGB", (20, 20), (k * 30, 0, 0)).save(here / split / name / f"{k}.png")
+    (here / "train" / "a" / "3.png").write_bytes(b"no image")
+    data = ("data=folder", f"data.root={here}", "data.image_size=16", "recipe=digits", "recipe.batch_size=8")
+    small = ("recipe.epochs=1", "recipe.warmup_epochs=0", *NARROW, "n=static", "runtime.device=cpu")
+    with pytest.raises(LaunchError):
+        launch(config(*data, *small, "runtime.devices=2"), here / "run")
+    lines = capfd.readouterr().err.splitlines()
+    assert sum("3.png cannot be read as an image" in line for line in lines) == 1
+    assert all(line.startswith("DataError: ") or "lost contact" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("name", ["adan", "bnbsgd8bit", "fusedlamb"])
+def test_an_optimizer_that_cannot_be_built_here_is_named(name):
+    with pytest.raises(ConfigError, match=rf"recipe\.optimizer='{name}'"):
+        build_optimizer(nn.Linear(3, 3), config(f"recipe.optimizer={name}").recipe)
+
+
+def test_any_timm_model_is_composed_and_built():
+    made = config("backbone=timm", "backbone.name=regnety_002", "n=1/2")
+    assert made.name == "regnety_002_kw1d2x" and made.backbone.kwargs == {}
+    assert type(build_model(made, 10)).__name__ == "RegNet"
+    with pytest.raises(ConfigError, match=r"backbone\.name"):
+        config("backbone=timm")
+    with pytest.raises(ConfigError, match="backbone=timm has none"):
+        build_model(config("backbone.name=regnety_002"), 10)
