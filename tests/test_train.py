@@ -26,7 +26,7 @@ from train.schedule import learning_rate, temperature
 from train.trainer import accumulation
 
 ROOT = Path(__file__).parents[1]
-PUBLISHED = yaml.safe_load((ROOT / "tests/published.yaml").read_text())
+PUBLISHED = yaml.safe_load((ROOT / "scripts/published.yaml").read_text())
 ROWS = {row["id"]: row for row in PUBLISHED["imagenet"]}
 TINY = ["recipe.epochs=1", "recipe.warmup_epochs=0", "recipe.batch_size=256", "data.image_size=16"]
 NARROW = ["backbone.kwargs.channels=[8,8,8,16]", "backbone.kwargs.stem_width=8"]
