@@ -16,7 +16,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 import kw
-from train.checkpoint import Checkpoints, read
+from train.checkpoint import FORMAT, Checkpoints, newest, read
 from train.config import RecipeConfig, validate
 from train.data import MicroBatches, epoch_order
 from train.errors import CheckpointError, ConfigError
@@ -181,7 +181,9 @@ def test_a_sweep_leaves_a_folder_each_with_what_a_run_leaves(folder):
 
 def test_a_checkpoint_evaluates_to_the_accuracy_it_was_saved_at(folder):
     run = folder / "runs" / "run_1"
+    (run / "checkpoints" / "last.pt").rename(run / "checkpoints" / "fresh.pt")  # as a kill may leave it
     found = json.loads(launch(f"evaluate={run}", cwd=folder, shrunk=()).stdout)
+    (run / "checkpoints" / "fresh.pt").rename(run / "checkpoints" / "last.pt")
     assert found["top1"] == json.loads((run / "summary.json").read_text())["top1"]
     assert (found["n"], found["data"]) == ("1/2", "digits")
     contradicted = launch(f"evaluate={run}", "n=4", cwd=folder, check=False, shrunk=())
@@ -266,14 +268,40 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
     kept = Checkpoints(tmp_path)
-    kept.save({"step": 1})
-    kept.save({"step": 2})
+    kept.save({"format": FORMAT, "step": 1})
+    kept.save({"format": FORMAT, "step": 2})
     (tmp_path / "last.pt").write_bytes(b"PK\x03\x04 truncated")
-    state, remarks = Checkpoints(tmp_path).load_newest()
-    assert state["step"] == 1 and "last.pt" in remarks[0]
+    path, state, remarks = newest(tmp_path)
+    assert state["step"] == 1 and path.name == "previous.pt" and "last.pt" in remarks[0]
     (tmp_path / "previous.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="No checkpoint can be read"):
-        Checkpoints(tmp_path).load_newest()
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be read.*last\.pt.*previous\.pt"):
+        newest(tmp_path)
+
+
+def test_a_foreign_checkpoint_is_passed_over_and_named(tmp_path):
+    torch.save({"model": {}, "best": 0.7}, tmp_path / "fresh.pt")
+    with pytest.raises(CheckpointError, match=r"fresh\.pt is no checkpoint of a run"):
+        Checkpoints(tmp_path).newest()
+    Checkpoints(tmp_path / "run").save({"format": FORMAT, "step": 1})
+    torch.save({"model": {}}, tmp_path / "run" / "fresh.pt")
+    assert newest(tmp_path / "run").state["step"] == 1
+
+
+def test_reading_checkpoints_changes_nothing_and_going_on_keeps_the_best(tmp_path):
+    """As left by a kill after an epoch's checkpoint was written and before it was kept as the best."""
+    kept = Checkpoints(tmp_path)
+    kept.save_epoch({"format": FORMAT}, 0, 50.0)
+    kept.save({"format": FORMAT, "epoch": 1})
+    state = read(tmp_path / "last.pt")
+    torch.save({**state, "best": [(60.0, 1)]}, tmp_path / "fresh.pt")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    again = Checkpoints(tmp_path)
+    found = again.newest()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    again.go_on_from(found)
+    assert again.best == [(60.0, 1)]
+    assert [path.name for path in tmp_path.glob("best-*.pt")] == ["best-0001.pt"]
+    assert Checkpoints(tmp_path / "none").newest() is None
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):

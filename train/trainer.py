@@ -110,17 +110,17 @@ class Trainer:
         1. Read the newest whole checkpoint, passing over damaged ones.
         2. Compare its settings with this run's.
         3. Load weights, average, optimizer, scaler, the epoch's sums and the step.
-        4. Drop the metrics of epochs that will be repeated.
+        4. On the first process: drop the metrics of epochs that will be repeated, and files of epochs no longer best.
 
         Raises:
             ConfigError: there is one and resume=never, or it was trained with other settings.
             CheckpointError: all checkpoints are damaged, or the newest does not fit the model.
         """
-        found = self.checkpoints.load_newest()
+        found = self.checkpoints.newest()
         if found is None:
             return
-        state, remarks = found
-        for remark in remarks:
+        state = found.state
+        for remark in found.remarks:
             self.display.print(f"Passed over: {remark}")
         if self.config.resume == "never":
             raise ConfigError(
@@ -128,7 +128,8 @@ class Trainer:
             )
         self._check_same_settings(state["config"])
         self.load(state)
-        if self.world.is_main:
+        if self.world.is_main:  # others may still be reading checkpoints; these are not touched
+            self.checkpoints.go_on_from(found)
             self.metrics.keep_before(self.step // self.steps_per_epoch)
         self.display.print(f"Resumed {self.folder} at step {self.step} of {self.steps}.")
 
