@@ -27,10 +27,12 @@ SMALL = (
 )
 
 
-def start(folder, *settings, shrunk=SMALL, **environment):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def start(folder, *settings, shrunk=SMALL, **more):
     command = [sys.executable, "-m", "train", *shrunk, *settings, f"hydra.run.dir={folder}"]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
 def run(folder, *settings, code=0, **more):
@@ -80,24 +82,70 @@ def test_evaluation_counts_every_sample_once(one, ranks):
     assert shared["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_end(devices, two, tmp_path):
+@pytest.mark.parametrize(
+    "devices, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGUSR1), (2, signal.SIGINT)]
+)
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(devices, number, two, tmp_path):
     settings = ("n=static", f"runtime.devices={devices}")
     if devices == 1:
         run(tmp_path / "calm", *settings)
     calm = two if devices == 2 else tmp_path / "calm"
     stopped = tmp_path / "stopped"
-    process = start(stopped, *settings, "runtime.checkpoint_steps=5")
+    process = start(stopped, *settings, "runtime.checkpoint_steps=5", start_new_session=True)
     while process.poll() is None and not (stopped / "checkpoints" / "last.pt").exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1 if devices == 2 else signal.SIGTERM)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does at Ctrl-C
+    else:
+        process.send_signal(number)
     out, errors = process.communicate(timeout=120)
-    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGUSR1), errors
+    assert process.returncode == 128 + number, errors
     assert "Stopped by a signal" in out
     assert read(stopped / "checkpoints" / "last.pt")["step"] < 44
     out, _ = run(stopped, *settings)
     assert "Resumed" in out
     assert differences(outcome(calm), outcome(stopped)) == []
+
+
+STOPPED_IN_AN_EVALUATION = """
+import signal
+import sys
+from pathlib import Path
+from hydra import compose, initialize_config_dir
+from train.config import validate
+from train.run import connect, disconnect
+from train.trainer import Trainer
+
+with initialize_config_dir(sys.argv[1], version_base="1.3"):
+    config = validate(compose("train", sys.argv[3:]))
+world = connect(config.runtime)
+trainer = Trainer(config, Path(sys.argv[2]), world)
+Path(sys.argv[2]).mkdir(exist_ok=True)
+load = trainer.eval_samples.images.load
+def asked(index):
+    if index == 43:  # the second process has the odd ones
+        signal.raise_signal(signal.SIGTERM)
+    return load(index)
+trainer.eval_samples.images.load = asked
+try:
+    trainer.fit()
+except SystemExit as left:
+    print(f"process {world.rank} left with {left.code}", flush=True)
+disconnect()
+"""
+
+
+def test_a_signal_to_one_process_in_an_evaluation_stops_all_and_loses_nothing(two, tmp_path):
+    (tmp_path / "job.py").write_text(STOPPED_IN_AN_EVALUATION)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = [str(tmp_path / "job.py"), str(ROOT / "configs"), str(tmp_path / "run"), *SMALL, "n=static"]
+    done = subprocess.run([*command, *job], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert all(f"process {rank} left with 143" in done.stdout for rank in range(2)), done.stderr
+    state = read(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert state["step"] == 22 and state["unevaluated"] > 0
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    run(tmp_path / "run", "n=static", "runtime.devices=2")
+    assert differences(outcome(two), outcome(tmp_path / "run")) == []
 
 
 def test_a_run_goes_on_with_another_number_of_processes_and_says_so(two, tmp_path):
@@ -116,8 +164,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_says_so(two, tmp_pat
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_short_kill_storm(devices):
     command = [sys.executable, "-m", "scripts.kill_storm", "--kills", "2", "--devices", str(devices)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "The same to the bit" in done.stdout, done.stdout + done.stderr
 
 
@@ -137,10 +184,9 @@ def test_two_agents_on_one_machine_stand_for_two_nodes(two, tmp_path):
 
 
 def test_torchrun_around_it_works_too(two, tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
     done = subprocess.run(
-        [*command, *SMALL, "n=static", f"hydra.run.dir={tmp_path}"], env=env, capture_output=True, text=True
+        [*command, *SMALL, "n=static", f"hydra.run.dir={tmp_path}"], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert [line["train_loss"] for line in metrics(tmp_path)] == [line["train_loss"] for line in metrics(two)]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 import kw
+from scripts.kill_storm import differences, outcome
 from train.checkpoint import FORMAT, Checkpoints, newest, read
 from train.config import RecipeConfig, validate
 from train.data import MicroBatches, epoch_order
@@ -266,6 +268,68 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
         Trainer(made, tmp_path / "cut", world).resume()
 
 
+@pytest.mark.parametrize("signalled", [False, True])
+@pytest.mark.parametrize("which", [0, 1, 3])  # the model's in the first epoch, its average's, the average's in the last
+def test_a_run_stopped_in_an_evaluation_has_lost_nothing(which, signalled, tmp_path):
+    """By a kill, or by a signal that is acted on between the batches."""
+    from train import trainer as module
+    from train.distributed import World
+
+    made = config(*TINY, *NARROW, "recipe.epochs=2", "recipe.ema_decay=0.9", "recipe.drop_path=0.1")
+    world = World(0, 1, torch.device("cpu"))
+    trainers = {name: module.Trainer(made, tmp_path / name, world) for name in ("whole", "cut")}
+    for name in trainers:
+        (tmp_path / name).mkdir()
+    trainers["whole"].fit()
+    cut, passed = trainers["cut"], itertools.count()
+    evaluate = cut._evaluate
+
+    def stopping(model):
+        if next(passed) == which:
+            load = cut.eval_samples.images.load
+            cut.eval_samples.images.load = lambda index: stop(load(index), index)
+        return evaluate(model)
+
+    def stop(image, index):
+        if index == 100 and signalled:  # in the first of two batches
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif index == 100:
+            raise InterruptedError
+        assert index < 256, "goes on though it was asked to stop"
+        return image
+
+    cut._evaluate = stopping
+    with pytest.raises(SystemExit if signalled else InterruptedError):
+        cut.fit()
+    assert len(cut.metrics.read()) == which // 2
+    again = module.Trainer(made, tmp_path / "cut", world)
+    again.resume()
+    assert again.step == again.steps_per_epoch * (1 + which // 2)
+    again.fit()
+    assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "cut")) == []
+    assert all(line["images_per_second"] > 0 for line in again.metrics.read())
+
+
+def test_signals_are_noted_within_the_fit_alone(tmp_path):
+    from train.distributed import World
+    from train.interrupt import SIGNALS, StopRequest
+    from train.trainer import Trainer
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    Trainer(config(*TINY, *NARROW), tmp_path, World(0, 1, torch.device("cpu")))
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    with StopRequest() as stop:
+        for number in SIGNALS:
+            signal.raise_signal(number)
+            assert stop.signal == number
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with StopRequest(alone=False) as stop:  # the terminal's, and the launcher's
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
     kept = Checkpoints(tmp_path)
     kept.save({"format": FORMAT, "step": 1})
@@ -362,6 +426,5 @@ def test_a_published_row_takes_its_first_step(row, thousand_classes, tmp_path):
     batches = MicroBatches(1000, batch_size=4, accumulation=1, steps=1, seed=0)
     trainer.model.train()
     trainer._train_step(iter(train_loader(trainer.train_samples, batches, 0, False)))
-    trainer.stop.forget()
     moved = [not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)]
     assert trainer.step == 1 and sum(moved) > 0.5 * len(moved)  # drop path leaves some blocks out of so small a batch

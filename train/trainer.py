@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +29,7 @@ from train.distributed import World
 from train.errors import CheckpointError, ConfigError, NonFiniteError
 from train.evaluate import cast, evaluate
 from train.images import open_split
-from train.interrupt import SIGNALS, StopRequest, requeue
+from train.interrupt import StopRequest, first_signal, requeue
 from train.logging import Display, MetricsFile, provenance, write_whole
 from train.model import build_model
 from train.optim import build_loss, build_mixup, build_optimizer
@@ -95,7 +96,9 @@ class Trainer:
 
         # This epoch's samples, loss and hits, on this process.
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        self.stop = StopRequest()
+        # Images per second of an epoch that is trained and not evaluated yet.
+        self.unevaluated: float | None = None
+        self.stop = StopRequest(alone=world.size == 1)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.runtime.keep_best)
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.display = Display(world.is_main, recipe.epochs, self.steps_per_epoch)
@@ -130,7 +133,7 @@ class Trainer:
         self.load(state)
         if self.world.is_main:  # others may still be reading checkpoints; these are not touched
             self.checkpoints.go_on_from(found)
-            self.metrics.keep_before(self.step // self.steps_per_epoch)
+            self.metrics.keep_before(self.step // self.steps_per_epoch - (self.unevaluated is not None))
         self.display.print(f"Resumed {self.folder} at step {self.step} of {self.steps}.")
 
     def load(self, state: State) -> None:
@@ -141,6 +144,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step = state["step"]
+            self.unevaluated = state.get("unevaluated")
             self._load_sums(state["sums"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"The checkpoint in {self.folder} does not fit this run: {error}") from error
@@ -165,6 +169,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "sums": sums,
             "step": self.step,
+            "unevaluated": self.unevaluated,
             "config": to_plain(self.config),
             "classes": list(self.train_samples.images.classes),
         }
@@ -186,8 +191,52 @@ class Trainer:
     # ---- training -------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
-        """Train from where it is to the end, and return the summary."""
-        recipe, runtime = self.config.recipe, self.config.runtime
+        """Train from where it is to the end, and return the summary.
+
+        Raises:
+            NonFiniteError: loss or gradients are not finite.
+            DataError: an image cannot be read.
+            CheckpointError: a checkpoint cannot be written.
+            SystemExit: a signal asked to stop; the state is saved.
+        """
+        summary = None
+        with self.stop:
+            try:
+                self.services.start(self.config, self.folder)
+                self.profiler.start()
+                self.display.start(self.step)
+                self._train()
+                summary = self._summarize()
+            finally:
+                self.display.stop()
+                self.profiler.stop()
+                self.services.finish(summary)
+        return summary
+
+    def _train(self) -> None:
+        loader = self._loader()
+        self.model.train()
+        if self.unevaluated is not None:
+            self._end_epoch()
+        started, first = time.monotonic(), self.step
+        while self.step < self.steps:
+            stopping = self._train_step(loader)
+            self.profiler.step()
+            if self.display.wants(self.step - 1):
+                self._show(started, first)
+            last = self.step % self.steps_per_epoch == 0
+            if last:
+                self.unevaluated = self._speed(started, first)
+            if last or stopping or self.step % (self.config.runtime.checkpoint_steps or self.steps + 1) == 0:
+                self._save()  # at an epoch's end too: its evaluation may take longer than one is given to leave
+            if stopping:
+                self._leave(stopping)
+            if last:
+                self._end_epoch()
+                started, first = time.monotonic(), self.step
+
+    def _loader(self) -> Iterator[Sample]:
+        recipe = self.config.recipe
         batches = MicroBatches(
             len(self.train_samples.images),
             batch_size=recipe.batch_size,
@@ -201,33 +250,7 @@ class Trainer:
             order=self.train_samples.order,
         )
         pin = self.world.device.type == "cuda"
-        loader = iter(train_loader(self.train_samples, batches, runtime.workers, pin, self.substitutes))
-        self.model.train()
-        summary = None
-        try:
-            self.services.start(self.config, self.folder)
-            self.profiler.start()
-            self.display.start(self.step)
-            started, first = time.monotonic(), self.step
-            while self.step < self.steps:
-                stopping = self._train_step(loader)
-                self.profiler.step()
-                if self.display.wants(self.step - 1):
-                    self._show(started, first)
-                if self.step % self.steps_per_epoch == 0:
-                    self._end_epoch(started, first)
-                    started, first = time.monotonic(), self.step
-                elif stopping or self.step % (runtime.checkpoint_steps or self.steps + 1) == 0:
-                    self._save()
-                if stopping and self.step < self.steps:
-                    self._leave(stopping)
-            summary = self._summarize()
-        finally:
-            self.display.stop()
-            self.profiler.stop()
-            self.services.finish(summary)
-            self.stop.forget()
-        return summary
+        return iter(train_loader(self.train_samples, batches, self.config.runtime.workers, pin, self.substitutes))
 
     def _save(self) -> None:
         state = self.state()
@@ -236,7 +259,7 @@ class Trainer:
         self.world.barrier()
 
     def _leave(self, number: int) -> None:
-        """Signal `number` asked for it, and the step just done is saved. SIGUSR1 says that the time is up, so that the
+        """Signal `number` asked for it, and the last step is saved. SIGUSR1 says that the time is up, so that the
         job goes back into SLURM's queue; at SIGTERM SLURM does that itself, or the user has cancelled the job."""
         again = self.world.is_main and number == signal.SIGUSR1 and requeue()
         how = "it is back in the queue" if again else "the same command goes on from here"
@@ -289,14 +312,14 @@ class Trainer:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.recipe.clip_grad or math.inf)
         finite = torch.isfinite(losses) if self.scaler.is_enabled() else torch.isfinite(losses + norm)
-        came = [torch.full_like(finite, self.stop.signal == number) for number in SIGNALS]
+        came = [torch.full_like(finite, asked) for asked in self.stop.came()]
         broken, *counts = self.world.sum(torch.stack([~finite, *came]).to(torch.int32)).tolist()
         if broken:
             self._refuse(losses.item() / self.accumulation, norm.item(), torch.cat(indices))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return next((number for number, count in zip(SIGNALS, counts, strict=True) if count), 0)
+        return first_signal(counts)
 
     def _refuse(self, loss: float, norm: float, indices: Tensor) -> None:
         losses = self.world.stack(torch.tensor(loss, device=self.world.device)).tolist()
@@ -331,12 +354,30 @@ class Trainer:
         batch = runtime.micro_batch or min(256, self.config.recipe.batch_size)
         pin = self.world.device.type == "cuda"
         loader = eval_loader(self.eval_samples, batch, runtime.workers, pin, self.world.rank, self.world.size)
-        return evaluate(model, loader, self.world, cast(self.config, self.world.device))
+        return evaluate(model, self._stoppable(loader, batch), self.world, cast(self.config, self.world.device))
 
-    def _end_epoch(self, started: float, first: int) -> None:
+    def _stoppable(self, loader: Iterable[Sample], batch: int) -> Iterator[Sample]:
+        """The batches of an evaluation; before each, the processes agree on whether to leave. They may have different
+        numbers of batches, and the first process has the most."""
+        batches = iter(loader)
+        most = math.ceil(math.ceil(len(self.eval_samples.images) / self.world.size) / batch)
+        for _ in range(most):
+            if stopping := self._asked():
+                self._leave(stopping)
+            yield from itertools.islice(batches, 1)
+
+    def _asked(self) -> int:
+        """The signal by which any of the processes was asked to stop, or 0."""
+        if self.world.size == 1:
+            return self.stop.signal
+        came = torch.tensor(self.stop.came(), dtype=torch.int32, device=self.world.device)
+        return first_signal(self.world.sum(came).tolist())
+
+    def _end_epoch(self) -> None:
+        """Evaluate, and save with the epoch's line. A run that was stopped in the midst of it does it again."""
         epoch = self.step // self.steps_per_epoch - 1
-        samples, loss, hits = self.world.sum(self.sums.clone()).tolist()  # waits for the device: then the time is right
-        speed = (self.step - first) * self.config.recipe.batch_size / (time.monotonic() - started)
+        samples, loss, hits = self.world.sum(self.sums.clone()).tolist()
+        speed = self.unevaluated
         line: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
@@ -352,6 +393,7 @@ class Trainer:
         if self.substitutes:  # by now all processes are through with the epoch: their samples were summed
             line["substituted"] = self.substitutes.count(epoch)
         self.sums.zero_()
+        self.unevaluated = None
         state = self.state()
         if self.world.is_main:
             self.metrics.append(line)
@@ -362,8 +404,12 @@ class Trainer:
 
     def _show(self, started: float, first: int) -> None:
         samples, loss, hits = self.sums.tolist()
-        speed = (self.step - first) * self.config.recipe.batch_size / (time.monotonic() - started)
-        self.display.show(self.step - 1, loss / samples, 100 * hits / samples, speed)
+        self.display.show(self.step - 1, loss / samples, 100 * hits / samples, self._speed(started, first))
+
+    def _speed(self, started: float, first: int) -> float:
+        """Images per second since step `first`."""
+        self.sums.tolist()  # waits for the device: then the time is right
+        return (self.step - first) * self.config.recipe.batch_size / (time.monotonic() - started)
 
     def _summarize(self) -> dict[str, Any]:
         lines = self.metrics.read()
