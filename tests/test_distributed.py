@@ -62,11 +62,17 @@ def two(tmp_path_factory):
     return folder
 
 
-def test_two_processes_learn_as_one_does_with_the_same_micro_batches(two, tmp_path):
+RANDOM = ("recipe.mixup=0.4", "recipe.cutmix=1.0", "recipe.drop_path=0.3", "recipe.dropout=0.2")
+
+
+@pytest.mark.parametrize("micro_batch", [32, 16])
+def test_two_processes_learn_as_one_does_with_the_same_micro_batches(micro_batch, tmp_path):
     """Batch statistics are those of a micro-batch, so that they are the same here and there; only the running ones,
     which evaluation uses, see the first process's half."""
-    run(tmp_path, "n=static", "runtime.micro_batch=32")
-    for alone, together in zip(metrics(tmp_path), metrics(two), strict=True):
+    settings = ("n=static", "recipe.epochs=1", f"runtime.micro_batch={micro_batch}", *RANDOM)
+    run(tmp_path / "alone", *settings)
+    run(tmp_path / "together", *settings, "runtime.devices=2")
+    for alone, together in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "together"), strict=True):
         assert together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
         assert together["eval_samples"] == alone["eval_samples"] == 359
 

@@ -277,7 +277,8 @@ class Trainer:
             images, targets, index = next(loader)
             indices.append(index)
             self._set_temperature(self.step * self.accumulation + turn)
-            seed_everything(self.config.seed, self.step, turn, self.world.rank)  # of mixup, dropout and drop path
+            # Of mixup, dropout and drop path: by the micro-batch's place in the global batch, whoever has it.
+            seed_everything(self.config.seed, self.step, turn * self.world.size + self.world.rank)
             last = turn == self.accumulation - 1
             with contextlib.nullcontext() if last or self.world.size == 1 else self.forward.no_sync():
                 loss = self._forward(images, targets)
