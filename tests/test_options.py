@@ -13,7 +13,7 @@ from torch import nn
 from kw.layers import KWLayer
 from train.checkpoint import Checkpoints
 from train.distributed import World, connect
-from train.errors import ConfigError
+from train.errors import ConfigError, NonFiniteError
 from train.model import build_model
 from train.optim import build_optimizer
 from train.trainer import Trainer
@@ -50,6 +50,16 @@ def test_float16_passes_over_steps_that_overflow_and_scales_back(clip, tmp_path)
     trainer.fit()
     assert trainer.scaler.get_scale() < 2.0**120
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+
+
+def test_float16_refuses_gradients_that_no_scale_makes_finite(tmp_path):
+    trainer = Trainer(config(*TINY, *NARROW, "runtime.precision=float16", "recipe.epochs=9"), tmp_path, ALONE)
+    weight = next(trainer.model.parameters())
+    weight.register_hook(lambda gradient: gradient * torch.nan)
+    before = weight.clone()
+    with pytest.raises(NonFiniteError, match=r"^Step 16: loss \d.*gradient norm nan"):  # the scale begins at 2**16
+        trainer.fit()
+    assert trainer.scaler.get_scale() == 1 and torch.equal(weight, before)
 
 
 def test_clipping_bounds_what_reaches_the_optimizer(tmp_path):

@@ -310,6 +310,65 @@ def test_a_run_stopped_in_an_evaluation_has_lost_nothing(which, signalled, tmp_p
     assert all(line["images_per_second"] > 0 for line in again.metrics.read())
 
 
+@pytest.fixture
+def images(tmp_path):
+    """A folder of images; a run of one epoch was trained on it."""
+    from PIL import Image
+
+    root = tmp_path / "images"
+    for split, name, number in itertools.product(("train", "val"), ("cat", "dog"), range(4)):
+        (root / split / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (number * 50, 0, 0)).save(root / split / name / f"{name}{number}.png")
+    (tmp_path / "run").mkdir()
+    on(root).fit()
+    return root
+
+
+def on(root):
+    from train.distributed import World
+    from train.trainer import Trainer
+
+    made = config(*TINY, *NARROW, "data=folder", f"data.root={root}", "recipe=digits", "recipe.batch_size=4", *TINY[:2])
+    return Trainer(made, root.parent / "run", World(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda root: (root / "train/cat/cat3.png").unlink(), r"8 training images \(now 7\)"),
+    (lambda root: (root / "val/cat/cat3.png").unlink(), r"8 evaluation images \(now 7\)"),
+    (lambda root: (root / "train/cat/cat3.png").rename(root / "train/cat/cat9.png"), "other names of training"),
+    (lambda root: [(root / s / "cat").rename(root / s / "bat") for s in ("train", "val")], "classes .*2: bat, dog"),
+])  # fmt: skip
+def test_a_run_does_not_go_on_with_other_data(change, words, images):
+    change(images)
+    with pytest.raises(ConfigError, match=rf"data\.root=.*{words}"):
+        on(images).resume()
+
+
+def test_a_run_goes_on_with_data_that_was_moved_and_from_a_checkpoint_that_does_not_know_its_data(images):
+    moved = on(images.rename(images.with_name("moved")))
+    moved.resume()
+    assert moved.step == moved.steps
+    last = moved.checkpoints.folder / "last.pt"
+    torch.save({key: value for key, value in read(last).items() if key not in ("data", "unevaluated")}, last)
+    old = on(images.with_name("moved"))
+    old.resume()
+    assert old.step == old.steps
+
+
+def test_precision_is_in_a_runs_name_and_cannot_change(tmp_path):
+    from train.config import learnt_settings
+    from train.distributed import World
+    from train.trainer import Trainer
+
+    launch("-m", "runtime.precision=float32,bfloat16", cwd=tmp_path)
+    runs = {read(path)["config"]["runtime"]["precision"]: path.parents[1] for path in tmp_path.rglob("last.pt")}
+    assert runs.keys() == {"float32", "bfloat16"}
+    with pytest.raises(ConfigError, match=r"runtime\.precision=bfloat16, now it is float32"):
+        Trainer(config(*TINY, *NARROW), runs["bfloat16"], World(0, 1, torch.device("cpu"))).resume()
+    assert learnt_settings(config()) != learnt_settings(config("runtime.sync_norm=true"))
+    assert learnt_settings(config()) == learnt_settings(config("runtime.micro_batch=8", "runtime.compile=true"))
+
+
 def test_signals_are_noted_within_the_fit_alone(tmp_path):
     from train.distributed import World
     from train.interrupt import SIGNALS, StopRequest

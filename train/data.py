@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -180,6 +181,15 @@ class Substitutes:
         if lines and self.rank == 0:
             write_whole(self.whole, "".join(sorted(lines, key=lambda line: [int(x) for x in line.split("\t")[:3]])))
         return sum(line.startswith(f"{epoch}\t") for line in lines)
+
+
+def identity(images: Images, most: int = 10_000) -> dict[str, Any]:
+    """What tells a data set from others, wherever it lies: how many images it has, and a digest of their names, or of
+    `most` names at even distances. A name goes from the last "/" on, so that no path of the place is in it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for index in range(0, len(images), math.ceil(len(images) / most) or 1):
+        digest.update(images.describe(index).rpartition("/")[2].encode("utf-8", "surrogateescape") + b"\0")
+    return {"images": len(images), "names": digest.hexdigest()}
 
 
 def printable(name: str) -> str:

@@ -24,7 +24,7 @@ import kw
 from kw.layers import KWLayer
 from train.checkpoint import FORMAT, Checkpoints, State
 from train.config import TrainConfig, learnt_settings, to_plain, validate
-from train.data import MicroBatches, Sample, Samples, Substitutes, eval_loader, seed_everything, train_loader
+from train.data import MicroBatches, Sample, Samples, Substitutes, eval_loader, identity, seed_everything, train_loader
 from train.distributed import World
 from train.errors import CheckpointError, ConfigError, NonFiniteError
 from train.evaluate import cast, evaluate
@@ -58,6 +58,7 @@ class Trainer:
         self.train_samples = Samples(train_images, train_transform(config.data, recipe), config.seed, substitute)
         self.substitutes = Substitutes(folder, train_images, world.rank) if substitute else None
         self.eval_samples = Samples(eval_images, eval_transform(config.data, recipe), config.seed)
+        self.data = {"training": identity(train_images), "evaluation": identity(eval_images)}
         self.accumulation = accumulation(recipe.batch_size, config.runtime.micro_batch, world.size)
         micro = recipe.batch_size // (self.accumulation * world.size)
         if micro % 2 and (recipe.mixup or recipe.cutmix):
@@ -111,12 +112,12 @@ class Trainer:
         """Go on from the folder's newest checkpoint, if there is one.
 
         1. Read the newest whole checkpoint, passing over damaged ones.
-        2. Compare its settings with this run's.
+        2. Compare its settings and its data with this run's.
         3. Load weights, average, optimizer, scaler, the epoch's sums and the step.
         4. On the first process: drop the metrics of epochs that will be repeated, and files of epochs no longer best.
 
         Raises:
-            ConfigError: there is one and resume=never, or it was trained with other settings.
+            ConfigError: there is one and resume=never, or it was trained with other settings or on other data.
             CheckpointError: all checkpoints are damaged, or the newest does not fit the model.
         """
         found = self.checkpoints.newest()
@@ -130,6 +131,7 @@ class Trainer:
                 f"resume=never, but {self.folder} has checkpoints: move it away, or set another label=..."
             )
         self._check_same_settings(state["config"])
+        self._check_same_data(state)
         self.load(state)
         if self.world.is_main:  # others may still be reading checkpoints; these are not touched
             self.checkpoints.go_on_from(found)
@@ -172,6 +174,7 @@ class Trainer:
             "unevaluated": self.unevaluated,
             "config": to_plain(self.config),
             "classes": list(self.train_samples.images.classes),
+            "data": self.data,
         }
 
     def _check_same_settings(self, saved: dict[str, Any]) -> None:
@@ -183,10 +186,24 @@ class Trainer:
                     f"{self.folder} was trained with {key}={before.get(key)}, now it is {after.get(key)}. "
                     f"Set it back to go on, or give the new run a label=... of its own."
                 )
-        for key in ("precision", "micro_batch"):  # they change rounding and batch statistics, not the recipe
-            was, is_now = getattr(then.runtime, key), getattr(now.runtime, key)
-            if was != is_now:
-                self.display.print(f"Going on with runtime.{key}={is_now}; it was {was}.")
+        was, is_now = then.runtime.micro_batch, now.runtime.micro_batch
+        if was != is_now:  # changes batch statistics, but another number of devices may need it
+            self.display.print(f"Going on with runtime.micro_batch={is_now}; it was {was}.")
+
+    def _check_same_data(self, state: State) -> None:
+        then, now = list(state["classes"]), self.train_samples.images.classes
+        other = [] if then == now else [f"other classes ({_some(then)}; now {_some(now)})"]
+        for split, before in state.get("data", {}).items():  # older checkpoints do not have it
+            images, names = before["images"], before["names"]
+            if images != self.data[split]["images"]:
+                other.append(f"{images} {split} images (now {self.data[split]['images']})")
+            elif names != self.data[split]["names"]:
+                other.append(f"other names of {split} images")
+        if other:
+            raise ConfigError(
+                f"data.root={self.config.data.root!r}: {self.folder} was trained on other data, with "
+                f"{' and '.join(other)}. Set it back to go on, or give the new run a label=... of its own."
+            )
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -308,14 +325,17 @@ class Trainer:
     def _update(self, losses: Tensor, indices: list[Tensor]) -> int:
         """Apply the gradients, unless loss or gradients are not finite: then all processes stop before anything is
         changed. To know that in time, this waits for the device once a step, at the end of the backward pass, where
-        there is least to lose; whether one of the processes was asked to stop is learnt on the way."""
+        there is least to lose; whether one of the processes was asked to stop is learnt on the way.
+
+        In float16 a gradient that overflows makes the scaler pass over the step and lower its scale. At a scale of 1
+        and less (without a scaler it is 1) that is no overflow."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.recipe.clip_grad or math.inf)
-        finite = torch.isfinite(losses) if self.scaler.is_enabled() else torch.isfinite(losses + norm)
-        came = [torch.full_like(finite, asked) for asked in self.stop.came()]
-        broken, *counts = self.world.sum(torch.stack([~finite, *came]).to(torch.int32)).tolist()
-        if broken:
+        broken = ~torch.isfinite(torch.stack([losses, norm]))
+        came = broken.new_tensor(self.stop.came())
+        broken_loss, broken_norm, *counts = self.world.sum(torch.cat([broken, came]).to(torch.int32)).tolist()
+        if broken_loss or (broken_norm and self.scaler.get_scale() <= 1):
             self._refuse(losses.item() / self.accumulation, norm.item(), torch.cat(indices))
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -451,6 +471,10 @@ def accumulation(batch_size: int, micro_batch: int | None, world: int) -> int:
     share = batch_size // world
     fewest = -(-share // (micro_batch or share))
     return next(count for count in range(fewest, share + 1) if share % count == 0)
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def _device_name(device: torch.device) -> str:
