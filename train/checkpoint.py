@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 
 import torch
 
-from train.errors import CheckpointError
+from train.errors import CheckpointError, writing
 
 State = dict[str, Any]
 FORMAT = "kernelwarehouse 1"  # what a state says under "format", to be told from foreign checkpoints
@@ -100,14 +100,20 @@ class Checkpoints:
         self.best: list[tuple[float, int]] = []  # (score, epoch), best first
 
     def save(self, state: State) -> None:
-        """Replace `last.pt`, keeping the former one until the new one is whole, and beyond."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Replace `last.pt`, keeping the former one until the new one is whole, and beyond.
+
+        Raises:
+            CheckpointError, WriteError: the disk is full or the folder cannot be written.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         last, fresh = self.folder / "last.pt", self.folder / "fresh.pt"
         write(fresh, {**state, "best": self.best})
-        if last.exists():
-            last.replace(self.folder / "previous.pt")
-        fresh.replace(last)
-        _sync_folder(self.folder)
+        with writing(last):
+            if last.exists():
+                last.replace(self.folder / "previous.pt")
+            fresh.replace(last)
+            _sync_folder(self.folder)
 
     def save_epoch(self, state: State, epoch: int, score: float) -> None:
         """`save`, and keep the file as one of the best where its score is."""
@@ -129,10 +135,11 @@ class Checkpoints:
         """Keep the state at `path` if it is that of one of the best epochs, and drop files that are no longer."""
         wanted = {self.folder / f"best-{number:04d}.pt" for _, number in self.best}
         kept = self.folder / f"best-{epoch:04d}.pt" if epoch is not None else None
-        if kept in wanted and not kept.exists():
-            os.link(path, kept)  # checkpoints are replaced, never rewritten: a link is a copy for free
-        for stale in set(self.folder.glob("best-*.pt")) - wanted:
-            stale.unlink()
+        with writing(kept or self.folder):
+            if kept in wanted and not kept.exists():
+                os.link(path, kept)  # checkpoints are replaced, never rewritten: a link is a copy for free
+            for stale in set(self.folder.glob("best-*.pt")) - wanted:
+                stale.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

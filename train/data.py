@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from train.errors import DataError
+from train.errors import DataError, writing
 from train.images import BrokenImage, Images, order_generator
 from train.logging import write_whole
 from train.transforms import Transform
@@ -162,11 +162,13 @@ class Substitutes:
         lines = [self._line(*row) for row in zip(*columns, strict=True) if row[1] != row[3]]
         if not lines:
             return
-        self.parts.mkdir(parents=True, exist_ok=True)
-        with open(self.parts / f"{self.rank}.txt", "a", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        part = self.parts / f"{self.rank}.txt"
+        with writing(part):
+            self.parts.mkdir(parents=True, exist_ok=True)
+            with part.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
 
     def _line(self, epoch: int, index: int, copy: int, used: int) -> str:
         names = (printable(self.images.describe(i)) for i in (index, used))

@@ -26,7 +26,7 @@ from train.checkpoint import FORMAT, Checkpoints, State
 from train.config import TrainConfig, learnt_settings, to_plain, validate
 from train.data import MicroBatches, Sample, Samples, Substitutes, eval_loader, identity, seed_everything, train_loader
 from train.distributed import World
-from train.errors import CheckpointError, ConfigError, NonFiniteError
+from train.errors import CheckpointError, ConfigError, NonFiniteError, RunError
 from train.evaluate import cast, evaluate
 from train.images import open_split
 from train.interrupt import StopRequest, first_signal, requeue
@@ -213,7 +213,8 @@ class Trainer:
         Raises:
             NonFiniteError: loss or gradients are not finite.
             DataError: an image cannot be read.
-            CheckpointError: a checkpoint cannot be written.
+            CheckpointError, WriteError: the disk is full or the folder cannot be written.
+            RunError: a finished run's metrics are gone.
             SystemExit: a signal asked to stop; the state is saved.
         """
         summary = None
@@ -434,6 +435,11 @@ class Trainer:
 
     def _summarize(self) -> dict[str, Any]:
         lines = self.metrics.read()
+        if not lines:
+            raise RunError(
+                f"{self.metrics.path} has no line of any epoch, though the run is finished: it was removed or emptied. "
+                f"Put it back; or move {self.folder} away, to train once more."
+            )
         last = lines[-1]
         size = (3, self.config.data.image_size, self.config.data.image_size)
         costs = kw.profile(self.model, size)
