@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts import kill_storm
 from scripts.kill_storm import differences, outcome
 from train.checkpoint import read
 
@@ -171,7 +172,29 @@ def test_a_run_goes_on_with_another_number_of_processes_and_says_so(two, tmp_pat
 def test_a_short_kill_storm(devices):
     command = [sys.executable, "-m", "scripts.kill_storm", "--kills", "2", "--devices", str(devices)]
     done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "The same to the bit" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "Killed 2 times" in done.stdout, done.stdout + done.stderr
+    assert "The same to the bit" in done.stdout
+
+
+def test_a_storm_goes_on_until_it_has_killed_as_often_as_asked(tmp_path, monkeypatch, capsys):
+    """Also where runs end by themselves before, the first without a kill."""
+    storms, spans = [], []
+
+    def storm(folder, settings, kills, span, chance):
+        storms.append((folder.name, kills))
+        spans.append(span)
+        return min(1, len(storms) - 1)
+
+    monkeypatch.setattr(kill_storm, "storm", storm)
+    monkeypatch.setattr(kill_storm, "start", lambda *_: subprocess.Popen(["true"], stderr=subprocess.PIPE))
+    monkeypatch.setattr(kill_storm, "outcome", lambda folder: {"step": 5})
+    monkeypatch.setattr(sys, "argv", ["kill_storm", "--kills", "3"])
+    with pytest.raises(SystemExit) as left:
+        kill_storm.main()
+    assert not left.value.code
+    assert storms == [("stormy0", 3), ("stormy1", 3), ("stormy2", 2), ("stormy3", 1)]
+    assert spans[0] > spans[1] == spans[2] == spans[3]
+    assert "Killed 3 times, in 4 runs. The same to the bit." in capsys.readouterr().out
 
 
 def test_two_agents_on_one_machine_stand_for_two_nodes(two, tmp_path):
