@@ -162,6 +162,26 @@ def test_accumulation_is_the_fewest_even_cuts():
         accumulation(10, None, 3)
 
 
+def test_micro_batches_far_smaller_than_asked_for_are_refused_with_values_that_work():
+    words = r"micro_batch=100.*at most 1\..*micro_batch=127, or recipe\.batch_size=252 or 256"
+    with pytest.raises(ConfigError, match=words):
+        accumulation(254, 100, 2)
+    assert [accumulation(batch, micro, 2) for batch, micro in ((254, 127), (252, 100), (256, 100))] == [1, 2, 2]
+    assert (accumulation(7, 1, 1), accumulation(7, 99, 1)) == (7, 1)
+
+
+@pytest.mark.parametrize("epochs, warned", [(0, False), (1, False), (2, True)])
+@pytest.mark.parametrize("n", ["static", "1/2"])
+def test_a_warm_up_of_the_temperature_beyond_the_end_is_told_of(n, epochs, warned, tmp_path, capsys):
+    from train.distributed import World
+    from train.trainer import Trainer
+
+    made = config(*TINY, *NARROW, f"n={n}", f"recipe.temperature_epochs={epochs}")
+    Trainer(made, tmp_path, World(0, 1, torch.device("cpu")))._warn_of_temperature()
+    told = "temperature_epochs=2 is more than recipe.epochs=1: the temperature ends at 0.50" in capsys.readouterr().out
+    assert told == (warned and n != "static")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
@@ -175,7 +195,7 @@ def test_a_sweep_leaves_a_folder_each_with_what_a_run_leaves(folder):
         summary = json.loads((run / "summary.json").read_text())
         wanted = ["top1", "top5", "params", "macs", "images_per_second", "seed", "versions", "commit"]
         assert not [key for key in wanted if key not in summary]
-        assert summary["n"] == n and summary["eval_samples"] == 359
+        assert summary["n"] == n and repr(summary["eval_samples"]) == "359"
         assert yaml.safe_load((run / "config.yaml").read_text())["n"] == n
         assert len((run / "metrics.jsonl").read_text().splitlines()) == summary["epochs"] == 1
         assert read(run / "checkpoints" / "last.pt")["step"] == 5
@@ -196,7 +216,7 @@ def test_a_released_checkpoint_evaluates(folder):
     model = build_model(config(*NARROW, "n=1/2"), 10)
     torch.save({"model": kw.to_released(model), "args": argparse.Namespace(lr=1)}, folder / "released.pth")
     found = json.loads(launch("evaluate=released.pth", "n=1/2", cwd=folder).stdout)
-    assert found["eval_samples"] == 359
+    assert repr(found["eval_samples"]) == "359"
     other = launch("evaluate=released.pth", "n=1", cwd=folder, check=False)
     assert other.returncode != 0 and "does not fit" in other.stderr
 
@@ -234,7 +254,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
     whole = Trainer(made, tmp_path / "whole", world)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    whole.fit()
+    summary = whole.fit()
+    assert summary["best_top1"] == whole.checkpoints.best[0][0]  # the average's: what best-*.pt are chosen by
+    assert summary["best_top1"] == max(line["ema_top1"] for line in whole.metrics.read())
 
     class Stop(Exception):
         pass

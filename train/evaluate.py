@@ -54,7 +54,7 @@ def evaluate(
     model.train(training)
     samples, loss, *hits = world.sum(totals).tolist()
     percent = {f"top{k}": 100 * hit / samples for k, hit in zip(TOP, hits, strict=True)}
-    return {**percent, "eval_loss": loss / samples, "eval_samples": samples}
+    return {**percent, "eval_loss": loss / samples, "eval_samples": round(samples)}
 
 
 def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:

@@ -232,6 +232,7 @@ class Trainer:
         return summary
 
     def _train(self) -> None:
+        self._warn_of_temperature()
         loader = self._loader()
         self.model.train()
         if self.unevaluated is not None:
@@ -364,6 +365,16 @@ class Trainer:
         if self.ema:
             kw.set_temperature(self.ema.module, tau)
 
+    def _warn_of_temperature(self) -> None:
+        """It may be wanted, as in a trial of a few epochs: no error."""
+        end = self._temperature(self.steps * self.accumulation - 1)
+        if self.dynamic and end > 0:
+            recipe = self.config.recipe
+            self.display.print(
+                f"Warning: recipe.temperature_epochs={recipe.temperature_epochs:g} is more than "
+                f"recipe.epochs={recipe.epochs}: the temperature ends at {end:.2f}, not at 0."
+            )
+
     def _temperature(self, micro_batch: int) -> float:
         per_epoch = self.steps_per_epoch * self.accumulation
         return temperature(micro_batch, per_epoch, self.config.recipe.temperature_epochs)
@@ -419,7 +430,7 @@ class Trainer:
         state = self.state()
         if self.world.is_main:
             self.metrics.append(line)
-            self.checkpoints.save_epoch(state, epoch, line.get("ema_top1", line["top1"]))
+            self.checkpoints.save_epoch(state, epoch, _score(line))
         self.services.log(line)
         self.world.barrier()
         self.display.epoch(line, (self.steps - self.step) * self.config.recipe.batch_size / speed)
@@ -451,7 +462,7 @@ class Trainer:
             "top1": last["top1"],
             "top5": last["top5"],
             **({"ema_top1": last["ema_top1"], "ema_top5": last["ema_top5"]} if self.ema else {}),
-            "best_top1": max(line["top1"] for line in lines),
+            "best_top1": max(_score(line) for line in lines),
             "eval_samples": last["eval_samples"],
             "epochs": len(lines),
             "params": costs.params,
@@ -470,13 +481,36 @@ def accumulation(batch_size: int, micro_batch: int | None, world: int) -> int:
     """Into how many micro-batches a device cuts its share of the global batch: as few as fit, of equal size.
 
     Raises:
-        ConfigError: the batch cannot be shared out evenly.
+        ConfigError: the batch cannot be shared out evenly, or only in micro-batches of under half the size asked for.
     """
     if batch_size % world:
         raise ConfigError(f"recipe.batch_size={batch_size} cannot be shared out evenly to {world} devices.")
     share = batch_size // world
-    fewest = -(-share // (micro_batch or share))
-    return next(count for count in range(fewest, share + 1) if share % count == 0)
+    asked = min(micro_batch or share, share)
+    if not _cuts_well(share, asked):
+        larger = next(size for size in range(asked, share + 1) if share % size == 0)
+        fewer = next(size for size in range(share, 0, -1) if _cuts_well(size, asked))
+        more = next(size for size in itertools.count(share) if _cuts_well(size, asked))
+        raise ConfigError(
+            f"runtime.micro_batch={micro_batch}: a device's {share} samples of recipe.batch_size={batch_size} are cut "
+            f"into equal parts of at most {share // _cuts(share, asked)}. The nearest that work are "
+            f"runtime.micro_batch={larger}, or recipe.batch_size={fewer * world} or {more * world}."
+        )
+    return _cuts(share, asked)
+
+
+def _cuts(share: int, most: int) -> int:
+    """The fewest equal parts of a share, of at most `most`."""
+    return next(count for count in range(-(-share // most), share + 1) if share % count == 0)
+
+
+def _cuts_well(share: int, most: int) -> bool:
+    return 2 * (share // _cuts(share, most)) >= min(share, most)
+
+
+def _score(line: dict[str, Any]) -> float:
+    """What the best epoch is chosen by: the average's accuracy, if there is one."""
+    return line.get("ema_top1", line["top1"])
 
 
 def _some(names: list[str]) -> str:
