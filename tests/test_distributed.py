@@ -98,7 +98,8 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(devices, nu
         run(tmp_path / "calm", *settings)
     calm = two if devices == 2 else tmp_path / "calm"
     stopped = tmp_path / "stopped"
-    process = start(stopped, *settings, "runtime.checkpoint_steps=5", start_new_session=True)
+    more = ("runtime.checkpoint_steps=5", "runtime.workers=1")  # a terminal signals those too
+    process = start(stopped, *settings, *more, start_new_session=True)
     while process.poll() is None and not (stopped / "checkpoints" / "last.pt").exists():
         time.sleep(0.02)
     if number == signal.SIGINT:
@@ -253,7 +254,8 @@ def test_slurm_gets_the_job_back(tmp_path, monkeypatch):
 
 
 def test_an_average_is_evaluated_at_the_models_temperature(tmp_path):
-    run(tmp_path, "n=1", "recipe.ema_decay=0.99", "recipe.epochs=1", "recipe.temperature_epochs=2")
+    out, _ = run(tmp_path, "n=1", "recipe.ema_decay=0.99", "recipe.epochs=1", "recipe.temperature_epochs=2")
+    assert out.count("the temperature ends at 0.50, not at 0") == 1
     state = read(tmp_path / "checkpoints" / "last.pt")
     key = next(key for key in state["model"] if key.endswith("temperature"))
     assert torch.equal(state["model"][key], state["ema"][key])
