@@ -309,8 +309,11 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# Where it runs and what it is called; not what is learnt.
-HOW_IT_RUNS = re.compile(r"name|label|given|resume|evaluate|data\.root|(runtime|logger)(\..+)?")
+# Where it runs and what it is called; not what is learnt. Data may be moved: whether it is the same is checked by what
+# is in it. The size of micro-batches follows the number of devices, which may change.
+HOW_IT_RUNS = re.compile(
+    r"name|label|given|resume|evaluate|data\.root|logger(\..+)?|runtime(\.(?!(precision|sync_norm)$).+)?"
+)
 # Beside these, what a run folder's path shows in a word of its own.
 IN_THE_PATH = re.compile(r"backbone|data|experiment|n|seed")
 

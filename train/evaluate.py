@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import kw
-from train.checkpoint import FORMAT, State, read
+from train.checkpoint import FORMAT, State, newest, read
 from train.config import DataConfig, TrainConfig, validate
 from train.data import Sample, Samples, eval_loader
 from train.distributed import World
@@ -55,7 +55,7 @@ def evaluate(
     model.train(training)
     samples, loss, *hits = world.sum(totals).tolist()
     percent = {f"top{k}": 100 * hit / samples for k, hit in zip(TOP, hits, strict=True)}
-    return {**percent, "eval_loss": loss / samples, "eval_samples": samples}
+    return {**percent, "eval_loss": loss / samples, "eval_samples": round(samples)}
 
 
 def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
@@ -69,8 +69,7 @@ def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
         ConfigError: the data set has other classes than the model, or settings were given that the checkpoint knows.
     """
     path = Path(str(config.evaluate)).expanduser()
-    path = path / "checkpoints" / "last.pt" if path.is_dir() else path
-    state = read(path)
+    path, state = newest(path / "checkpoints")[:2] if path.is_dir() else (path, read(path))
     ours = state.get("format") == FORMAT
     if ours:
         saved = validate(OmegaConf.create(state["config"]))

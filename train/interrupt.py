@@ -7,31 +7,51 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from train.errors import ConfigError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOCK = ".lock"  # in a run folder
 LOCK_SECONDS = 15
 
 
 class StopRequest:
-    """Remembers that SIGTERM or SIGUSR1 came, for the trainer to act on at the end of its step."""
+    """Within `with`, remembers that one of SIGNALS came, for the trainer to save and leave; outside, they mean what
+    they did before.
 
-    def __init__(self) -> None:
+    In a job of one process, a second Ctrl-C interrupts at once. In larger ones every process gets the first one twice,
+    from the terminal and from its launcher; the launcher ends them at a second.
+    """
+
+    def __init__(self, alone: bool = True) -> None:
+        self.alone = alone
         self.signal = 0
+
+    def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-
-    def forget(self) -> None:
-        """Signals mean again what they did before."""
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.alone and number == self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def came(self) -> list[bool]:
+        """For each of SIGNALS, whether it was the last to come: numbers that processes can add up."""
+        return [self.signal == number for number in SIGNALS]
+
+
+def first_signal(counts: Sequence[int]) -> int:
+    """The first of SIGNALS that came to any process, by the sums of `came`; 0 if none did."""
+    return next((number for number, count in zip(SIGNALS, counts, strict=True) if count), 0)
 
 
 def requeue() -> bool:

@@ -20,7 +20,7 @@ def run(config: TrainConfig, folder: Path) -> None:
     """Do the job in `folder`, as this process's part of it.
 
     Raises:
-        ConfigError, CheckpointError, DataError, NonFiniteError: with a message for the user.
+        RunError: with a message for the user.
         SystemExit: a signal asked to save and leave.
     """
     world = connect(config.runtime)
