@@ -89,9 +89,7 @@ def test_evaluation_counts_every_sample_once(one, ranks):
     assert shared["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "devices, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGUSR1), (2, signal.SIGINT)]
-)
+@pytest.mark.parametrize("devices, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGUSR1)])
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(devices, number, two, tmp_path):
     settings = ("n=static", f"runtime.devices={devices}")
     if devices == 1:

@@ -232,7 +232,7 @@ def test_several_nodes_must_know_where_they_meet(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
     assert meeting_point(made) == ("node1:15041", "41.0")
     made.runtime.rendezvous = "host:1"
-    assert meeting_point(made) == ("host:1", f"digits/{made.name}/seed0")
+    assert meeting_point(made) == ("host:1", f"digits-{made.name}-seed0")
     others = config("runtime.nodes=2", "runtime.rendezvous=host:1", "seed=1")  # must not join this one
     assert meeting_point(others) != meeting_point(made)
 

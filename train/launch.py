@@ -90,7 +90,8 @@ def meeting_point(config: TrainConfig) -> tuple[str, str]:
     if runtime.nodes == 1:
         return runtime.rendezvous or "localhost:0", uuid.uuid4().hex  # port 0: a free one
     if runtime.rendezvous:
-        return runtime.rendezvous, f"{config.data.name}/{config.name}/seed{config.seed}"
+        # without slashes, as torch makes a folder of it
+        return runtime.rendezvous, f"{config.data.name}-{config.name}-seed{config.seed}"
     if "SLURM_JOB_ID" not in os.environ:
         raise ConfigError(f"runtime.nodes={runtime.nodes}: where do they meet? runtime.rendezvous=FIRST_NODE:PORT.")
     return rendezvous(os.environ)
