@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,17 +63,17 @@ class Digits:
         return f"digit {index}"
 
 
-class Files:
+class Files(ABC):
     """Images in files: `read` gives the bytes of one, `targets` are `(N,)`."""
 
     classes: list[str]
     targets: np.ndarray[Any, Any]
 
-    def read(self, index: int) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def read(self, index: int) -> bytes: ...
 
-    def describe(self, index: int) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def describe(self, index: int) -> str: ...
 
     def __len__(self) -> int:
         return len(self.targets)
