@@ -43,14 +43,32 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A layer's share in a warehouse: it mixes all of the cells, and `owned` ones from `start` on are its own."""
+
+    layer: str
+    mixtures: int
+    start: int
+    owned: int
+
+
+@dataclass(frozen=True)
 class WarehouseCost:
-    """A warehouse: `(n, o, i)` of its cells, their parameters, its budget, and the layers that draw from it."""
+    """A warehouse: `(n, o, i)` of its cells, their parameters, its budget, and who draws from it, in module order."""
 
     name: str
     cells: tuple[int, ...]
     params: int
     budget: str
-    layers: tuple[str, ...]
+    shares: tuple[Share, ...]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(share.layer for share in self.shares)
+
+    @property
+    def mixtures(self) -> int:
+        return sum(share.mixtures for share in self.shares)
 
 
 @dataclass(frozen=True)
@@ -67,21 +85,63 @@ class Profile:
     warehouses: tuple[WarehouseCost, ...]
 
     @property
+    def apply(self) -> int:
+        return sum(layer.apply for layer in self.layers)
+
+    @property
+    def assembly(self) -> int:
+        return sum(layer.assembly for layer in self.layers)
+
+    @property
+    def attention(self) -> int:
+        return sum(layer.attention for layer in self.layers)
+
+    @property
     def other_macs(self) -> int:
-        return self.macs - sum(layer.macs for layer in self.layers)
+        return self.macs - self.apply - self.assembly - self.attention
+
+    @property
+    def other_params(self) -> int:
+        """Of what is neither a layer of `layers` nor cells: norms, embeddings."""
+        return self.params - sum(part.params for part in (*self.layers, *self.warehouses))
 
     def __str__(self) -> str:
-        layers = [
-            (c.name, c.kind, c.warehouse or "-", c.mixtures or "-", c.params, c.apply, c.assembly, c.attention)
-            for c in self.layers
-        ]
-        head = ("layer", "kind", "warehouse", "mixtures", "params", "MACs: apply", "assembly", "attention")
-        text = _table(head, layers)
+        text = table(LAYER_HEAD, self._layer_rows())
         if self.warehouses:
-            rows = [(w.name, "x".join(map(str, w.cells)), w.params, w.budget, len(w.layers)) for w in self.warehouses]
-            text += "\n\n" + _table(("warehouse", "cells n x o x i", "params", "n", "layers"), rows)
+            text += "\n\n" + table(WAREHOUSE_HEAD, self._warehouse_rows())
         other = f", {self.other_macs:,} of them outside these layers" if self.other_macs else ""
         return f"{text}\n\n{self.params:,} parameters, {self.macs:,} multiply-adds per image{other}"
+
+    def _layer_rows(self) -> list[tuple[object, ...]]:
+        """The layers, what lies outside of them, and the total."""
+        rows: list[tuple[object, ...]] = [
+            (c.name, c.kind, c.warehouse or "-", c.mixtures or "-", c.params, c.apply, c.assembly, c.attention, c.macs)
+            for c in self.layers
+        ]
+        cells = sum(warehouse.params for warehouse in self.warehouses)
+        mixtures = sum(warehouse.mixtures for warehouse in self.warehouses)
+        if cells:
+            rows.append(("cells of all warehouses", "-", "-", "-", cells, "-", "-", "-", "-"))
+        if self.other_params or self.other_macs:
+            other = self.other_macs or "-"
+            rows.append(("all else", "-", "-", "-", self.other_params, "-", "-", "-", other))
+        sums = (self.apply, self.assembly, self.attention, self.macs)
+        return [*rows, ("total", "-", "-", mixtures or "-", self.params, *sums)]
+
+    def _warehouse_rows(self) -> list[tuple[object, ...]]:
+        """Each warehouse, and below it those who draw from it, with the cells that are their own."""
+        rows: list[tuple[object, ...]] = []
+        for w in self.warehouses:
+            n, o, i = w.cells
+            rows.append((w.name, w.budget, f"{n} of {o} x {i}", w.mixtures, n, w.params))
+            for share in w.shares:
+                own = f"{share.start} to {share.start + share.owned - 1}" if share.owned else "none"
+                rows.append((f"  {share.layer}", "", own, share.mixtures, share.owned, share.owned * o * i))
+        return rows
+
+
+LAYER_HEAD = ("layer", "kind", "warehouse", "mixtures", "params", "MACs: apply", "assembly", "attention", "all")
+WAREHOUSE_HEAD = ("warehouse, drawn from by", "n", "cells", "mixtures", "cells owned", "params")
 
 
 @torch.no_grad()
@@ -156,11 +216,11 @@ def _layer_costs(model: nn.Module, positions: dict[str, int]) -> Iterable[LayerC
 
 def _warehouse_cost(warehouse: Warehouse) -> WarehouseCost:
     cells = warehouse.cells
-    layers = tuple(draw.kernel.name for draw in warehouse.draws)
-    return WarehouseCost(warehouse.name, tuple(cells.shape), cells.numel(), str(warehouse.config.n), layers)
+    shares = tuple(Share(draw.kernel.name, draw.mixtures, draw.start, draw.owned) for draw in warehouse.draws)
+    return WarehouseCost(warehouse.name, tuple(cells.shape), cells.numel(), str(warehouse.config.n), shares)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns aligned, numbers to the right. Plain text: kw stands on torch and timm alone."""
     numbers = [all(isinstance(row[k], int) or row[k] == "-" for row in rows) for k in range(len(head))]
     lines = [head, *([f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows)]

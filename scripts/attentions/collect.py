@@ -1,0 +1,94 @@
+"""The attentions of a model over images, summed up by class while the images pass through.
+
+Shapes: `K` classes, `m` mixtures of a layer, `n` cells of its warehouse; place `n` of `n + 1` is the zero cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kw.attention import EPSILON, Attention
+from kw.layers import KWLayer
+from kw.warehouse import Draw
+
+
+def attend(attention: Attention, pooled: Tensor) -> Tensor:
+    """The attentions `(B, m, n + 1)` that `attention` computes from `(B, C)`, with that of the zero cell, which it
+    drops: only with it do a row's absolute values add up to 1."""
+    z = attention.scores(pooled).double()
+    alpha = z / (z.abs().sum(dim=2, keepdim=True) + EPSILON)
+    return (1 - attention.temperature) * alpha + attention.temperature * anchors(attention)
+
+
+def anchors(attention: Attention) -> Tensor:
+    """Where the temperature starts from, one-hot `(m, n + 1)`."""
+    beta = attention.beta.double()
+    return torch.cat([beta, 1 - beta.sum(dim=1, keepdim=True)], dim=1)
+
+
+@dataclass
+class Sums:
+    """What is kept of one layer's attentions."""
+
+    draw: Draw
+    anchors: Tensor  # (m, n + 1)
+    by_class: Tensor  # (K, m, n + 1), of alpha
+    absolute: Tensor  # (m, n + 1), of |alpha|
+    square: Tensor  # (m, n + 1), of alpha squared
+    moved: Tensor  # (K, m), of half the distance in absolute value from the anchors
+
+    @classmethod
+    def empty(cls, layer: KWLayer, classes: int) -> Sums:
+        start = anchors(layer.attention).cpu()
+        zeros = torch.zeros_like(start)
+        by_class, moved = zeros.new_zeros(classes, *zeros.shape), zeros.new_zeros(classes, len(zeros))
+        return cls(layer.draw, start, by_class, zeros, zeros.clone(), moved)
+
+    def add(self, alpha: Tensor, targets: Tensor) -> None:
+        self.by_class.index_add_(0, targets, alpha)
+        self.absolute += alpha.abs().sum(dim=0)
+        self.square += alpha.square().sum(dim=0)
+        self.moved.index_add_(0, targets, (alpha - self.anchors).abs().sum(dim=2) / 2)
+
+
+@dataclass
+class Collected:
+    """Sums by layer, in the order in which images pass through them; the number of images of each class."""
+
+    classes: list[str]
+    counts: Tensor  # (K,)
+    layers: dict[str, Sums] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return int(self.counts.sum())
+
+
+@torch.no_grad()
+def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: list[str]) -> Collected:
+    """Send batches `(B, 3, H, W)` with their classes `(B,)` through the model, in evaluation mode."""
+    made = Collected(classes, torch.zeros(len(classes), dtype=torch.long))
+    targets = torch.empty(0, dtype=torch.long)
+    device = next(model.parameters()).device
+
+    def hook(layer: KWLayer):  # type: ignore[no-untyped-def]
+        def note(attention: Attention, inputs: tuple[Tensor]) -> None:
+            sums = made.layers.setdefault(layer.draw.kernel.name, Sums.empty(layer, len(classes)))
+            sums.add(attend(attention, inputs[0]).cpu(), targets)
+
+        return note
+
+    layers = [module for module in model.modules() if isinstance(module, KWLayer)]
+    hooks = [layer.attention.register_forward_pre_hook(hook(layer)) for layer in layers]
+    try:
+        for images, targets in batches:
+            made.counts += torch.bincount(targets, minlength=len(classes))
+            model.eval()(images.to(device))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return made

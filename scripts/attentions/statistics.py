@@ -1,0 +1,138 @@
+"""Numbers of what a layer's attentions do, from their sums. Shares are of a mixture's absolute attentions, which add up
+to 1 with that of the zero cell; a layer's is the mean over its mixtures, a warehouse's over all mixtures there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scripts.attentions.collect import Collected, Sums
+
+MEANINGS = {
+    "own": "share of attention on the cells that are the layer's own",
+    "others": "on cells that are other layers' own",
+    "zero": "on the zero cell",
+    "negative": "share of attention that is negative",
+    "effective": "cells that a mixture mixes, effectively: exp of the entropy of its mean absolute attentions",
+    "anchored": "share of mixtures whose strongest cell is still the one they were anchored to",
+    "moved": "half the distance (sum of absolute differences) from the anchors: 0 still there, 1 nothing left there",
+    "dynamic": "standard deviation over images, relative to the mean attentions: 0 means the same kernel for all images",
+    "by_class": "share of the variance over images that lies between classes, less what chance gives: 1 is all of it",
+}
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """`MEANINGS` of one layer, and what pictures show of it.
+
+    `mean`, `deviation`: over images, `(m, n)`; `shift`: how far each mixture moved, `(m,)`; `drawn`: the share of its
+    attention on the cells of each layer of the warehouse, the zero cell last, `(L + 1,)`; `classes`: half the distance
+    of each class's mean attentions from the mean of all, `(K,)`.
+    """
+
+    name: str
+    sums: Sums
+    own: float
+    others: float
+    zero: float
+    negative: float
+    effective: float
+    anchored: float
+    moved: float
+    dynamic: float
+    by_class: float | None  # None where there is one class
+    mean: Tensor
+    deviation: Tensor
+    shift: Tensor
+    drawn: Tensor
+    classes: Tensor
+
+    @property
+    def warehouse(self) -> str:
+        return self.sums.draw.warehouse.name
+
+
+def layer_statistics(name: str, sums: Sums, counts: Tensor) -> LayerStatistics:
+    images = counts.sum()
+    mean, absolute = sums.by_class.sum(dim=0) / images, sums.absolute / images
+    variance = (sums.square / images - mean.square()).clamp(min=0)
+    shares = absolute / absolute.sum(dim=1, keepdim=True)  # (m, n + 1)
+    drawn = _by_owner(shares.mean(dim=0), sums)
+    here = [draw.kernel.name for draw in sums.draw.warehouse.draws].index(name)
+    own, zero = float(drawn[here]), float(drawn[-1])
+    entropy = -torch.special.xlogy(shares, shares).sum(dim=1)
+    shift = sums.moved.sum(dim=0) / images
+    of_class = sums.by_class / counts.clamp(min=1).view(-1, 1, 1)
+    distance = (of_class - mean).abs().sum(dim=2).mean(dim=1) / 2
+    return LayerStatistics(
+        name=name,
+        sums=sums,
+        own=own,
+        others=1 - own - zero,
+        zero=zero,
+        negative=float(((absolute - mean) / 2).sum(dim=1).mean()),
+        effective=float(entropy.exp().mean()),
+        anchored=float((absolute.argmax(dim=1) == sums.anchors.argmax(dim=1)).double().mean()),
+        moved=float(shift.mean()),
+        dynamic=float((variance.sum() / mean.square().sum().clamp(min=1e-12)).sqrt()),
+        by_class=_between(of_class, mean, variance, counts),
+        mean=mean[:, :-1],
+        deviation=variance.sqrt()[:, :-1],
+        shift=shift,
+        drawn=drawn,
+        classes=distance,
+    )
+
+
+def _by_owner(cells: Tensor, sums: Sums) -> Tensor:
+    """`(n + 1,)` summed up over the cells of each layer of the warehouse, the zero cell last."""
+    draws = sums.draw.warehouse.draws
+    return torch.stack([*(cells[draw.start : draw.start + draw.owned].sum() for draw in draws), cells[-1]])
+
+
+def _between(of_class: Tensor, mean: Tensor, variance: Tensor, counts: Tensor) -> float | None:
+    """Epsilon squared: the between-class share of the variance, with what as many groups drawn by lot would have taken
+    off it. None where there are not two classes and more images than classes."""
+    images, kept = int(counts.sum()), counts > 0
+    groups = int(kept.sum())
+    total = float(variance.sum()) * images
+    if groups < 2 or images <= groups or total == 0:
+        return None
+    squares = (of_class - mean).square().sum(dim=(1, 2))
+    between = float((squares * counts)[kept].sum())
+    within = (total - between) / (images - groups)
+    return max((between - (groups - 1) * within) / total, 0.0)
+
+
+def statistics(collected: Collected) -> list[LayerStatistics]:
+    return [layer_statistics(name, sums, collected.counts) for name, sums in collected.layers.items()]
+
+
+def by_warehouse(layers: list[LayerStatistics]) -> dict[str, list[LayerStatistics]]:
+    """The layers of each warehouse in the order of its cells; warehouses in the order in which images meet them."""
+    made: dict[str, list[LayerStatistics]] = {}
+    for layer in layers:
+        made.setdefault(layer.warehouse, []).append(layer)
+    return {name: sorted(drawing, key=lambda layer: layer.sums.draw.start) for name, drawing in made.items()}
+
+
+def warehouse_values(drawing: list[LayerStatistics]) -> dict[str, float | None]:
+    """`MEANINGS` of a warehouse: the mean over the mixtures of all its layers."""
+    weights = [len(layer.shift) for layer in drawing]
+    made: dict[str, float | None] = {}
+    for key in MEANINGS:
+        values = [getattr(layer, key) for layer in drawing]
+        whole = sum(weights)
+        known = None not in values
+        made[key] = sum(v * w for v, w in zip(values, weights, strict=True)) / whole if known else None
+    return made
+
+
+def usage(drawing: list[LayerStatistics]) -> Tensor:
+    """How much each cell is used, `(n,)`: the mean absolute attention that mixtures pay it, relative to an even use."""
+    total = sum(layer.sums.absolute[:, :-1].sum(dim=0) for layer in drawing)
+    assert isinstance(total, Tensor)
+    return total / total.mean().clamp(min=1e-12)

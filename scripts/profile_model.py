@@ -1,0 +1,149 @@
+"""What a model costs, layer by layer, and who draws from which warehouse: a table, and a picture of the sharing.
+
+    python -m scripts.profile_model backbone=resnet18 n=1/4                224 pixels, 1000 classes
+    python -m scripts.profile_model experiment=resnet50_kw1d2x --out report/resnet50.png
+    python -m scripts.profile_model backbone=timm backbone.name=regnety_002 n=1/2 kw.reduction=1/32
+
+The picture has a line for each layer. Left: the cells of its warehouse, all of which it mixes, in pale; those that are
+its own in full color; and the number of its mixtures. Right: the multiply-adds of one image. Nothing is trained or
+computed, so that size does not matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen is needed
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from matplotlib import pyplot as plt
+from matplotlib.patches import Patch
+
+import kw
+from kw.profile import LayerCost, Profile, Share, WarehouseCost
+from train.config import TrainConfig, validate
+from train.errors import ConfigError
+from train.model import build_model
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+CLASSES = 1000
+COLORS = plt.get_cmap("tab10").colors  # of warehouses, in turn
+STATIC = "#9aa3ad"
+SHADES = {"apply": 1.0, "assembly": 0.55, "attention": 0.25}  # parts of a layer's multiply-adds
+LABELS = {"apply": "convolution or product", "assembly": "assembly of kernels", "attention": "attention"}
+LINE = 0.19  # inches
+
+
+def composed(settings: list[str]) -> TrainConfig:
+    """As of `python -m train`, for ImageNet's images if no others are asked for."""
+    keys = {setting.partition("=")[0] for setting in settings}
+    given = [] if "data" in keys or "experiment" in keys else ["data=imagenet"]
+    given += [] if "backbone" in keys or "experiment" in keys else ["backbone=resnet18"]
+    given += [] if "data.root" in keys else ["data.root=unused"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return validate(compose("train", [*given, *settings]))
+
+
+def profile_of(config: TrainConfig) -> Profile:
+    size = config.data.image_size
+    with torch.device("meta"):
+        model = build_model(config, config.data.num_classes or CLASSES)
+        return kw.profile(model, (3, size, size))
+
+
+def draw(profile: Profile, title: str, path: Path) -> None:
+    """Warehouses one below the other, static layers last; lines are layers, in module order."""
+    costs = {layer.name: layer for layer in profile.layers}
+    static = [layer for layer in profile.layers if layer.warehouse is None]
+    lines = sum(len(w.shares) + 1.6 for w in profile.warehouses) + len(static) + 1.6
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12.5, LINE * lines + 1.3), width_ratios=(3, 2), sharey=True, layout="constrained"
+    )
+    top, ticks = 0.0, {}
+    for number, warehouse in enumerate(profile.warehouses):
+        color = COLORS[number % len(COLORS)]
+        _title(left, top, _describe(warehouse), color)
+        for line, share in enumerate(warehouse.shares):
+            y = top + 1 + line
+            _draw_share(left, y, share, warehouse.cells[0], color)
+            _draw_cost(right, y, costs[share.layer], color)
+            ticks[y] = share.layer
+        top += len(warehouse.shares) + 1.6
+    if static:
+        _title(left, top, "static layers", STATIC)
+    for line, layer in enumerate(static):
+        _draw_cost(right, top + 1 + line, layer, STATIC)
+        ticks[top + 1 + line] = layer.name
+    _finish(left, right, ticks, lines)
+    figure.suptitle(f"{title}: {profile.params:,} parameters, {profile.macs:,} multiply-adds per image", fontsize=12)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _describe(warehouse: WarehouseCost) -> str:
+    n, o, i = warehouse.cells
+    return f"{warehouse.name}: {n} cells of {o} x {i} for {warehouse.mixtures} mixtures (n = {warehouse.budget})"
+
+
+def _title(axes: Any, y: float, text: str, color: Any) -> None:
+    axes.text(0, y, text, va="center", fontsize=8.5, fontweight="bold", color=color)
+
+
+def _draw_share(axes: Any, y: float, share: Share, cells: int, color: Any) -> None:
+    """The warehouse's cells as one bar of width 1, whatever their number."""
+    axes.barh(y, 1, 0.72, color=color, alpha=0.15)
+    axes.barh(y, share.owned / cells, 0.72, left=share.start / cells, color=color)
+    text = f"{share.mixtures} mixtures, {share.owned} own" if share.owned else f"{share.mixtures} mixtures, none own"
+    axes.text(1.01, y, text, va="center", fontsize=7, color="#555555")
+
+
+def _draw_cost(axes: Any, y: float, cost: LayerCost, color: Any) -> None:
+    left = 0.0
+    for part, alpha in SHADES.items():
+        value = getattr(cost, part) / 1e6
+        axes.barh(y, value, 0.72, left=left, color=color, alpha=alpha)
+        left += value
+
+
+def _finish(left: Any, right: Any, ticks: dict[float, str], lines: float) -> None:
+    left.set(xlim=(0, 1.28), ylim=(lines, -0.8), xticks=[])
+    left.set_yticks(list(ticks), list(ticks.values()), fontsize=7.5)
+    left.set_xlabel("cells of the warehouse: mixed by the layer (pale), its own (full)", loc="left", fontsize=9)
+    right.set_xlabel("multiply-adds of one image (millions)", fontsize=9)
+    right.grid(axis="x", alpha=0.3)
+    right.set_axisbelow(True)
+    shades = [Patch(facecolor="#333333", alpha=alpha, label=LABELS[part]) for part, alpha in SHADES.items()]
+    right.legend(handles=shades, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+    for axes in (left, right):
+        axes.spines[:].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.profile_model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as of python -m train")
+    parser.add_argument("--out", type=Path, default=Path("report/sharing.png"), help="default: report/sharing.png")
+    options = parser.parse_args()
+    try:
+        config = composed(options.settings)
+        profile = profile_of(config)
+    except (ConfigError, HydraException) as error:
+        sys.exit(str(error).splitlines()[0])
+    print(profile)
+    draw(profile, f"{config.backbone.label}, n = {config.n}", options.out)
+    print(f"\nThe picture is {options.out}.")
+
+
+if __name__ == "__main__":
+    main()
