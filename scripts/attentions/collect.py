@@ -35,6 +35,7 @@ class Sums:
     """What is kept of one layer's attentions."""
 
     draw: Draw
+    counts: Tensor  # (K,), of images
     anchors: Tensor  # (m, n + 1)
     by_class: Tensor  # (K, m, n + 1), of alpha
     absolute: Tensor  # (m, n + 1), of |alpha|
@@ -46,9 +47,11 @@ class Sums:
         start = anchors(layer.attention).cpu()
         zeros = torch.zeros_like(start)
         by_class, moved = zeros.new_zeros(classes, *zeros.shape), zeros.new_zeros(classes, len(zeros))
-        return cls(layer.draw, start, by_class, zeros, zeros.clone(), moved)
+        counts = torch.zeros(classes, dtype=torch.long)
+        return cls(layer.draw, counts, start, by_class, zeros, zeros.clone(), moved)
 
     def add(self, alpha: Tensor, targets: Tensor) -> None:
+        self.counts += torch.bincount(targets, minlength=len(self.counts))
         self.by_class.index_add_(0, targets, alpha)
         self.absolute += alpha.abs().sum(dim=0)
         self.square += alpha.square().sum(dim=0)
@@ -57,21 +60,17 @@ class Sums:
 
 @dataclass
 class Collected:
-    """Sums by layer, in the order in which images pass through them; the number of images of each class."""
+    """Sums by layer, in the order in which images pass through them; how many images there were."""
 
     classes: list[str]
-    counts: Tensor  # (K,)
+    images: int
     layers: dict[str, Sums] = field(default_factory=dict)
-
-    @property
-    def images(self) -> int:
-        return int(self.counts.sum())
 
 
 @torch.no_grad()
 def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: list[str]) -> Collected:
     """Send batches `(B, 3, H, W)` with their classes `(B,)` through the model, in evaluation mode."""
-    made = Collected(classes, torch.zeros(len(classes), dtype=torch.long))
+    made = Collected(classes, 0)
     targets = torch.empty(0, dtype=torch.long)
     device = next(model.parameters()).device
 
@@ -86,7 +85,7 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes:
     hooks = [layer.attention.register_forward_pre_hook(hook(layer)) for layer in layers]
     try:
         for images, targets in batches:
-            made.counts += torch.bincount(targets, minlength=len(classes))
+            made.images += len(images)
             model.eval()(images.to(device))
     finally:
         for handle in hooks:

@@ -55,8 +55,8 @@ class LayerStatistics:
         return self.sums.draw.warehouse.name
 
 
-def layer_statistics(name: str, sums: Sums, counts: Tensor) -> LayerStatistics:
-    images = counts.sum()
+def layer_statistics(name: str, sums: Sums) -> LayerStatistics:
+    counts, images = sums.counts, sums.counts.sum()
     mean, absolute = sums.by_class.sum(dim=0) / images, sums.absolute / images
     variance = (sums.square / images - mean.square()).clamp(min=0)
     shares = absolute / absolute.sum(dim=1, keepdim=True)  # (m, n + 1)
@@ -108,7 +108,7 @@ def _between(of_class: Tensor, mean: Tensor, variance: Tensor, counts: Tensor) -
 
 
 def statistics(collected: Collected) -> list[LayerStatistics]:
-    return [layer_statistics(name, sums, collected.counts) for name, sums in collected.layers.items()]
+    return [layer_statistics(name, sums) for name, sums in collected.layers.items()]
 
 
 def by_warehouse(layers: list[LayerStatistics]) -> dict[str, list[LayerStatistics]]:
