@@ -38,7 +38,7 @@ function drawHeat() {
   let names = "";
   for (const layer of layers) names += `<div style="height:${layer.mixtures * high}px;display:flex;align-items:center;justify-content:end;overflow:hidden;font-size:${Math.min(12, Math.max(layer.mixtures * high, 7))}px;line-height:1">${escape(layer.name)}</div>`;
   $("heat").innerHTML = `<div style="display:flex;gap:8px"><div style="width:${labels}px;flex:none;color:var(--soft)">${names}</div>
-    <div id="map" style="position:relative;flex:1;max-width:${cells * 22}px;height:${rows * high}px">
+    <div id="map" style="position:relative;flex:1;max-width:${cells * 36}px;height:${rows * high}px">
     <canvas width="${cells}" height="${rows}" style="width:100%;height:100%"></canvas>
     <svg viewBox="0 0 ${cells} ${rows}" preserveAspectRatio="none" style="position:absolute;inset:0;width:100%;height:100%;overflow:visible">${frames}</svg></div></div>`;
   const map = $("map"), context = map.querySelector("canvas").getContext("2d"), picture = context.createImageData(cells, rows);
@@ -66,8 +66,8 @@ function heatTable(tops, rows, most, text) {
     `<tr><td>${escape(name)}</td>${cells.map((value) => `<td style="${shade(value)};text-align:center;padding:3px 6px" title="${value}">${text(value)}</td>`).join("")}</tr>`).join("")}</tbody></table>`;
 }
 function drawSharing() {
-  const { layers } = warehouse();
-  $("sharing").innerHTML = heatTable([...layers.map((layer) => layer.name), "zero cell"], layers.map((layer) => [layer.name, layer.drawn]), 1, (v) => Math.round(100 * v));
+  const { layers, cells } = warehouse();
+  $("sharing").innerHTML = heatTable([...layers.map((layer) => layer.name), "zero cell"], [...layers.map((layer) => [layer.name, layer.drawn]), ["all cells alike", [...layers.map((layer) => layer.owned / cells), 0]]], 1, (v) => Math.round(100 * v));
 }
 function drawUsage() {
   const { usage, layers } = warehouse(), W = 620, H = 260, top = Math.max(...usage, 1.5), y = scale(0, top, H - 34, 10), x = scale(0, usage.length, 40, W - 10);

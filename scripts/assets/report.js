@@ -60,15 +60,16 @@ function drawCost() {
   const ends = points.flatMap((p) => [p.at - (p.spread ?? 0), p.at + (p.spread ?? 0)]);
   let { x, y, out } = frame(points.map((p) => p.row[xKey]), ends, AXES[xKey], `${label} (%)`, true);
   for (const p of points) Object.assign(p, { x: x(p.row[xKey]), y: y(p.at) });
+  const labels = [];
   for (const backbone of unique("backbone")) for (const measured of [false, true]) {
     const line = points.filter((p) => p.row.backbone === backbone && p.measured === measured).sort((a, b) => value(a.row.n) - value(b.row.n));
     const budgets = line.filter((p) => p.row.n !== "static" && p.row.state !== "unfinished");
     if (!line.length) continue;
     out += `<polyline fill="none" stroke="var(--soft)" stroke-opacity=".7" stroke-dasharray="${measured ? "" : "3 4"}" points="${budgets.map((p) => `${p.x},${p.y}`).join(" ")}"/>`;
-    const top = line.reduce((a, b) => a.y < b.y ? a : b);
-    if (measured ? !points.some((p) => p.row.backbone === backbone && !p.measured) : true)
-      out += `<text class="halo" x="${Math.min(Math.max(top.x, 90), W - 80)}" y="${Math.max(top.y - 14, 12)}" text-anchor="middle">${escape(backbone)}</text>`;
+    if (measured && points.some((p) => p.row.backbone === backbone && !p.measured)) continue;  // it has its name
+    labels.push(freePlace(line.reduce((a, b) => a.x > b.x ? a : b), backbone, points, labels));
   }
+  for (const { x, y, anchor, text } of labels) out += `<text class="halo" x="${x}" y="${y}" text-anchor="${anchor}">${escape(text)}</text>`;
   points.forEach((p, k) => {
     if (p.spread) out += `<line stroke="${color(p.row.n)}" stroke-width="2" x1="${p.x}" x2="${p.x}" y1="${y(p.at - p.spread)}" y2="${y(p.at + p.spread)}"/>`;
     out += `<g class="point" data-k="${k}" transform="translate(${p.x} ${p.y})" opacity="${p.row.state === "unfinished" && p.measured ? .5 : 1}">${mark(p.row, 6, p.measured)}</g>`;
@@ -81,6 +82,18 @@ function drawCost() {
     const near = points.reduce((a, b) => Math.hypot(a.x - at.x, a.y - at.y) < Math.hypot(b.x - at.x, b.y - at.y) ? a : b);
     tip(event, Math.hypot(near.x - at.x, near.y - at.y) < 30 ? describe(near.row) : "");
   };
+}
+// Where a name beside its point covers the fewest points and other names.
+function freePlace(point, text, points, labels) {
+  const wide = 6.6 * text.length, { x, y } = point;
+  const places = [[x + 12, y + 4, "start"], [x, y - 13, "middle"], [x, y + 22, "middle"], [x - 12, y + 4, "end"], [x + 6, y - 13, "end"], [x + 6, y + 22, "end"]].map(([px, py, anchor]) => {
+    const left = px - { start: 0, middle: wide / 2, end: wide }[anchor], box = { left, right: left + wide, top: py - 11, bottom: py + 3 };
+    const hit = (other) => other.left < box.right && other.right > box.left && other.top < box.bottom && other.bottom > box.top;
+    const outside = box.left < M.left || box.right > W || box.top < 0 ? 9 : 0;
+    const covered = points.filter((p) => hit({ left: p.x - 6, right: p.x + 6, top: p.y - 6, bottom: p.y + 6 })).length;
+    return { x: px, y: py, anchor, text, ...box, cost: outside + covered + 2 * labels.filter(hit).length };
+  });
+  return places.reduce((best, place) => place.cost < best.cost ? place : best);
 }
 function inside(plot, event) {
   const box = plot.getBoundingClientRect();
@@ -105,14 +118,16 @@ function drawCurves() {
   if (!rows.length) { box.innerHTML = `<p class="empty">No run of these has an epoch yet.</p>`; return; }
   const all = rows.flatMap((row) => row.curve);
   const last = Math.max(...all.map((p) => p[0]));
-  let { x, y, out } = frame([Math.min(1, last - 1), last], all.flatMap((p) => [p[2], p[3]]), "epoch", `${label} (%)`, false);
+  const low = all.map((p) => p[2]).sort((a, b) => a - b)[Math.floor($("part").value * (all.length - 1))];
+  let { x, y, out } = frame([Math.min(1, last - 1), last], [low, ...all.map((p) => p[3])], "epoch", `${label} (%)`, false);
+  out += `<clipPath id="clip"><rect x="${M.left}" y="${M.top}" width="${W - M.left - M.right + 3}" height="${H - M.top - M.bottom}"/></clipPath><g clip-path="url(#clip)">`;
   rows.forEach((row, k) => {
     const dash = DASHES[place(row.backbone) % DASHES.length], back = [...row.curve].reverse();
     if (row.seeds > 1) out += `<polygon fill="${color(row.n)}" fill-opacity=".15" points="${row.curve.map((p) => `${x(p[0])},${y(p[3])}`).join(" ")} ${back.map((p) => `${x(p[0])},${y(p[2])}`).join(" ")}"/>`;
     out += row.curve.length === 1 ? `<circle r="3" fill="${color(row.n)}" cx="${x(row.curve[0][0])}" cy="${y(row.curve[0][1])}"/>`
       : `<polyline fill="none" stroke="${color(row.n)}" stroke-width="2" stroke-linejoin="round" stroke-dasharray="${dash}" data-k="${k}" points="${row.curve.map((p) => `${x(p[0])},${y(p[1])}`).join(" ")}"/>`;
   });
-  box.innerHTML = `<svg class="plot" viewBox="0 0 ${W} ${H}" role="img" aria-label="Learning curves">${out}<line id="cross" class="axis" y1="${M.top}" y2="${H - M.bottom}" opacity="0"/></svg>`;
+  box.innerHTML = `<svg class="plot" viewBox="0 0 ${W} ${H}" role="img" aria-label="Learning curves">${out}</g><line id="cross" class="axis" y1="${M.top}" y2="${H - M.bottom}" opacity="0"/></svg>`;
   const plot = box.firstChild, cross = $("cross");
   plot.onpointerleave = () => { tip(); cross.setAttribute("opacity", 0); };
   plot.onpointermove = (event) => {
@@ -158,6 +173,7 @@ function choose(number) {
 $("tabs").innerHTML = data.tabs.map((each) => `<button type="button" role="tab">${escape(each.title)}</button>`).join("");
 [...$("tabs").children].forEach((button, k) => { button.onclick = () => choose(k); });
 $("x").onchange = (event) => { xKey = event.target.value; draw(); };
+$("part").onchange = drawCurves;
 $("y").onchange = (event) => { yKey = event.target.value; draw(); };
 redrawn.push(draw);
 choose(tab);

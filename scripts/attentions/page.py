@@ -23,7 +23,7 @@ BODY = """
 was anchored to by the temperature. <span id="scale"></span></p><div id="heat"></div></section>
 <div class="cards">
 <section class="card"><h2>Who draws from whom</h2><p class="note">Percent of a layer's attention (line) on the cells of
-each layer of its warehouse (column).</p><div id="sharing" class="wide"></div></section>
+each layer of its warehouse (column); the last line is what it would be if all cells were used alike.</p><div id="sharing" class="wide"></div></section>
 <section class="card"><h2>How much each cell is used</h2><p class="note">By all mixtures of the warehouse together,
 relative to an even use: 1.</p><div id="usage"></div></section>
 </div>

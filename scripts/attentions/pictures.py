@@ -87,6 +87,8 @@ def draw_sharing(layers: list[LayerStatistics], path: Path) -> None:
             color = "white" if share > 55 else "black"
             axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=size, color=color)
         names = [layer.name for layer in drawing]
+        even = "".join(f"{100 * layer.even:.0f}, " for layer in drawing)
+        axes.set_xlabel(f"if all cells were used alike: {even}0", fontsize=8)
         axes.set_xticks(range(len(names) + 1), [*names, "zero cell"], rotation=60, ha="right", fontsize=size)
         axes.set_yticks(range(len(names)), names, fontsize=size)
         axes.set_title(f"{warehouse}: percent of a layer's attention\non the cells of ...", fontsize=9)
@@ -105,14 +107,14 @@ def draw_layers(layers: list[LayerStatistics], path: Path) -> None:
         shares.bar(places, values, 0.8, bottom=bottom, color=color, label=label)
         bottom += values
     shares.set(ylabel="share of attention", title="Where the attention of a layer's mixtures goes", ylim=(0, 1))
-    shares.legend(ncols=3, fontsize=8, loc="upper right")
+    shares.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     lines.plot(places, [layer.moved for layer in layers], "o-", color=OTHERS, label="moved from the anchors (0 to 1)")
     lines.plot(places, [layer.dynamic for layer in layers], "s-", color=OWN, label="dynamic: deviation over images")
     if all(layer.by_class is not None for layer in layers):
         lines.plot(places, [layer.by_class for layer in layers], "^-", color="#12a594", label="share of it between classes")
     lines.set_xticks(places, [layer.name for layer in layers], rotation=70, ha="right", fontsize=7)
     lines.set(ylim=(0, None), title="How far it moved, and what it depends on")
-    lines.legend(fontsize=8)
+    lines.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     lines.grid(alpha=0.3)
     _save(figure, path)
 

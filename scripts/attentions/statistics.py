@@ -13,11 +13,13 @@ from scripts.attentions.collect import Collected, Sums
 
 MEANINGS = {
     "own": "share of attention on the cells that are the layer's own",
+    "even": "what that share would be if all cells were used alike",
     "others": "on cells that are other layers' own",
     "zero": "on the zero cell",
     "negative": "share of attention that is negative",
     "effective": "cells that a mixture mixes, effectively: exp of the entropy of its mean absolute attentions",
     "anchored": "share of mixtures whose strongest cell is still the one they were anchored to",
+    "kept": "mean attention of a mixture to the cell it was anchored to: 1 at the start, when the temperature is 1",
     "moved": "half the distance (sum of absolute differences) from the anchors: 0 still there, 1 nothing left there",
     "dynamic": "standard deviation over images, relative to the mean attentions: 0 means the same kernel for all images",
     "by_class": "share of the variance over images that lies between classes, less what chance gives: 1 is all of it",
@@ -36,11 +38,13 @@ class LayerStatistics:
     name: str
     sums: Sums
     own: float
+    even: float
     others: float
     zero: float
     negative: float
     effective: float
     anchored: float
+    kept: float
     moved: float
     dynamic: float
     by_class: float | None  # None where there is one class
@@ -71,11 +75,13 @@ def layer_statistics(name: str, sums: Sums) -> LayerStatistics:
         name=name,
         sums=sums,
         own=own,
-        others=1 - own - zero,
+        even=sums.draw.owned / mean.shape[1],
+        others=max(1 - own - zero, 0.0),
         zero=zero,
         negative=float(((absolute - mean) / 2).sum(dim=1).mean()),
         effective=float(entropy.exp().mean()),
         anchored=float((absolute.argmax(dim=1) == sums.anchors.argmax(dim=1)).double().mean()),
+        kept=float((mean * sums.anchors).sum(dim=1).mean()),
         moved=float(shift.mean()),
         dynamic=float((variance.sum() / mean.square().sum().clamp(min=1e-12)).sqrt()),
         by_class=_between(of_class, mean, variance, counts),
