@@ -21,6 +21,26 @@ demo: $(READY)
 	$(BIN)/python -m train -m n=static,1/4,1,4
 	$(BIN)/python -m scripts.report runs/digits
 
+# The paper's tables, row by row: make table-resnet18 DATA=imagenet, with SET="runtime.devices=8 seed=0,1,2" for settings.
+# make report shows what runs there are beside what was published.
+TABLES := $(addprefix table-,resnet18 resnet50 convnext_tiny mobilenetv2_100 mobilenetv2_050 deit_tiny)
+COCO := resnet50 kw1x_resnet50 kw4x_resnet50 mobilenetv2_100 kw1x_mobilenetv2_100 kw4x_mobilenetv2_100 convnext_tiny kw1x_convnext_tiny
+COMMA := ,
+EMPTY :=
+NAMED := $(EMPTY) $(EMPTY)
+.PHONY: $(TABLES) table-coco report
+
+$(TABLES): table-%: $(READY)
+	$(if $(DATA),,$(error DATA=PATH is needed: the folder with train/<class>/* and val/<class>/*))
+	$(BIN)/python -m train -m 'experiment=glob($**)' data.root=$(DATA) $(SET)
+
+table-coco: $(READY)
+	$(if $(DATA),,$(error DATA=PATH is needed: the folder with annotations/, train2017/ and val2017/))
+	$(BIN)/python -m detection -m config=$(subst $(NAMED),$(COMMA),$(COCO:%=mask_rcnn_%_1x_coco)) data.root=$(DATA) $(SET)
+
+report: $(READY)
+	$(BIN)/python -m scripts.report runs --all
+
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 

@@ -1,7 +1,7 @@
 """What the attentions of a trained model do, on images: statistics, heat maps as in the paper's figures, and a page.
 
-    python -m scripts.attentions checkpoint=runs/digits/resnet_digits_kw1x/seed0           the data set's own images
-    python -m scripts.attentions checkpoint=RUN_OR_FILE images=FOLDER                      a folder of images, or of classes
+    python -m scripts.attentions checkpoint=runs/digits/resnet_digits_kw1x/seed0      the data set's own images
+    python -m scripts.attentions checkpoint=RUN_OR_FILE images=FOLDER                 a folder of images, or of classes
     python -m scripts.attentions checkpoint=released.pth images=FOLDER backbone=resnet18 n=1/4
 
 Keys: classes=10 and per_class=50, at most so many, at even distances; ema=true for the average of the weights;
@@ -46,7 +46,10 @@ def main(words: list[str]) -> None:
     (folder / "index.html").write_text(text, encoding="utf-8")
     print(f"{name}: {told}")
     for layer in layers:
-        print(f"  {layer.name:<28} {layer.warehouse:<18} " + "  ".join(f"{k} {_number(getattr(layer, k))}" for k in MEANINGS))
+        print(
+            f"  {layer.name:<28} {layer.warehouse:<18} "
+            + "  ".join(f"{k} {_number(getattr(layer, k))}" for k in MEANINGS)
+        )
     print(f"Written to {folder}: index.html, layers.csv, warehouses.csv, classes.csv, {', '.join(pictures)}")
 
 

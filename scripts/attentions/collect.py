@@ -84,7 +84,7 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes:
     layers = [module for module in model.modules() if isinstance(module, KWLayer)]
     hooks = [layer.attention.register_forward_pre_hook(hook(layer)) for layer in layers]
     try:
-        for images, targets in batches:
+        for images, targets in batches:  # noqa: B007  the hooks read the targets
             made.images += len(images)
             model.eval()(images.to(device))
     finally:

@@ -19,11 +19,12 @@ MOST = 4_000_000  # attentions in a page; beyond, it leaves out those by class
 BODY = """
 <section class="card"><div class="bar"><h2>Mean attention of each mixture to each cell</h2>
 <label>warehouse <select id="warehouse"></select> show <select id="what"></select></label></div>
-<p class="note">A line is a mixture, a column a cell. Frames: the cells that are the layer's own; dots: the cell a mixture
-was anchored to by the temperature. <span id="scale"></span></p><div id="heat"></div></section>
+<p class="note">A line is a mixture, a column a cell. Frames: the cells that are the layer's own; dots: the cell a
+mixture was anchored to by the temperature. <span id="scale"></span></p><div id="heat"></div></section>
 <div class="cards">
 <section class="card"><h2>Who draws from whom</h2><p class="note">Percent of a layer's attention (line) on the cells of
-each layer of its warehouse (column); the last line is what it would be if all cells were used alike.</p><div id="sharing" class="wide"></div></section>
+each layer of its warehouse (column); the last line is what it would be if all cells were used alike.</p>
+<div id="sharing" class="wide"></div></section>
 <section class="card"><h2>How much each cell is used</h2><p class="note">By all mixtures of the warehouse together,
 relative to an even use: 1.</p><div id="usage"></div></section>
 </div>
@@ -54,13 +55,20 @@ def _warehouse(name: str, drawing: list[LayerStatistics], classes: int) -> dict[
         means = [layer.sums.by_class[number] / layer.sums.counts[number].clamp(min=1) for layer in drawing]
         maps[str(number)] = torch.cat(means)[:, :-1]
     layers = [
-        {"name": layer.name, "start": layer.sums.draw.start, "owned": layer.sums.draw.owned, "drawn": _rounded(layer.drawn),
-         "mixtures": len(layer.shift), "anchors": layer.sums.draw.anchors, "shift": _rounded(layer.shift)}
+        {"name": layer.name, "start": layer.sums.draw.start, "owned": layer.sums.draw.owned, "mixtures": len(layer.shift),
+         "drawn": _rounded(layer.drawn), "anchors": layer.sums.draw.anchors, "shift": _rounded(layer.shift)}
         for layer in drawing
     ]  # fmt: skip
     packed = {key: _packed(values, limit) for key, values in maps.items()}
     cells = maps["mean"].shape[1]
-    return {"name": name, "cells": cells, "limit": limit, "layers": layers, "maps": packed, "usage": _rounded(usage(drawing))}
+    return {
+        "name": name,
+        "cells": cells,
+        "limit": limit,
+        "layers": layers,
+        "maps": packed,
+        "usage": _rounded(usage(drawing)),
+    }
 
 
 def _packed(values: Tensor, limit: float) -> str:

@@ -76,7 +76,9 @@ def draw_sharing(layers: list[LayerStatistics], path: Path) -> None:
     found = by_warehouse(layers)
     columns = min(len(found), 3)
     lines = -(-len(found) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.6 * lines), squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(5.2 * columns, 4.6 * lines), squeeze=False, layout="constrained"
+    )
     for axes in grid.flat[len(found) :]:
         axes.axis("off")
     for axes, (warehouse, drawing) in zip(grid.flat, found.items(), strict=False):
@@ -96,13 +98,17 @@ def draw_sharing(layers: list[LayerStatistics], path: Path) -> None:
 
 
 def draw_layers(layers: list[LayerStatistics], path: Path) -> None:
-    """From the first layer to the last: where attention goes, how far it moved, and how much it depends on the image."""
+    """From the first layer to the last: where attention goes, how far it moved, how much it depends on the image."""
     places = np.arange(len(layers))
     figure, (shares, lines) = plt.subplots(
         2, 1, figsize=(max(7, 0.3 * len(layers) + 3), 7), sharex=True, layout="constrained"
     )
     bottom = np.zeros(len(layers))
-    for key, color, label in (("own", OWN, "own cells"), ("others", OTHERS, "other layers' cells"), ("zero", ZERO, "zero cell")):
+    for key, color, label in (
+        ("own", OWN, "own cells"),
+        ("others", OTHERS, "other layers' cells"),
+        ("zero", ZERO, "zero cell"),
+    ):
         values = np.array([getattr(layer, key) for layer in layers])
         shares.bar(places, values, 0.8, bottom=bottom, color=color, label=label)
         bottom += values
@@ -111,7 +117,9 @@ def draw_layers(layers: list[LayerStatistics], path: Path) -> None:
     lines.plot(places, [layer.moved for layer in layers], "o-", color=OTHERS, label="moved from the anchors (0 to 1)")
     lines.plot(places, [layer.dynamic for layer in layers], "s-", color=OWN, label="dynamic: deviation over images")
     if all(layer.by_class is not None for layer in layers):
-        lines.plot(places, [layer.by_class for layer in layers], "^-", color="#12a594", label="share of it between classes")
+        lines.plot(
+            places, [layer.by_class for layer in layers], "^-", color="#12a594", label="share of it between classes"
+        )
     lines.set_xticks(places, [layer.name for layer in layers], rotation=70, ha="right", fontsize=7)
     lines.set(ylim=(0, None), title="How far it moved, and what it depends on")
     lines.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)

@@ -21,7 +21,7 @@ MEANINGS = {
     "anchored": "share of mixtures whose strongest cell is still the one they were anchored to",
     "kept": "mean attention of a mixture to the cell it was anchored to: 1 at the start, when the temperature is 1",
     "moved": "half the distance (sum of absolute differences) from the anchors: 0 still there, 1 nothing left there",
-    "dynamic": "standard deviation over images, relative to the mean attentions: 0 means the same kernel for all images",
+    "dynamic": "standard deviation over images, relative to the mean attentions: 0 is one kernel for all images",
     "by_class": "share of the variance over images that lies between classes, less what chance gives: 1 is all of it",
 }
 
