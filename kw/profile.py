@@ -103,7 +103,8 @@ class Profile:
     @property
     def other_params(self) -> int:
         """Of what is neither a layer of `layers` nor cells: norms, embeddings."""
-        return self.params - sum(part.params for part in (*self.layers, *self.warehouses))
+        layers, cells = (sum(part.params for part in parts) for parts in (self.layers, self.warehouses))
+        return self.params - layers - cells
 
     def __str__(self) -> str:
         text = table(LAYER_HEAD, self._layer_rows())

@@ -1,20 +1,329 @@
-"""The table of runs: what was measured beside what was published."""
+"""The report: runs joined with published rows, whatever fifty folders hold; its tables, and its page in a browser."""
 
-from pathlib import Path
+import csv
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
 
-from scripts.report import HEAD, Row, Run, lines
+import pytest
+import yaml
+from rich.console import Console
+from test_train import ROOT, _environment
+
+from scripts.report.__main__ import write
+from scripts.report.page import report_page
+from scripts.report.published import CLASSIFICATION, TRAINING_IMAGES, published
+from scripts.report.rows import sections
+from scripts.report.runs import find_runs
+from scripts.report.steps import Step, read_steps
+from scripts.report.tables import count, latex, markdown, show
+
+PUBLISHED = {row.id: row for row in published()}
+SUMMARY = {"name": "x", "backbone": "b", "n": "1", "data": "d", "top1": 50.0, "top5": 60.0, "params": 10, "macs": 20,
+           "images_per_second": 4.0, "seed": 0, "epochs": 2, "device": "cpu"}  # fmt: skip
+NASTY = '<script>alert(1)</script>|[red]&_%$#{}~^\\"</script>'
 
 
-def row(data, backbone, n):
-    summary = {"name": "x", "backbone": backbone, "data": data, "n": n, "params": 1, "macs": 1, "top1": 70.0,
-               "top5": 90.0, "images_per_second": 1.0, "epochs": 1, "seed": 0}  # fmt: skip
-    return Row([Run(Path("x"), summary, [])])
+def put(folder, *, config=None, metrics=(), **summary):
+    """A run's folder, finished if it has a summary."""
+    folder.mkdir(parents=True)
+    base = {"n": "1", "name": "x", "seed": 0, "data": {"name": "d"}, "backbone": {"label": "b"}}
+    base |= {"recipe": {"epochs": 2, "batch_size": 8}, "runtime": {"devices": 2, "nodes": 1}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**base, **(config or {})}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    if summary:
+        (folder / "summary.json").write_text(json.dumps({**SUMMARY, **summary}))
 
 
-def test_runs_on_imagenet_have_the_published_figure_beside_them():
-    rows = [row("imagenet", "resnet18", "1/4"), row("imagenet", "convnext_tiny", "static")]
-    rows += [row("digits", "resnet18", "1"), row("imagenet", "deit_tiny", "static"), row("imagenet", "resnet18", "3")]
-    head, *cells = lines(rows)
-    place = head.index("published")
-    assert head[place - 1] == "top-1" and [line[place] for line in cells] == ["72.73", "82.07", "-", "-", "-"]
-    assert lines([row("digits", "resnet18", "1/4")])[0] == HEAD
+def line(epoch, top1=50.0, **more):
+    return {"epoch": epoch, "step": 10 * (epoch + 1), "top1": top1, "top5": 90.0, "images_per_second": 4.0, **more}
+
+
+def of_row(folder, row, seed=0, top1=70.0, **more):
+    summary = {"name": row, "backbone": PUBLISHED[row].label, "n": PUBLISHED[row].n, "data": "imagenet", **more}
+    put(folder, top1=top1, seed=seed, epochs=300, **summary)
+
+
+def rows_of(*roots, steps=()):
+    runs, remarks = find_runs(roots)
+    made, more = sections(runs, steps)
+    return made, remarks + more
+
+
+def find(made, name):
+    return [row for section in made for row in section.rows if row.name == name]
+
+
+def test_seeds_make_a_mean_and_a_spread_beside_what_was_published(tmp_path):
+    for seed, top1 in enumerate((72.0, 73.0, 74.0)):
+        of_row(tmp_path / str(seed), "resnet18_kw1d4x", seed, top1)
+    made, _ = rows_of(tmp_path)
+    (row,) = find(made, "resnet18_kw1d4x")
+    assert row.score("top1") == (73.0, 1.0) and row.figure("top1") == 72.73 and row.seeds == 3
+    assert row.difference("top1") == pytest.approx(0.27) and row.difference("top5") == pytest.approx(60 - 90.83)
+    assert "73.00 ± 1.00 | 72.73 | +0.27" in markdown(made)
+
+
+def test_every_published_row_is_there_and_says_that_it_was_not_run(tmp_path):
+    of_row(tmp_path / "a", "resnet50")
+    made, _ = rows_of(tmp_path)
+    assert [section.title for section in made] == ["ImageNet", "COCO, Mask R-CNN, 12 epochs"]
+    rows = [row for section in made for row in section.rows]
+    assert [row.name for row in rows] == [row.name for row in published()] and len(rows) == 30
+    assert {row.state for row in rows if row.name != "resnet50"} == {"not run"}
+    text = markdown(made)
+    assert text.count("not run |") == 29 and text.count("not measured") == 29
+
+
+def test_a_timed_step_tells_what_a_row_would_cost(tmp_path):
+    of_row(tmp_path / "a", "resnet50")
+    made, _ = rows_of(
+        tmp_path, steps=[Step("mobilenetv2_050", "NVIDIA H100", 1000.0), Step("resnet18", "cpu, 2 threads", 10)]
+    )
+    (row,) = find(made, "mobilenetv2_050")
+    assert row.hours == pytest.approx(150 * TRAINING_IMAGES[CLASSIFICATION] / 1000 / 3600)
+    text = markdown(made)
+    assert "~53 GPU" in text and "~10,676 CPU" in text and "a step timed on NVIDIA H100, cpu, 2 threads" in text
+
+
+def test_the_hours_of_a_run_are_those_of_all_its_devices(tmp_path):
+    put(tmp_path / "a", metrics=[line(0), line(1)], top1=50.0)
+    made, _ = rows_of(tmp_path)
+    assert find(made, "x")[0].hours == pytest.approx(20 * 8 / 4.0 / 3600 * 2)
+
+
+def test_a_run_with_other_settings_than_its_row_is_marked(tmp_path):
+    short = {"recipe": {"epochs": 5, "lr": PUBLISHED["resnet18"].settings["recipe.lr"]}}
+    put(tmp_path / "a", config=short, **{"name": "resnet18", "backbone": "resnet18", "n": "static", "data": "imagenet"})
+    made, _ = rows_of(tmp_path)
+    (row,) = find(made, "resnet18")
+    assert row.departures == ["recipe.epochs 5 (300)"] and "done\\*" in markdown(made)
+
+
+def test_an_unfinished_run_shows_its_epochs_and_no_difference(tmp_path):
+    config = {"name": "resnet18", "n": "static", "data": {"name": "imagenet"}, "backbone": {"label": "resnet18"}}
+    put(tmp_path / "a", config=config, metrics=[line(0, 1.0), line(1, 2.0)])
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "to')  # being written
+    made, remarks = rows_of(tmp_path)
+    (row,) = find(made, "resnet18")
+    assert (row.state, row.epochs, row.score("top1"), row.difference("top1")) == (
+        "unfinished",
+        (2, 2),
+        (2.0, None),
+        None,
+    )
+    assert remarks == [f"{tmp_path}/a: not finished (2 of 2 epochs)"]
+
+
+def test_finished_and_unfinished_runs_are_not_averaged(tmp_path):
+    of_row(tmp_path / "a", "resnet18")
+    config = {
+        "name": "resnet18",
+        "n": "static",
+        "seed": 1,
+        "data": {"name": "imagenet"},
+        "backbone": {"label": "resnet18"},
+    }
+    put(tmp_path / "b", config=config, metrics=[line(0, 1.0)])
+    made, _ = rows_of(tmp_path)
+    assert sorted((row.state, row.seeds) for row in find(made, "resnet18")) == [("done", 1), ("unfinished", 1)]
+
+
+def test_a_copy_of_a_run_tells_nothing_of_the_spread(tmp_path):
+    for name in ("a", "b"):
+        put(tmp_path / name, top1=50.0)
+    made, remarks = rows_of(tmp_path)
+    assert find(made, "x")[0].seeds == 1 and "left out" in remarks[0]
+
+
+def test_a_detector_stands_beside_its_published_ap(tmp_path):
+    folder = tmp_path / "seed0"
+    (folder / "2026" / "vis_data").mkdir(parents=True)
+    (folder / "settings.json").write_text("{}")
+    named = {"name": "mask_rcnn_kw1x_resnet50_1x_coco", "backbone": "resnet50", "n": "1", "seed": 0, "epochs": 12}
+    (folder / "summary.json").write_text(json.dumps({**named, "box_ap": 42.0, "mask_ap": 38.0, "params": 5}))
+    evaluations = [{"coco/bbox_mAP": 0.1 * epoch, "step": epoch} for epoch in (1, 2)]
+    text = "".join(json.dumps(each) + "\n" for each in [{"loss": 1.0, "step": 50}, *evaluations])
+    (folder / "2026" / "vis_data" / "scalars.json").write_text(text)
+    made, remarks = rows_of(tmp_path)
+    (row,) = find(made, named["name"])
+    assert not remarks and row.difference("box_ap") == pytest.approx(0.2) and row.figure("mask_ap") == 38.4
+    assert row.runs[0].curve == [(1, 10.0), (2, 20.0)]
+
+
+BROKEN = {
+    "half": '{"name": "x", "top1": 5', "empty": "", "list": "[]", "null": "null", "text": "no JSON",
+    "nan": json.dumps({**SUMMARY, "top1": math.nan}), "infinite": json.dumps({**SUMMARY, "top5": math.inf}),
+    "words": json.dumps({**SUMMARY, "top1": "fifty"}), "large": json.dumps({**SUMMARY, "top1": 500}),
+    "bool": json.dumps({**SUMMARY, "top1": True}), "missing": json.dumps({"name": "x"}), "deep": "[" * 100_000,
+    "params": json.dumps({**SUMMARY, "params": "many"}), "seed": json.dumps({**SUMMARY, "seed": [1]}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def fifty(tmp_path):
+    """Twenty-six good runs, four unfinished ones, and twenty that are broken, each in its own way."""
+    for number in range(24):
+        row = list(PUBLISHED)[number % 20]
+        of_row(tmp_path / f"good{number}", row, number // 20, 70 + number / 10)
+    put(tmp_path / "good24", name=NASTY, metrics=[line(0), line(1)])
+    put(tmp_path / "good25", name="y", metrics=[])
+    for number in range(4):
+        put(tmp_path / f"unfinished{number}", metrics=[line(0)] * number, config={"name": f"u{number}"})
+    for name, text in BROKEN.items():
+        put(tmp_path / f"broken_{name}")
+        (tmp_path / f"broken_{name}" / "summary.json").write_text(text)
+    for name, content in {"config": b"a: [1, 2", "bytes": bytes(range(256)), "scalar": b"3"}.items():
+        put(tmp_path / f"broken_{name}", name="z")
+        (tmp_path / f"broken_{name}" / "config.yaml").write_bytes(content)
+    put(tmp_path / "broken_metrics", name="z")
+    (tmp_path / "broken_metrics" / "metrics.jsonl").write_text('{"epoch": 0}\n{"epo\n{"epoch": 2}\n')
+    put(tmp_path / "broken_odd", name="z", metrics=[{**line(0), "epoch": "first"}])
+    (tmp_path / "broken_folder" / "summary.json").mkdir(parents=True)
+    return tmp_path
+
+
+def test_fifty_folders_some_broken_are_all_told_of(fifty):
+    runs, remarks = find_runs([fifty])
+    assert len(list(fifty.iterdir())) == 50
+    assert len([run for run in runs if run.finished]) == 26 and len(runs) == 29
+    for folder in fifty.iterdir():
+        told = [remark for remark in remarks if remark.startswith(f"{folder}: ")]
+        kind = {"b": "broken (", "u": "not finished ("}.get(folder.name[0])
+        assert len(told) == (kind is not None) and all(kind in remark for remark in told), folder
+
+
+def test_all_files_hold_the_same_rows_whatever_their_names_are(fifty, tmp_path):
+    runs, remarks = find_runs([fifty])
+    made, _ = sections(runs)
+    names = write(made, runs, remarks, tmp_path / "out")
+    assert all((tmp_path / "out" / name).stat().st_size > 0 for name in names)
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open(newline="")))
+    assert [row["run"] for row in rows] == [row.name for section in made for row in section.rows]
+    (first,) = [row for row in rows if row["run"] == "resnet18" and row["state"] == "done"]
+    assert float(first["top1_difference"]) == pytest.approx(float(first["top1"]) - 70.44)
+    assert len(list(csv.DictReader((tmp_path / "out" / "runs.csv").open(newline="")))) == len(runs)
+    text = markdown(made)
+    bodies = [part.splitlines() for part in text.split("## ")[1:]]
+    for body in bodies:
+        table = [row for row in body if row.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table}) == 1  # no name makes a column
+    for row in (row for row in latex(made).splitlines() if row.endswith("\\\\")):
+        assert not re.search(r"(?<!\\)[#%_]", row)
+    shown = io.StringIO()
+    for section in made:
+        show(section, Console(file=shown, width=300))
+    assert NASTY in shown.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 100, 160])
+def test_a_narrow_terminal_keeps_what_is_measured_and_published(width, tmp_path):
+    of_row(tmp_path / "a", "resnet18", top1=70.5)
+    made, _ = rows_of(tmp_path)
+    shown = io.StringIO()
+    show(made[0], Console(file=shown, width=width))
+    assert max(map(len, shown.getvalue().splitlines()[:20])) <= width
+    if width >= 100:
+        assert "70.50" in shown.getvalue() and "70.44" in shown.getvalue() and "+0.06" in shown.getvalue()
+
+
+def page_data(text):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_the_page_holds_all_and_loads_nothing(fifty):
+    made, remarks = rows_of(fifty)
+    text = report_page(made, remarks)
+    assert not re.search(r"(src|href)\s*=|https?:|url\((?!#)|@import|fetch\(|XMLHttp", text)
+    assert text.count("<script") == 2 and "default-src 'none'" in text and NASTY not in text
+    tabs = page_data(text)["tabs"]
+    assert sum(len(tab["rows"]) for tab in tabs) == sum(len(section.rows) for section in made)
+    assert any(row["name"] == NASTY for tab in tabs for row in tab["rows"])
+    assert len(text) < 200_000
+
+
+def test_steps_are_read_where_they_are_whole(tmp_path):
+    good = {"row": "resnet18", "device": "H100", "images_per_second": 5.0}
+    lines = [
+        json.dumps(good),
+        "{",
+        json.dumps({**good, "images_per_second": 0}),
+        "[]",
+        json.dumps({**good, "images_per_second": 7}),
+    ]
+    (tmp_path / "steps.jsonl").write_text("\n".join(lines))
+    steps, remarks = read_steps(tmp_path / "steps.jsonl")
+    assert [step.images_per_second for step in steps] == [7.0]
+    assert [int(remark.split("line ")[1].split(":")[0]) for remark in remarks] == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (None, "-"),
+        (7, "7"),
+        (286282, "286.3 k"),
+        (11689512, "11.69 M"),
+        (102015144, "102.0 M"),
+        (1814073344, "1.814 G"),
+    ],
+)
+def test_counts_have_four_digits(value, text):
+    assert count(value) == text
+
+
+def test_the_command_ends_with_a_table_and_no_traceback(fifty, tmp_path):
+    command = [sys.executable, "-m", "scripts.report", str(fifty), "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_environment())
+    assert done.returncode == 0 and "Traceback" not in done.stderr + done.stdout, done.stderr
+    assert "resnet18_kw1d4x" in done.stdout and (tmp_path / "out" / "index.html").exists()
+    empty = subprocess.run(
+        [*command[:3], str(ROOT / "configs")], cwd=tmp_path, capture_output=True, text=True, env=_environment()
+    )
+    assert empty.returncode != 0 and "No finished run" in empty.stderr and "Traceback" not in empty.stderr
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PLAYWRIGHT = importlib.util.find_spec("playwright") is not None
+
+
+@pytest.mark.skipif(
+    not (CHROMIUM and PLAYWRIGHT), reason="needs Chromium and playwright, which `make setup` leaves out"
+)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_works_in_a_browser(scheme, fifty, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    made, remarks = rows_of(fifty)
+    (tmp_path / "index.html").write_text(report_page(made, remarks))
+    with sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(color_scheme=scheme, viewport={"width": 1360, "height": 900})
+        wrong, asked = [], []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"file://{tmp_path}/index.html")
+        assert page.locator("#cost .point").count() > 30 and page.locator("[data-tab]:visible tbody tr").count() >= 22
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        page.click("#theme")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") != paper
+        points = page.locator("#cost .point").count()
+        page.click("#legend button[data-kind=backbone] >> nth=0")
+        assert page.locator("#cost .point").count() < points
+        page.click("[data-tab]:visible th >> nth=3")
+        for tab in page.locator("#tabs button").all():
+            tab.click()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        folder = os.environ.get("SCREENSHOTS")
+        if folder:
+            page.screenshot(path=f"{folder}/report_{scheme}.png", full_page=True)
+        browser.close()
+    assert wrong == [] and asked == [f"file://{tmp_path}/index.html"]

@@ -54,11 +54,11 @@ def _warehouse(name: str, drawing: list[LayerStatistics], classes: int) -> dict[
     for number in range(classes):
         means = [layer.sums.by_class[number] / layer.sums.counts[number].clamp(min=1) for layer in drawing]
         maps[str(number)] = torch.cat(means)[:, :-1]
-    layers = [
-        {"name": layer.name, "start": layer.sums.draw.start, "owned": layer.sums.draw.owned, "mixtures": len(layer.shift),
-         "drawn": _rounded(layer.drawn), "anchors": layer.sums.draw.anchors, "shift": _rounded(layer.shift)}
-        for layer in drawing
-    ]  # fmt: skip
+    layers = []
+    for layer in drawing:
+        draw = layer.sums.draw
+        own = {"start": draw.start, "owned": draw.owned, "mixtures": draw.mixtures, "anchors": draw.anchors}
+        layers.append({"name": layer.name, **own, "drawn": _rounded(layer.drawn), "shift": _rounded(layer.shift)})
     packed = {key: _packed(values, limit) for key, values in maps.items()}
     cells = maps["mean"].shape[1]
     return {
