@@ -1,12 +1,16 @@
 """The profile: its parts add up to its totals, and the totals are the published ones."""
 
+import re
+
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import kw
 from kw.backbones import STATIC
+from scripts.profile_model import composed, draw, profile_of
 
 
 def profile(name, n, **kwargs):
@@ -94,3 +98,48 @@ def test_table_names_layers_and_warehouses():
         assert part.name in text
     assert f"{result.params:,} parameters" in text
     assert f"{result.macs:,} multiply-adds" in text
+
+
+@pytest.mark.parametrize(
+    "name, n", [("resnet18", "1/4"), ("convnext_tiny", 1), ("mobilenetv2_050", 4), ("resnet50", "1/2")]
+)
+def test_shares_give_each_cell_to_one_layer_and_count_all_mixtures(name, n):
+    result = profile(name, n)
+    mixtures = {layer.name: layer.mixtures for layer in result.layers if layer.warehouse}
+    assert {share.layer: share.mixtures for w in result.warehouses for share in w.shares} == mixtures
+    for warehouse in result.warehouses:
+        cells = [share.start + k for share in warehouse.shares for k in range(share.owned)]
+        assert cells == list(range(warehouse.cells[0])), warehouse.name
+        assert warehouse.mixtures * kw.config.parse_budget(warehouse.budget) == warehouse.cells[0]
+
+
+@pytest.mark.parametrize("name, n", [("resnet18", STATIC), ("resnet18", 4), ("deit_tiny_patch16_224", 1)])
+def test_the_tables_columns_add_up_to_its_total(name, n):
+    result = profile(name, n)
+    first = str(result).split("\n\n")[0].splitlines()[2:]
+    numbers = [[int(word.replace(",", "")) for word in line.split()[-5:] if word != "-"] for line in first]
+    total = numbers.pop()
+    assert total == [result.params, result.apply, result.assembly, result.attention, result.macs]
+    assert (
+        result.other_params
+        + sum(row[0] for row in numbers if len(row) == 5)
+        + sum(warehouse.params for warehouse in result.warehouses)
+        == result.params
+    )
+    assert sum(row[-1] for row in numbers if len(row) == 5) + result.other_macs == result.macs
+
+
+def test_the_table_tells_which_cells_are_whose():
+    text = str(profile("resnet18", "1/4"))
+    assert re.search(r"stage0 +1/4 +56 of 32 x 32 +224 +56 +57,344", text)
+    assert re.search(r"  layer1.0.conv2 +9 to 17 +36 +9 +9,216", text)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["backbone=resnet18", "n=1/4"], ["experiment=deit_tiny"], ["backbone=timm", "backbone.name=regnetx_002"]],
+)
+def test_the_sharing_is_drawn_for_any_model(settings, tmp_path):
+    config = composed(settings)
+    draw(profile_of(config), "a model", tmp_path / "sharing.png")
+    assert Image.open(tmp_path / "sharing.png").height > 300

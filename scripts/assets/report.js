@@ -38,7 +38,7 @@ function frame(xs, ys, xLabel, yLabel, log) {
   let out = "";
   for (const at of ticks(y0, y1, 6)) out += `<line class="grid" x1="${M.left}" x2="${W - M.right}" y1="${y(at)}" y2="${y(at)}"/>
     <text x="${M.left - 8}" y="${y(at) + 4}" text-anchor="end">${+at.toPrecision(6)}</text>`;
-  for (const at of ticks(x0, x1, 7, log)) out += `<line class="grid" y1="${M.top}" y2="${H - M.bottom}" x1="${x(at)}" x2="${x(at)}"/>
+  for (const at of ticks(x0, x1, 7, log).filter((at) => log || Number.isInteger(at))) out += `<line class="grid" y1="${M.top}" y2="${H - M.bottom}" x1="${x(at)}" x2="${x(at)}"/>
     <text x="${x(at)}" y="${H - M.bottom + 18}" text-anchor="middle">${short(at)}</text>`;
   out += `<line class="axis" x1="${M.left}" x2="${W - M.right}" y1="${H - M.bottom}" y2="${H - M.bottom}"/>
     <text x="${(M.left + W - M.right) / 2}" y="${H - 8}" text-anchor="middle">${escape(xLabel)}</text>
