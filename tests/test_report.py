@@ -78,7 +78,7 @@ def test_every_published_row_is_there_and_says_that_it_was_not_run(tmp_path):
     assert [row.name for row in rows] == [row.name for row in published()] and len(rows) == 30
     assert {row.state for row in rows if row.name != "resnet50"} == {"not run"}
     text = markdown(made)
-    assert text.count("not run |") == 29 and text.count("not measured") == 29
+    assert text.count("not run |") == 29 and text.count("| not measured |") == 29
 
 
 def test_a_timed_step_tells_what_a_row_would_cost(tmp_path):
@@ -89,7 +89,19 @@ def test_a_timed_step_tells_what_a_row_would_cost(tmp_path):
     (row,) = find(made, "mobilenetv2_050")
     assert row.hours == pytest.approx(150 * TRAINING_IMAGES[CLASSIFICATION] / 1000 / 3600)
     text = markdown(made)
-    assert "~53 GPU" in text and "~10,676 CPU" in text and "a step timed on NVIDIA H100, cpu, 2 threads" in text
+    assert (
+        "~53 GPU" in text
+        and "~10,676 CPU" in text
+        and "a step timed on NVIDIA H100, cpu, 2 threads" in text
+        and "no step of a detector was timed" in text
+    )
+
+
+def test_deits_published_gain_stands_beside_the_measured_one(tmp_path):
+    assert "published as +4.38 top-1 over deit_tiny; not run" in markdown(rows_of(tmp_path)[0]).replace("\\", "")
+    of_row(tmp_path / "a", "deit_tiny", top1=70.0)
+    of_row(tmp_path / "b", "deit_tiny_kw4x", top1=75.0)
+    assert "published as +4.38 top-1 over deit_tiny; +5.00 measured" in markdown(rows_of(tmp_path)[0])
 
 
 def test_the_hours_of_a_run_are_those_of_all_its_devices(tmp_path):

@@ -1,0 +1,126 @@
+"""The rows of the paper's tables, from published.yaml: their figures, and the settings of ours that they are made with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kw.backbones import STATIC
+from kw.config import format_budget
+
+FILE = Path(__file__).parents[1] / "published.yaml"
+COSTS = FILE.with_name("costs.yaml")
+CLASSIFICATION, DETECTION = "imagenet", "coco"
+SCORES = {CLASSIFICATION: ("top1", "top5"), DETECTION: ("box_ap", "mask_ap")}
+LABELS = {"top1": "top-1", "top5": "top-5", "box_ap": "box AP", "mask_ap": "mask AP"}
+TRAINING_IMAGES = {CLASSIFICATION: 1_281_167, DETECTION: 117_266}  # COCO's with an object in them, which are trained on
+DETECTION_EPOCHS = 12
+
+AUGMENT = ("color_jitter", "auto_augment", "interpolation", "random_erasing", "erasing_mode", "eval_resize",
+           "eval_interpolation")  # fmt: skip
+# Keys of published.yaml that we have other names for.
+NAMES = {"global_batch": "recipe.batch_size", "eval_crop": "data.image_size"}
+NAMES |= {key: f"recipe.augment.{key}" for key in AUGMENT}
+# What published.yaml says in words, as settings; `no_decay` and `per` have none, training does nothing else.
+WORDS = {
+    "transform": {
+        "recipe.augment.interpolation": "bilinear",
+        "recipe.augment.hflip": 0.5,
+        "recipe.augment.scale": [0.08, 1.0],
+        "recipe.augment.color_jitter": 0.0,
+        "recipe.augment.auto_augment": None,
+    },
+    "no_decay": {},
+    "per": {},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Published:
+    """One row: `scores` in percent, None where nothing was published; parameters and multiply-adds as counted, None
+    for detectors."""
+
+    id: str
+    task: str
+    backbone: str  # timm's name
+    label: str  # what run folders call it
+    n: str
+    params: int | None
+    macs: int | None
+    scores: dict[str, float | None]
+    settings: dict[str, Any]  # {"recipe.lr": 0.004}; empty where none were released
+    epochs: int
+    gain: float | None = None  # top-1 over the static row, where nothing else was published
+
+    @property
+    def name(self) -> str:
+        """Of its run folder."""
+        if self.task == CLASSIFICATION:
+            return self.id
+        budget = "" if self.n == STATIC else f"kw{format_budget(self.n)}_"
+        return f"mask_rcnn_{budget}{self.backbone}_1x_coco"
+
+    @property
+    def command(self) -> str:
+        program = "train experiment" if self.task == CLASSIFICATION else "detection config"
+        return f"python -m {program}={self.name} data.root=PATH"
+
+
+def published() -> list[Published]:
+    """All rows, in the order of the paper's tables."""
+    content = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    costs = yaml.safe_load(COSTS.read_text(encoding="utf-8"))
+    labels = {row["backbone"]: row["id"] for row in content[CLASSIFICATION] if row["n"] is None}
+    made = []
+    for task in SCORES:
+        for row in content[task]:
+            recipe = content["recipes"].get(row.get("recipe"), {})
+            settings = as_settings({**recipe, **(row.get("settings") or {})} if recipe else {})
+            epochs = settings.get("recipe.epochs", 300) if task == CLASSIFICATION else DETECTION_EPOCHS
+            scores = {key: row.get(key) for key in SCORES[task]}
+            of = (row["backbone"], labels[row["backbone"]], row["n"] or STATIC)
+            counted = [costs.get(row["id"], {}).get(key) for key in ("params", "macs")]
+            made.append(Published(row["id"], task, *of, *counted, scores, settings, epochs, row.get("top1_gain")))
+    return made
+
+
+def as_settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Keys and values of published.yaml as ours: `{"global_batch": 256}` as `{"recipe.batch_size": 256}`."""
+    made: dict[str, Any] = {}
+    for key, value in recipe.items():
+        made |= WORDS[key] if key in WORDS else {NAMES.get(key, f"recipe.{key}"): value}
+    return made
+
+
+def departures(config: dict[str, Any], row: Published) -> list[str]:
+    """Where a run's settings (config.yaml) are not the row's: `["recipe.epochs 90 (300)"]`, ours before the row's.
+
+    A setting that config.yaml does not have is not judged.
+    """
+    found = []
+    for key, value in row.settings.items():
+        ours = _at(config, key)
+        if ours is not MISSING and not _same(ours, value):
+            found.append(f"{key} {ours} ({value})")
+    own = config.get("kw")
+    if isinstance(own, dict):  # settings of warehouses, in place of the published ones
+        found += [f"kw.{key} {value}" for key, value in own.items() if value is not None]
+    return found
+
+
+MISSING = object()
+
+
+def _at(config: Any, key: str) -> Any:
+    for word in key.split("."):
+        if not isinstance(config, dict) or word not in config:
+            return MISSING
+        config = config[word]
+    return config
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    return bool(ours == theirs) or (not ours and not theirs)  # 0, 0.0 and null all mean: not at all

@@ -1,0 +1,190 @@
+"""Runs that differ in their seed alone make a row; a row of the paper is joined with the published figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+from typing import Any
+
+from scripts.report.published import CLASSIFICATION, SCORES, Published, departures, published
+from scripts.report.runs import Run
+from scripts.report.steps import Step, cost
+
+DONE, UNFINISHED, NOT_RUN = "done", "unfinished", "not run"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs of one name, data set and cost, if there are any; what was published, if it is a row of the paper; and what
+    it would cost to run, if it was not and a step of it was timed."""
+
+    runs: list[Run] = field(default_factory=list)
+    published: Published | None = None
+    step: Step | None = None
+
+    @property
+    def state(self) -> str:
+        if not self.runs:
+            return NOT_RUN
+        return DONE if self.runs[0].finished else UNFINISHED
+
+    @property
+    def task(self) -> str:
+        return self.runs[0].task if self.runs else self._row.task
+
+    @property
+    def name(self) -> str:
+        return self.runs[0].name if self.runs else self._row.name
+
+    @property
+    def data(self) -> str:
+        return self.runs[0].data if self.runs else self.task
+
+    @property
+    def backbone(self) -> str:
+        return self._row.label if self.published else self.runs[0].backbone
+
+    @property
+    def n(self) -> str:
+        return self.runs[0].n if self.runs else self._row.n
+
+    @property
+    def params(self) -> int | None:
+        return next((run.params for run in self.runs if run.params), self.published and self.published.params)
+
+    @property
+    def macs(self) -> int | None:
+        return next((run.macs for run in self.runs if run.macs), self.published and self.published.macs)
+
+    @property
+    def seeds(self) -> int:
+        return len(self.runs)
+
+    @property
+    def epochs(self) -> tuple[int, int]:
+        """Done, and asked for."""
+        if not self.runs:
+            return 0, self._row.epochs
+        return self.runs[0].epochs, self.runs[0].asked or self.runs[0].epochs
+
+    @property
+    def images_per_second(self) -> float | None:
+        found = [run.images_per_second for run in self.runs if run.images_per_second]
+        return mean(found) if found else None
+
+    @property
+    def hours(self) -> float | None:
+        """Of training, times devices: what a run took, or what one would take."""
+        if not self.runs:
+            return cost(self.step, self._row) if self.step else None
+        found = [run.hours for run in self.runs if run.hours is not None]
+        return mean(found) if found else None
+
+    @property
+    def device(self) -> str | None:
+        return self.runs[0].device if self.runs else self.step and self.step.device
+
+    @property
+    def departures(self) -> list[str]:
+        """Settings that are not the published row's, of any of the runs."""
+        if self.published is None:
+            return []
+        return sorted({text for run in self.runs for text in departures(run.config, self.published)})
+
+    @property
+    def _row(self) -> Published:
+        assert self.published is not None, "a row has runs, or was published"
+        return self.published
+
+    def score(self, key: str) -> tuple[float, float | None] | None:
+        """Mean over seeds, and their sample standard deviation where there are several."""
+        values = [run.scores[key] for run in self.runs if key in run.scores]
+        return (mean(values), stdev(values) if len(values) > 1 else None) if values else None
+
+    def figure(self, key: str) -> float | None:
+        """What was published."""
+        return self.published.scores[key] if self.published else None
+
+    def difference(self, key: str) -> float | None:
+        """Measured less published; of finished runs alone."""
+        measured, figure = self.score(key), self.figure(key)
+        return measured[0] - figure if measured and figure is not None and self.state == DONE else None
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows that make a table."""
+
+    title: str
+    task: str
+    rows: list[Row]
+    published: bool
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        return SCORES[self.task]
+
+    @property
+    def empty(self) -> bool:
+        """Whether none of the rows has a run."""
+        return not any(row.runs for row in self.rows)
+
+
+TITLES = {("imagenet", True): "ImageNet", ("coco", True): "COCO, Mask R-CNN, 12 epochs",
+          ("imagenet", False): "Other runs", ("coco", False): "Other detectors"}  # fmt: skip
+
+
+def sections(runs: list[Run], steps: Iterable[Step] = ()) -> tuple[list[Section], list[str]]:
+    """The paper's tables, every row of them, then other runs; and a remark for each run that was left out."""
+    groups, remarks = group(runs)
+    timed = {step.row: step for step in steps}
+    rows = {known: [Row([], known, timed.get(known.id))] for known in published()}
+    others = []
+    for members in groups:
+        known = _published(members[0], rows)
+        if known is None:
+            others.append(Row(members))
+            continue
+        kept = [row for row in rows[known] if row.runs]
+        rows[known] = [*kept, Row(members, known, timed.get(known.id))]
+    made = [Section(TITLES[task, True], task, [row for known in rows if known.task == task for row in rows[known]], True)
+            for task in SCORES]  # fmt: skip
+    for task in SCORES:
+        found = [row for row in others if row.task == task]
+        if found:
+            made.append(Section(TITLES[task, False], task, sorted(found, key=_order), False))
+    return made, remarks
+
+
+def group(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
+    """Runs of one name, data set, budget, cost and length, whatever their seed; and a remark for each run whose seed is
+    there already: a copy of a run, or the same run in two places, tells nothing of the spread."""
+    groups: dict[tuple[Any, ...], dict[int, Run]] = {}
+    remarks = []
+    for run in runs:
+        key = (run.task, run.data, run.name, run.n, run.params, run.macs, run.epochs, run.finished)
+        seeds = groups.setdefault(key, {})
+        if run.seed in seeds:
+            remarks.append(f"{run.folder}: left out, {seeds[run.seed].folder} is of the same settings and seed")
+        else:
+            seeds[run.seed] = run
+    return [list(seeds.values()) for seeds in groups.values()], remarks
+
+
+def _published(run: Run, rows: Iterable[Published]) -> Published | None:
+    """The row that a run is of: backbone and n on ImageNet, the configuration's name on COCO."""
+    for known in rows:
+        if run.task != known.task:
+            continue
+        if run.task == CLASSIFICATION:
+            mine = run.backbone in (known.label, known.backbone) and run.n == known.n
+            if run.data == CLASSIFICATION and mine:
+                return known
+        elif run.name == known.name:
+            return known
+    return None
+
+
+def _order(row: Row) -> tuple[str, int, str]:
+    return row.data, row.params or 0, row.name

@@ -1,0 +1,248 @@
+"""Run folders, finished or not; whatever is broken is told of and passed over.
+
+A folder of `python -m train` has config.yaml, metrics.jsonl and, once finished, summary.json; one of
+`python -m detection` has settings.json, MMEngine's */vis_data/scalars.json, and summary.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from scripts.report.published import CLASSIFICATION, DETECTION, SCORES
+
+MARKS = {"config.yaml", "metrics.jsonl", "summary.json", "settings.json"}  # any of them makes a folder a run's
+# The loader in C, where there is one: fifty configurations are read in no time.
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class Broken(Exception):
+    """What is wrong with a run folder, for the user."""
+
+
+class Unfinished(Exception):
+    """Nothing to show yet."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. `scores` in percent, of its last epoch; `hours` of training, times the devices it had."""
+
+    folder: Path
+    task: str
+    name: str
+    backbone: str
+    data: str
+    n: str
+    seed: int
+    scores: dict[str, float]
+    finished: bool
+    epochs: int  # done
+    asked: int | None  # for how many
+    params: int | None = None
+    macs: int | None = None
+    images_per_second: float | None = None
+    hours: float | None = None
+    device: str | None = None
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (epoch, the first of the scores)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """Runs at or below the folders, and a remark for each one that is unfinished or broken. Those that are unfinished,
+    and have an epoch to show, are among the runs."""
+    runs, remarks = [], []
+    for folder in sorted({folder for root in roots for folder in _run_folders(root, remarks)}):
+        try:
+            run = read_run(folder)
+        except Unfinished as error:
+            remarks.append(f"{folder}: not finished ({error})")
+        except Broken as error:
+            remarks.append(f"{folder}: broken ({error})")
+        except Exception as error:  # a report must not end at one folder of fifty, whatever is in it
+            remarks.append(f"{folder}: broken ({type(error).__name__}: {error})")
+        else:
+            runs.append(run)
+            if not run.finished:
+                remarks.append(f"{folder}: not finished ({run.epochs} of {run.asked or '?'} epochs)")
+    return runs, remarks
+
+
+def _run_folders(root: Path, remarks: list[str]) -> Iterator[Path]:
+    """Not below run folders: services keep copies of a run's files there."""
+    for place, folders, files in os.walk(root, onerror=lambda error: remarks.append(f"{error.filename}: {error}")):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if MARKS & {*files, *folders}:
+            folders.clear()
+            yield Path(place)
+
+
+def read_run(folder: Path) -> Run:
+    """Raises Broken or Unfinished, and what reading files raises."""
+    summary = _json(folder / "summary.json")
+    config = _yaml(folder / "config.yaml")
+    detection = (folder / "settings.json").exists() or (summary is not None and "box_ap" in summary)
+    task = DETECTION if detection else CLASSIFICATION
+    lines = _scalars(folder) if detection else _lines(folder / "metrics.jsonl")
+    if summary is not None:
+        return _finished(folder, task, summary, config, lines)
+    if not lines:
+        raise Unfinished("it has no epoch yet")
+    if detection:
+        raise Unfinished(f"{len(lines)} epochs")
+    return _unfinished(folder, config, lines)
+
+
+def _finished(folder: Path, task: str, summary: Any, config: Any, lines: list[Any]) -> Run:
+    it = Checked(summary, "summary.json")
+    main = SCORES[task][0]
+    scores = {key: it.percent(key) for key in SCORES[task] if key == main or summary.get(key) is not None}
+    run = Run(
+        folder, task, it.text("name"), it.text("backbone", "-"), it.text("data", "-" if task == DETECTION else None),
+        it.text("n"), it.whole("seed"), scores, True, it.whole("epochs", len(lines)), None,
+        it.whole("params", None), it.whole("macs", None), it.positive("images_per_second"),
+        device=it.text("device", "-"), curve=_curve(lines, main), config=config,
+    )  # fmt: skip
+    return _timed(run, lines)
+
+
+def _unfinished(folder: Path, config: Any, lines: list[Any]) -> Run:
+    if not config:
+        raise Broken("config.yaml and summary.json are not there")
+    it = Checked(config, "config.yaml")
+    data, backbone = it.part("data").text("name"), it.part("backbone").text("label")
+    last, asked = Checked(lines[-1], "metrics.jsonl"), it.part("recipe").whole("epochs")
+    scores = {key: last.percent(key) for key in SCORES[CLASSIFICATION]}
+    speeds = [line.get("images_per_second") for line in lines]
+    speed = median(speeds) if all(isinstance(speed, float) and speed > 0 for speed in speeds) else None
+    run = Run(
+        folder, CLASSIFICATION, it.text("name"), backbone, data, it.text("n"), it.whole("seed"), scores, False,
+        len(lines), asked, images_per_second=speed, curve=_curve(lines, "top1"), config=config,
+    )  # fmt: skip
+    return _timed(run, lines)
+
+
+def _timed(run: Run, lines: list[Any]) -> Run:
+    """With the hours of all its devices: images over images per second, evaluation not counted."""
+    recipe, runtime = (run.config.get(key) or {} for key in ("recipe", "runtime"))
+    steps, batch = (lines[-1].get("step") if lines else None), recipe.get("batch_size")
+    asked = run.asked or recipe.get("epochs") or run.epochs
+    if not steps or not batch or not run.images_per_second:
+        return replace(run, asked=asked)
+    devices = runtime.get("devices", 1) * runtime.get("nodes", 1)
+    return replace(run, asked=asked, hours=steps * batch / run.images_per_second / 3600 * devices)
+
+
+def _curve(lines: list[Any], key: str) -> list[tuple[int, float]]:
+    """The score by epoch, from 1; epochs in which it is not a number are left out."""
+    for line in lines:
+        if not _is_number(line.get("epoch", 0)):
+            raise Broken(f"an epoch of its metrics is {line['epoch']!r}, not a number")
+    numbered = ((line.get("epoch", at) + 1, line.get(key)) for at, line in enumerate(lines))
+    return [(epoch, float(value)) for epoch, value in numbered if _is_number(value)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class Checked:
+    """A mapping that was read from a file: what is missing or of the wrong kind is told of by its key."""
+
+    def __init__(self, values: Any, source: str):
+        if not isinstance(values, dict):
+            raise Broken(f"{source} holds a {type(values).__name__}, not keys and values")
+        self.values, self.source = values, source
+
+    def part(self, key: str) -> Checked:
+        return Checked(self.values.get(key), f"{self.source}: {key}")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        return str(self._get(key, default))
+
+    def whole(self, key: str, default: Any = ...) -> Any:
+        """A whole number, or the default."""
+        value = self.values.get(key)
+        if value is None and default is not ...:
+            return default
+        if not _is_number(self._get(key)) or value != int(value) or value < 0:
+            raise Broken(f"{self.source}: {key} is {value!r}, not a whole number")
+        return int(value)
+
+    def percent(self, key: str) -> float:
+        value = self._get(key)
+        if not _is_number(value) or not 0 <= value <= 100:
+            raise Broken(f"{self.source}: {key} is {value!r}, not a number from 0 to 100")
+        return float(value)
+
+    def positive(self, key: str) -> float | None:
+        value = self.values.get(key)
+        return float(value) if _is_number(value) and value > 0 else None
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        value = self.values.get(key, default)
+        if value is None:
+            raise Broken(f"{self.source} has no {key}")
+        return value
+
+
+def _json(path: Path) -> Any:
+    """None where there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Broken(f"{path.name} is no whole JSON: {error}") from None
+    if not isinstance(made, dict):
+        raise Broken(f"{path.name} holds a {type(made).__name__}, not keys and values")
+    return made
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        made = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise Broken(f"{path.name} is no whole YAML: {str(error).splitlines()[0]}") from None
+    if made is not None and not isinstance(made, dict):
+        raise Broken(f"{path.name} holds a {type(made).__name__}, not keys and values")
+    return made or {}
+
+
+def _lines(path: Path) -> list[Any]:
+    """The objects of a file of JSON lines. A last line without its end is being written, and not there yet."""
+    if not path.exists():
+        return []
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    made = []
+    for number, line in enumerate(whole, 1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise Broken(f"{path.name}, line {number}, is no whole JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise Broken(f"{path.name}, line {number}, holds a {type(value).__name__}, not keys and values")
+        made.append(value)
+    return made
+
+
+def _scalars(folder: Path) -> list[Any]:
+    """MMEngine's evaluations, of every time that the run was begun: a later one of an epoch replaces an earlier."""
+    found = {}
+    for path in sorted(folder.glob("*/vis_data/scalars.json")):
+        for line in _lines(path):
+            if _is_number(line.get("coco/bbox_mAP")) and _is_number(line.get("step")):
+                epoch, value = int(line["step"]), 100 * line["coco/bbox_mAP"]
+                found[epoch] = {"epoch": epoch - 1, "box_ap": value}
+    return [found[epoch] for epoch in sorted(found)]

@@ -1,0 +1,38 @@
+"""What a row would cost that was not run: from the speed of its training step, as `scripts.step_time` measures it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.report.published import TRAINING_IMAGES, Published
+
+
+@dataclass(frozen=True)
+class Step:
+    """How fast one device trains a row."""
+
+    row: str
+    device: str
+    images_per_second: float
+
+
+def cost(step: Step, row: Published) -> float:
+    """Hours of one such device to train the row; evaluation and loading of images not counted."""
+    return row.epochs * TRAINING_IMAGES[row.task] / step.images_per_second / 3600
+
+
+def read_steps(path: Path) -> tuple[list[Step], list[str]]:
+    """The timed steps of a file of JSON lines, a later one of a row in place of an earlier; and remarks on broken lines."""
+    steps, remarks = {}, []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found = json.loads(line)
+            step = Step(found["row"], found["device"], float(found["images_per_second"]))
+            if not step.images_per_second > 0:
+                raise ValueError("images_per_second is not positive")
+            steps[step.row] = step
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            remarks.append(f"{path}, line {number}: broken ({type(error).__name__}: {error})")
+    return list(steps.values()), remarks

@@ -1,0 +1,204 @@
+"""Rows as text: on a terminal, in Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kw.backbones import STATIC
+from scripts.report.published import CLASSIFICATION, LABELS
+from scripts.report.rows import DONE, NOT_RUN, Row, Section
+from scripts.report.runs import Run
+
+NONE = "-"
+RUN_KEYS = ("name", "data", "backbone", "n", "seed", "params", "macs", "images_per_second", "epochs", "asked",
+            "finished", "hours", "device")  # fmt: skip
+SCORE_KEYS = ("top1", "top5", "box_ap", "mask_ap")
+
+
+def head(section: Section) -> list[str]:
+    names = ["run", "n", *(() if section.published else ("data",)), "state", "parameters", "multiply-adds"]
+    for key in section.scores:
+        names += [LABELS[key], *(("published", "difference") if section.published else ())]
+    return [*names, "images/s", "epochs", "seeds", "device-hours"]
+
+
+def left(section: Section) -> int:
+    """How many columns are of words; after them come numbers."""
+    return head(section).index("state") + 1
+
+
+def cells(row: Row, section: Section) -> list[str]:
+    """As `head` names them."""
+    data = () if section.published else (row.data,)
+    made = [row.name, row.n, *data, state(row), count(row.params), count(row.macs)]
+    for key in section.scores:
+        made.append(spread(row.score(key)))
+        if section.published:
+            figure, difference = row.figure(key), row.difference(key)
+            made += [number(figure), NONE if difference is None else f"{difference:+.2f}"]
+    done, asked = row.epochs
+    epochs = str(done) if done == asked else f"{done}/{asked}"
+    return [*made, number(row.images_per_second, 0), epochs, str(row.seeds), hours(row)]
+
+
+def state(row: Row) -> str:
+    """With a star for settings that are not the published ones; the notes name them."""
+    return f"{row.state}*" if row.departures else row.state
+
+
+def hours(row: Row) -> str:
+    """Of one device, or for one that was not run, as it would take."""
+    if row.hours is None:
+        return "not measured" if row.state == NOT_RUN else NONE
+    kind = "CPU" if row.device == "cpu" or (row.device or "").startswith("cpu") else "GPU"
+    kind = kind if row.device and row.device != NONE else ""
+    text = f"{row.hours:,.0f}" if row.hours >= 10 else f"{row.hours:.2g}"
+    return f"{'~' if row.state == NOT_RUN else ''}{text} {kind}".rstrip()
+
+
+def notes(section: Section) -> list[str]:
+    """What the columns are too narrow for."""
+    made = [f"* {row.name}: settings that are not the published ones: {'; '.join(row.departures)}"
+            for row in section.rows if row.departures]  # fmt: skip
+    made += [_gain(row, section) for row in section.rows if row.published and row.published.gain]
+    waiting = [row for row in section.rows if row.state == NOT_RUN]
+    devices = sorted({str(row.device) for row in waiting if row.hours is not None})
+    if devices:
+        made.append(f"The hours that rows not run yet would take are from a step timed on {', '.join(devices)}.")
+    elif waiting and section.task == CLASSIFICATION:
+        made.append("What rows not run yet would take is told once a step is timed: python -m scripts.step_time --all")
+    elif waiting:
+        made.append("What rows not run yet would take was not measured: no step of a detector was timed.")
+    return made
+
+
+def _gain(row: Row, section: Section) -> str:
+    """DeiT was published as a gain over the static row."""
+    known = row.published
+    assert known is not None and known.gain is not None
+    base = next(other for other in section.rows if other.published and other.backbone == row.backbone and other.n == STATIC)
+    ours, theirs = row.score("top1"), base.score("top1")
+    measured = f"{ours[0] - theirs[0]:+.2f} measured" if ours and theirs and row.state == base.state == DONE else "not run"
+    return f"{row.name}: published as {known.gain:+.2f} top-1 over {base.name}; {measured}."
+
+
+def count(value: int | None) -> str:
+    """`11689512` as `11.69 M`: four digits."""
+    if value is None:
+        return NONE
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            digits = 3 - len(str(int(value / size)))
+            return f"{value / size:.{max(digits, 0) + 1}f}{unit}"
+    return str(value)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None else f"{value:,.{digits}f}"
+
+
+def spread(score: tuple[float, float | None] | None) -> str:
+    if score is None:
+        return NONE
+    return f"{score[0]:.2f}" + (f" ± {score[1]:.2f}" if score[1] is not None else "")
+
+
+def show(section: Section, console: Console) -> None:
+    """On a terminal that is too narrow, without the columns that can best be missed: the files have them."""
+    lines = [head(section), *(cells(row, section) for row in section.rows)]
+    shown = _fitting(lines, console.width)
+    table = Table(title=section.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for place in shown:
+        table.add_column(lines[0][place], justify="left" if place < left(section) else "right", overflow="fold")
+    for row, line in zip(section.rows, lines[1:], strict=True):
+        table.add_row(*(Text(line[place]) for place in shown), style="" if row.state == DONE else "dim")
+    console.print(table)
+    for note in notes(section):
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def _fitting(lines: list[list[str]], width: int) -> list[int]:
+    """Places of the columns that fit side by side."""
+    widths = [max(map(len, column)) + 3 for column in zip(*lines, strict=True)]
+    shown = list(range(len(widths)))
+    second = [at for at, name in enumerate(lines[0]) if name in ("published", "difference")][2:]
+    dispensable = [*(lines[0].index(name) for name in ("multiply-adds", "seeds", "images/s")), *second]
+    for place in dispensable:
+        if sum(widths[at] for at in shown) > width:
+            shown.remove(place)
+    return shown
+
+
+def markdown(made: list[Section]) -> str:
+    parts = []
+    for section in made:
+        names = head(section)
+        rule = ["---" if place < left(section) else "---:" for place in range(len(names))]
+        body = [[_escape_markdown(cell) for cell in cells(row, section)] for row in section.rows]
+        text = "".join(f"| {' | '.join(line)} |\n" for line in (names, rule, *body))
+        told = "".join(f"\n{_escape_markdown(note)}\n" for note in notes(section))
+        parts.append(f"## {section.title}\n\n{text}{told}")
+    return "\n".join(parts)
+
+
+def _escape_markdown(text: str) -> str:
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
+
+
+def latex(made: list[Section]) -> str:
+    """A `tabular` of the package booktabs for each section."""
+    parts = []
+    for section in made:
+        names = head(section)
+        lines = [" & ".join(_escape_latex(cell) for cell in cells(row, section)) for row in section.rows]
+        align = "l" * left(section) + "r" * (len(names) - left(section))
+        top = f"% {section.title}\n\\begin{{tabular}}{{{align}}}\n\\toprule\n"
+        body = "".join(f"{line} \\\\\n" for line in lines)
+        parts.append(f"{top}{' & '.join(names)} \\\\\n\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n")
+    return "% \\usepackage{booktabs}\n" + "\n".join(parts)
+
+
+def _escape_latex(text: str) -> str:
+    text = "".join(LATEX.get(character, character) for character in " ".join(text.split()))
+    return f"${text}$" if text[:1] in "+-" and len(text) > 1 else text  # a minus, not a hyphen
+
+
+def write_csv(made: list[Section], path: Path) -> None:
+    """One line a row of a table, every number in full."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        scored = [f"{key}{what}" for key in SCORE_KEYS for what in ("", "_std", "_published", "_difference")]
+        ends = ("images_per_second", "epochs", "asked", "seeds", "device_hours", "device", "state", "departures")
+        writer.writerow(["table", "run", "data", "backbone", "n", "params", "macs", *scored, *ends])
+        for section in made:
+            for row in section.rows:
+                words = [section.title, row.name, row.data, row.backbone, row.n, row.params, row.macs]
+                scores = [value for key in SCORE_KEYS for value in _score(row, section, key)]
+                numbers = [row.images_per_second, *row.epochs, row.seeds, row.hours, row.device]
+                writer.writerow([*words, *scores, *numbers, row.state, "; ".join(row.departures)])
+
+
+def _score(row: Row, section: Section, key: str) -> tuple[float | None, ...]:
+    if key not in section.scores:
+        return None, None, None, None
+    return *(row.score(key) or (None, None)), row.figure(key), row.difference(key)
+
+
+def write_runs(runs: list[Run], path: Path) -> None:
+    """One line a run, every number in full."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*RUN_KEYS, *SCORE_KEYS, "folder"])
+        for run in runs:
+            scores = [run.scores.get(key) for key in SCORE_KEYS]
+            writer.writerow([*(getattr(run, key) for key in RUN_KEYS), *scores, run.folder])
