@@ -148,6 +148,12 @@ def test_finished_and_unfinished_runs_are_not_averaged(tmp_path):
     assert sorted((row.state, row.seeds) for row in find(made, "resnet18")) == [("done", 1), ("unfinished", 1)]
 
 
+def test_the_average_of_the_weights_is_told_of_too(tmp_path):
+    for seed in (0, 1):
+        of_row(tmp_path / str(seed), "convnext_tiny", seed, 81.0, ema_top1=82.0 + seed)
+    assert "convnext_tiny: top-1 of the average of the weights 82.50" in markdown(rows_of(tmp_path)[0])
+
+
 def test_a_copy_of_a_run_tells_nothing_of_the_spread(tmp_path):
     for name in ("a", "b"):
         put(tmp_path / name, top1=50.0)

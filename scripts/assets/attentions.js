@@ -7,21 +7,19 @@ function blend(share) {  // from -1 to 1
   const { none, more, less } = theme(), end = rgb(share < 0 ? less : more), start = rgb(none), by = Math.min(Math.abs(share), 1) ** .7;
   return start.map((from, k) => Math.round(from + (end[k] - from) * by));
 }
-const unpack = (text) => Int8Array.from(atob(text), (c) => c.charCodeAt(0));
+const unpack = ({ bytes, limit }) => Float32Array.from(atob(bytes), (c) => (c.charCodeAt(0) << 24 >> 24) * limit / 127);
 const warehouse = () => data.warehouses[+$("warehouse").value];
 
-// The values shown, in units of the limit / 127: mean, deviation, a class, or a class less the mean.
+// The values shown and where their colors end: the mean, the deviation, a class's mean, or that less the mean.
 function values() {
   const { maps } = warehouse(), [key, less] = $("what").value.split("-"), shown = unpack(maps[key]);
-  if (!less) return Float32Array.from(shown);
+  if (less || !(key in data.classes)) return [shown, maps[key].limit];
   const mean = unpack(maps.mean);
-  return Float32Array.from(shown, (value, k) => value - mean[k]);
+  return [shown.map((value, k) => value + mean[k]), maps.mean.limit];
 }
 function drawHeat() {
-  const { cells, layers, limit } = warehouse(), shown = values(), rows = shown.length / cells;
-  let most = 127;
-  if ($("what").value !== "mean") most = Math.max(shown.reduce((a, b) => Math.max(a, Math.abs(b)), 0), 1);
-  const top = (most / 127 * limit).toPrecision(2), { line } = theme();
+  const { cells, layers } = warehouse(), [shown, most] = values(), rows = shown.length / cells;
+  const top = most.toPrecision(2), { line } = theme();
   const swatch = (share) => `<i style="display:inline-block;width:18px;height:10px;background:rgb(${blend(share)})"></i>`;
   $("scale").innerHTML = `${swatch(-1)}${swatch(-.5)}${swatch(0)}${swatch(.5)}${swatch(1)} from -${top} to ${top}`;
   const high = Math.max(Math.min(760 / rows, 14), 1.2), labels = 170;
@@ -52,7 +50,7 @@ function drawHeat() {
     let first = 0;
     const layer = layers.find((each) => row < first + each.mixtures || (first += each.mixtures, false));
     const owner = layers.find((each) => cell >= each.start && cell < each.start + each.owned), mixture = row - first;
-    const lines = [["cell", `${cell}, of ${owner?.name ?? "nobody"}`], ["shown", (shown[row * cells + cell] / 127 * limit).toFixed(3)],
+    const lines = [["cell", `${cell}, of ${owner?.name ?? "nobody"}`], ["shown", shown[row * cells + cell].toPrecision(2)],
       ["anchored to", layer.anchors[mixture] < cells ? `cell ${layer.anchors[mixture]}` : "the zero cell"], ["moved", layer.shift[mixture].toFixed(2)]];
     tip(event, `<b>${escape(layer.name)}, mixture ${mixture}</b><table>${lines.map(([a, b]) => `<tr><td>${a}</td><td>${escape(b)}</td></tr>`).join("")}</table>`);
   };

@@ -2,7 +2,7 @@
 const W = 620, H = 400, M = { left: 52, right: 20, top: 16, bottom: 46 };
 const HUES = [[-2, "#8b5cf6"], [-1, "#3b82f6"], [0, "#12a594"], [1, "#7ba31c"], [2, "#ee8a1d"]];  // by log2(n)
 const AXES = {
-  backbone_params: "parameters of the backbone's ImageNet row", params: "parameters", macs: "multiply-adds per image",
+  backbone_params: "parameters of the backbone alone", params: "parameters", macs: "multiply-adds per image",
   hours: "device-hours of training", images_per_second: "images per second of training",
 };
 const SHAPES = [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kw.attention import EPSILON, Attention
 from kw.layers import KWLayer
 from kw.warehouse import Draw
+from train.errors import DataError
 
 
 def attend(attention: Attention, pooled: Tensor) -> Tensor:
@@ -51,6 +52,9 @@ class Sums:
         return cls(layer.draw, counts, start, by_class, zeros, zeros.clone(), moved)
 
     def add(self, alpha: Tensor, targets: Tensor) -> None:
+        """Raises DataError: an attention is not finite, which no mean would survive."""
+        if not alpha.isfinite().all():
+            raise DataError(f"Layer {self.draw.kernel.name!r}: its attentions are not finite on these images.")
         self.counts += torch.bincount(targets, minlength=len(self.counts))
         self.by_class.index_add_(0, targets, alpha)
         self.absolute += alpha.abs().sum(dim=0)
@@ -69,7 +73,11 @@ class Collected:
 
 @torch.no_grad()
 def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: list[str]) -> Collected:
-    """Send batches `(B, 3, H, W)` with their classes `(B,)` through the model, in evaluation mode."""
+    """Send batches `(B, 3, H, W)` with their classes `(B,)` through the model, in evaluation mode.
+
+    Raises:
+        DataError: attentions are not finite, as of a model that was never trained.
+    """
     made = Collected(classes, 0)
     targets = torch.empty(0, dtype=torch.long)
     device = next(model.parameters()).device

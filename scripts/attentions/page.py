@@ -48,33 +48,26 @@ def attentions_page(title: str, subtitle: str, layers: list[LayerStatistics], cl
 
 
 def _warehouse(name: str, drawing: list[LayerStatistics], classes: int) -> dict[str, Any]:
-    limit = limit_of(drawing)
-    maps = {"mean": torch.cat([layer.mean for layer in drawing])}
-    maps["deviation"] = torch.cat([layer.deviation for layer in drawing])
+    """The maps: the mean, the deviation, and how far each class's mean is from that of all."""
+    mean = torch.cat([layer.mean for layer in drawing])
+    maps = {"mean": mean, "deviation": torch.cat([layer.deviation for layer in drawing])}
     for number in range(classes):
         means = [layer.sums.by_class[number] / layer.sums.counts[number].clamp(min=1) for layer in drawing]
-        maps[str(number)] = torch.cat(means)[:, :-1]
+        maps[str(number)] = torch.cat(means)[:, :-1] - mean
     layers = []
     for layer in drawing:
         draw = layer.sums.draw
         own = {"start": draw.start, "owned": draw.owned, "mixtures": draw.mixtures, "anchors": draw.anchors}
         layers.append({"name": layer.name, **own, "drawn": _rounded(layer.drawn), "shift": _rounded(layer.shift)})
-    packed = {key: _packed(values, limit) for key, values in maps.items()}
-    cells = maps["mean"].shape[1]
-    return {
-        "name": name,
-        "cells": cells,
-        "limit": limit,
-        "layers": layers,
-        "maps": packed,
-        "usage": _rounded(usage(drawing)),
-    }
+    packed = {key: _packed(values) for key, values in maps.items()}
+    return {"name": name, "cells": mean.shape[1], "layers": layers, "maps": packed, "usage": _rounded(usage(drawing))}
 
 
-def _packed(values: Tensor, limit: float) -> str:
+def _packed(values: Tensor) -> dict[str, Any]:
     """As bytes from -127 to 127, which stand for -limit to limit: a thousandth is beyond and cut."""
+    limit = limit_of(values)
     small = (values / limit * 127).round().clamp(-127, 127).numpy().astype(np.int8)
-    return base64.b64encode(small.tobytes()).decode()
+    return {"limit": limit, "bytes": base64.b64encode(small.tobytes()).decode()}
 
 
 def _rounded(values: Tensor) -> list[float]:

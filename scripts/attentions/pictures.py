@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
+from torch import Tensor
 
 from scripts.attentions.statistics import LayerStatistics, by_warehouse
 
@@ -30,22 +31,21 @@ def draw_all(layers: list[LayerStatistics], classes: list[str], folder: Path) ->
     return [*names, "sharing.png", "layers.png", "classes.png"]
 
 
-def limit_of(drawing: list[LayerStatistics]) -> float:
-    """Where the colors end: all but a thousandth of the mean attentions are within."""
-    values = torch.cat([layer.mean.abs().flatten() for layer in drawing])
-    return max(float(np.quantile(values.numpy(), 0.999)), 1e-6)
+def limit_of(values: Tensor) -> float:
+    """Where the colors end: all but a thousandth of the values are within."""
+    return max(float(np.quantile(values.abs().numpy(), 0.999)), 1e-9)
 
 
 def draw_heat_map(warehouse: str, drawing: list[LayerStatistics], path: Path) -> None:
     """As in the paper's figures: mean attention of each mixture (a line) to each cell (a column); a frame around the
     cells that are the layer's own, a dot where a mixture was anchored. Beside it, how far each mixture moved."""
-    mean = torch.cat([layer.mean for layer in drawing]).numpy()
+    values = torch.cat([layer.mean for layer in drawing])
+    mean, limit = values.numpy(), limit_of(values)
     shift = torch.cat([layer.shift for layer in drawing]).numpy()
     rows, cells = mean.shape
     height = min(max(rows * 0.06, 3.2), 14)
     size = (9.5, height + 1)
     figure, (heat, moved) = plt.subplots(1, 2, figsize=size, width_ratios=(12, 1), sharey=True, layout="constrained")
-    limit = limit_of(drawing)
     image = heat.imshow(mean, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     ticks, top = [], 0
     for layer in drawing:

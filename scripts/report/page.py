@@ -18,7 +18,8 @@ BODY = """
 <section class="card"><div class="bar"><h2>Accuracy against cost</h2>
 <label>y <select id="y"></select> x <select id="x"></select></label></div><div id="cost"></div></section>
 <section class="card"><div class="bar"><h2>Learning curves</h2>
-<label>show <select id="part"><option value="0">all</option><option value="0.3">the upper part</option></select></label></div><div id="curves"></div></section>
+<label>show <select id="part"><option value="0">all</option><option value="0.3">the upper part</option>
+</select></label></div><div id="curves"></div></section>
 </div>
 """
 
@@ -49,7 +50,9 @@ def _split(section: Section) -> list[Section]:
         return [section]
     names = sorted({row.data for row in section.rows})
     return [
-        Section(section.title if name == "-" else name, section.task, [r for r in section.rows if r.data == name], False)
+        Section(
+            section.title if name == "-" else name, section.task, [r for r in section.rows if r.data == name], False
+        )
         for name in names
     ]
 

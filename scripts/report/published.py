@@ -1,4 +1,4 @@
-"""The rows of the paper's tables, from published.yaml: their figures, and the settings of ours that they are made with."""
+"""The rows of the paper's tables, from published.yaml: their figures, and their settings as ours."""
 
 from __future__ import annotations
 

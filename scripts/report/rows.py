@@ -148,8 +148,10 @@ def sections(runs: list[Run], steps: Iterable[Step] = ()) -> tuple[list[Section]
             continue
         kept = [row for row in rows[known] if row.runs]
         rows[known] = [*kept, Row(members, known, timed.get(known.id))]
-    made = [Section(TITLES[task, True], task, [row for known in rows if known.task == task for row in rows[known]], True)
-            for task in SCORES]  # fmt: skip
+    made = []
+    for task in SCORES:
+        found = [row for known in rows if known.task == task for row in rows[known]]
+        made.append(Section(TITLES[task, True], task, found, True))
     for task in SCORES:
         found = [row for row in others if row.task == task]
         if found:

@@ -52,6 +52,7 @@ class Run:
     images_per_second: float | None = None
     hours: float | None = None
     device: str | None = None
+    ema: float | None = None  # the first score, of the average of the weights
     curve: list[tuple[int, float]] = field(default_factory=list)  # (epoch, the first of the scores)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -109,7 +110,7 @@ def _finished(folder: Path, task: str, summary: Any, config: Any, lines: list[An
         folder, task, it.text("name"), it.text("backbone", "-"), it.text("data", "-" if task == DETECTION else None),
         it.text("n"), it.whole("seed"), scores, True, it.whole("epochs", len(lines)), None,
         it.whole("params", None), it.whole("macs", None), it.positive("images_per_second"),
-        device=it.text("device", "-"), curve=_curve(lines, main), config=config,
+        device=it.text("device", "-"), ema=it.positive(f"ema_{main}"), curve=_curve(lines, main), config=config,
     )  # fmt: skip
     return _timed(run, lines)
 

@@ -24,7 +24,7 @@ def cost(step: Step, row: Published) -> float:
 
 
 def read_steps(path: Path) -> tuple[list[Step], list[str]]:
-    """The timed steps of a file of JSON lines, a later one of a row in place of an earlier; and remarks on broken lines."""
+    """The timed steps of a file of JSON lines, a row's last one counting; and remarks on broken lines."""
     steps, remarks = {}, []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from statistics import mean
 
 from rich import box
 from rich.console import Console
@@ -66,6 +67,11 @@ def notes(section: Section) -> list[str]:
     """What the columns are too narrow for."""
     made = [f"* {row.name}: settings that are not the published ones: {'; '.join(row.departures)}"
             for row in section.rows if row.departures]  # fmt: skip
+    for row in section.rows:
+        averages = [run.ema for run in row.runs if run.ema is not None]
+        if averages:
+            label = LABELS[section.scores[0]]
+            made.append(f"{row.name}: {label} of the average of the weights {mean(averages):.2f}")
     made += [_gain(row, section) for row in section.rows if row.published and row.published.gain]
     waiting = [row for row in section.rows if row.state == NOT_RUN]
     devices = sorted({str(row.device) for row in waiting if row.hours is not None})
@@ -82,9 +88,13 @@ def _gain(row: Row, section: Section) -> str:
     """DeiT was published as a gain over the static row."""
     known = row.published
     assert known is not None and known.gain is not None
-    base = next(other for other in section.rows if other.published and other.backbone == row.backbone and other.n == STATIC)
+    base = next(
+        other for other in section.rows if other.published and other.backbone == row.backbone and other.n == STATIC
+    )
     ours, theirs = row.score("top1"), base.score("top1")
-    measured = f"{ours[0] - theirs[0]:+.2f} measured" if ours and theirs and row.state == base.state == DONE else "not run"
+    measured = (
+        f"{ours[0] - theirs[0]:+.2f} measured" if ours and theirs and row.state == base.state == DONE else "not run"
+    )
     return f"{row.name}: published as {known.gain:+.2f} top-1 over {base.name}; {measured}."
 
 
