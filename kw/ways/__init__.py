@@ -1,0 +1,21 @@
+"""The ways to compute one dynamic layer, one per file. All are exact; `kw.ways.cost` says what each costs.
+
+Each is a function of the input `(B, C_in, *space)`, the attentions `(B, m, n)`, the cells `(n, o, i)` and the `Task`,
+and gives `(B, C_out, *out)`, without bias. Which to take is `kw.functional`'s business.
+"""
+
+from functools import partial
+
+from kw.ways.grouped import assemble, grouped
+from kw.ways.inputs import inputs
+from kw.ways.operator import rebuilding
+from kw.ways.task import Task
+
+WAYS = {
+    "grouped": grouped,
+    "samples": partial(rebuilding, "samples"),
+    "blocks": partial(rebuilding, "blocks"),
+    "inputs": inputs,
+}
+
+__all__ = ["WAYS", "Task", "assemble"]
