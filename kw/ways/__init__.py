@@ -13,8 +13,8 @@ from kw.ways.task import Task
 
 WAYS = {
     "grouped": grouped,
-    "samples": partial(rebuilding, "samples"),
-    "blocks": partial(rebuilding, "blocks"),
+    "convolve": partial(rebuilding, "convolve"),
+    "multiply": partial(rebuilding, "multiply"),
     "inputs": inputs,
 }
 

@@ -73,15 +73,6 @@ class Mixer:
         return [slice(start, start + rows) for start in range(0, r, rows)]
 
 
-def zeros_for(x: Tensor) -> Tensor:
-    """Where the gradients of `x` are added up block by block: in float32 at least, lest half precision lose them."""
-    return torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-
-
-def in_type_of(x: Tensor, grad: Tensor | None) -> Tensor | None:
-    return None if grad is None else grad.to(x.dtype)
-
-
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)

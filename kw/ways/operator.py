@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kw.ways import blocks, samples
+from kw.ways import rebuild
+from kw.ways.convolve import Convolve
+from kw.ways.multiply import Multiply
 from kw.ways.task import Task
 
-WAYS = {"blocks": blocks, "samples": samples}
+WAYS: dict[str, type[rebuild.Applied]] = {"convolve": Convolve, "multiply": Multiply}
 
 
 def rebuilding(way: str, x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
@@ -38,7 +40,8 @@ def _forward(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    return WAYS[way].forward(x, alpha, cells, _task(grid, kernel_size, stride, padding, dilation, groups))
+    task = _task(grid, kernel_size, stride, padding, dilation, groups)
+    return rebuild.forward(x, alpha, cells, task, WAYS[way])
 
 
 @torch.library.custom_op("kw::rebuilding_backward", mutates_args=())
@@ -57,7 +60,7 @@ def _backward(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     task = _task(grid, kernel_size, stride, padding, dilation, groups)
-    grads = WAYS[way].backward(grad, x, alpha, cells, task, tuple(needed))
+    grads = rebuild.backward(grad, x, alpha, cells, task, tuple(needed), WAYS[way])  # type: ignore[arg-type]
     return tuple(  # type: ignore[return-value]
         like.new_empty(0) if grad is None else grad for grad, like in zip(grads, (x, alpha, cells), strict=True)
     )
