@@ -20,16 +20,14 @@ class Convolve:
         self.x, self.task = _channels_last(x), task
         self._grad_x: Tensor | None = None
 
-    def forward(self, kernels: Tensor) -> Tensor:
+    def forward(self, kernels: Tensor) -> list[Tensor]:
         convolve, task = CONVOLUTIONS[self.x.dim() - 2], self.task
-        weights = self._as_weights(kernels)
-        out = [
-            convolve(x, weight, None, task.stride, task.padding, task.dilation)
-            for x, weight in zip(self.x.split(1), weights, strict=True)
+        return [
+            convolve(x, weight, None, task.stride, task.padding, task.dilation)[0].flatten(1)
+            for x, weight in zip(self.x.split(1), self._as_weights(kernels), strict=True)
         ]
-        return torch.cat(out).flatten(2)
 
-    def backward(self, grad: Tensor, kernels: Tensor, needed: tuple[bool, bool]) -> Tensor | None:
+    def backward(self, grad: Tensor, kernels: Tensor, needed: tuple[bool, bool]) -> list[Tensor] | None:
         task = self.task
         weights = self._as_weights(kernels)
         grad = _channels_last(grad.unflatten(2, task.out_size(tuple(self.x.shape[2:]))))
@@ -41,11 +39,11 @@ class Convolve:
                 (*needed, False),
             )  # fmt: skip
             grad_x.append(of_x)
-            grad_weights.append(of_weight)
+            grad_weights.append(of_weight.movedim(1, -1).flatten(1) if needed[1] else None)
         if needed[0]:
             whole = torch.cat(grad_x)
             self._grad_x = whole if self._grad_x is None else self._grad_x.add_(whole)
-        return torch.stack(grad_weights).movedim(2, -1).flatten(2) if needed[1] else None
+        return grad_weights if needed[1] else None
 
     def grad_x(self) -> Tensor:
         assert self._grad_x is not None

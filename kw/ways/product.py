@@ -7,9 +7,12 @@ offers oneDNN's product only under a name meant for its compiler, so `@` takes i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+PerSample = Tensor | list[Tensor]  # in one piece or a list, whichever is at hand: putting them together is a copy
 LARGE = 1 << 20  # multiply-adds of one product, from which a call of its own for each sample pays
 
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -23,11 +26,20 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def products(a: Tensor, b: Tensor) -> Tensor:
+def products(a: Tensor, b: Tensor) -> PerSample:
     """`(B, M, K) @ (B, K, N)`, one per sample; without gradients of its own."""
     if _has_onednn(a) and a.shape[1] * a.shape[2] * b.shape[2] >= LARGE:
-        return torch.stack([product(one, other) for one, other in zip(a, b, strict=True)])
+        return [product(one, other) for one, other in zip(a, b, strict=True)]
     return torch.bmm(a, b)
+
+
+def pieces(values: PerSample) -> Iterator[tuple[slice, Tensor]]:
+    """Which samples, and their values `(b, ...)`: all at once, or one by one."""
+    if isinstance(values, Tensor):
+        yield slice(None), values
+    else:
+        for b, value in enumerate(values):
+            yield slice(b, b + 1), value.unsqueeze(0)
 
 
 def _has_onednn(x: Tensor) -> bool:

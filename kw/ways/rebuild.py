@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kw.ways.mixing import Mixer
+from kw.ways.product import PerSample, pieces, product
 from kw.ways.task import Task
 
 ENTRIES = {"cpu": 1 << 22}  # of assembled kernels at a time; a GPU wants larger products
@@ -29,10 +30,10 @@ class Applied(Protocol):
 
     def __init__(self, x: Tensor, task: Task): ...
 
-    def forward(self, kernels: Tensor) -> Tensor:
+    def forward(self, kernels: Tensor) -> PerSample:
         """Kernels `(b, R * r, P * C * i)` to outputs `(b, R * r, S)`."""
 
-    def backward(self, grad: Tensor, kernels: Tensor, needed: tuple[bool, bool]) -> Tensor | None:
+    def backward(self, grad: Tensor, kernels: Tensor, needed: tuple[bool, bool]) -> PerSample | None:
         """From the gradient of `forward`, that of the kernels; that of the input is added to those before. Either may
         not be needed."""
 
@@ -47,8 +48,9 @@ def forward(x: Tensor, alpha: Tensor, cells: Tensor, task: Task, way: type[Appli
     for part in samples:
         applied = way(x[part], task)
         for some in rows:
-            y = applied.forward(mixer.kernels(alpha[part], cells[:, some]))
-            by_cell[part, :, some] = y.unflatten(1, (task.grid[1], -1))
+            y = applied.forward(mixer.kernels(alpha[part], cells[:, some].contiguous()))
+            for which, one in pieces(y):
+                by_cell[part, :, some][which] = one.unflatten(1, (task.grid[1], -1))
     return out
 
 
@@ -64,20 +66,25 @@ def backward(
     """The gradients of `x`, `alpha` and `cells` that are needed."""
     need_x, need_alpha, need_cells = needed
     grad_x = torch.empty_like(x) if need_x else None
-    grad_alpha = _zeros_for(alpha) if need_alpha else None
-    grad_cells = _zeros_for(cells) if need_cells else None
+    grad_alpha, grad_cells = _empty_sum(alpha, need_alpha), _empty_sum(cells, need_cells)
     by_cell = grad.flatten(2).unflatten(1, (task.grid[1], -1))  # (B, R, o, S)
     mixer, samples, rows = _plan(x, cells, task)
     for part in samples:
         applied = way(x[part], task)
         for some in rows:
             g = by_cell[part, :, some].flatten(1, 2)
-            kernels = mixer.kernels(alpha[part], cells[:, some])
+            piece = cells[:, some].contiguous()
+            kernels = mixer.kernels(alpha[part], piece)
             grad_kernels = applied.backward(g, kernels, (need_x, need_alpha or need_cells))
-            if grad_kernels is not None:
-                of_alpha = None if grad_alpha is None else grad_alpha[part]
-                of_cells = None if grad_cells is None else grad_cells[:, some]
-                mixer.add_gradients(grad_kernels, alpha[part], cells[:, some], of_alpha, of_cells)
+            if grad_kernels is None:
+                continue
+            by_mixture = mixer.by_mixture(grad_kernels, piece.shape[1])
+            if grad_alpha is not None:
+                of_alpha = product(by_mixture, piece.flatten(1).t())
+                _put(grad_alpha[part], of_alpha, first=some is rows[0])
+            if grad_cells is not None:
+                of_cells = product(alpha[part].flatten(0, 1).t(), by_mixture)
+                _put(grad_cells[:, some], of_cells, first=part is samples[0])
         if grad_x is not None:
             grad_x[part] = applied.grad_x()
     return (
@@ -107,6 +114,12 @@ def _plan(x: Tensor, cells: Tensor, task: Task) -> tuple[Mixer, list[slice], lis
     return mixer, [slice(b, b + some) for b in range(0, len(x), some)], [slice(r, r + rows) for r in range(0, o, rows)]
 
 
-def _zeros_for(x: Tensor) -> Tensor:
+def _empty_sum(x: Tensor, needed: bool) -> Tensor | None:
     """Where the gradients of `x` are added up block by block: in float32 at least, lest half precision lose them."""
-    return torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty(x.shape, dtype=dtype, device=x.device) if needed else None
+
+
+def _put(total: Tensor, value: Tensor, first: bool) -> None:
+    """Add; the first time write, which saves filling large sums with zeros."""
+    total.copy_(value.view(total.shape)) if first else total.add_(value.view(total.shape))
