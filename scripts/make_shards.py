@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import re
 import sys
 import tarfile
@@ -17,13 +18,16 @@ import torch
 
 from train.config import DataConfig
 from train.errors import ConfigError, DataError
-from train.images import Files, list_shards, open_split, order_generator
+from train.images import SIZES, Files, list_shards, open_split, order_generator, read_sizes
+from train.logging import write_whole
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.make_shards", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.make_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="a folder with SPLIT/<class>/*, or an uncompressed tar archive of such")
-    parser.add_argument("out", type=Path, help="folder for SPLIT-000000.tar ... and classes.txt")
+    parser.add_argument("out", type=Path, help="folder for SPLIT-000000.tar ..., classes.txt, shards.json")
     parser.add_argument("--splits", nargs="+", default=["train", "val"], metavar="SPLIT", help="default: train val")
     parser.add_argument("--samples", type=int, default=2000, help="in a shard (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the samples (default: 0)")
@@ -35,14 +39,15 @@ def main() -> None:
 
 
 def make_shards(source: str, out: Path, splits: list[str], samples: int = 2000, seed: int = 0) -> None:
-    """Write the splits' shards and classes.txt.
+    """Write classes.txt, in shards.json how much each split has, and the shards: these last, so that it is known what
+    is missing if the program is killed.
 
     Raises:
         ConfigError: a split is not there, there are shards of it already, or splits differ in their classes.
     """
     if samples < 1:
         raise ConfigError(f"--samples={samples}: must be at least 1.")
-    opened = {split: open_split(DataConfig(format="auto", root=source), split) for split in splits}
+    opened = {split: open_split(DataConfig(format="auto", root=source), split, "--splits") for split in splits}
     first = opened[splits[0]]
     for split, images in opened.items():
         if images.classes != first.classes:
@@ -53,6 +58,8 @@ def make_shards(source: str, out: Path, splits: list[str], samples: int = 2000, 
         raise ConfigError(f"{source}: the class {bad[0]!r} has a line break in its name: rename it.")
     out.mkdir(parents=True, exist_ok=True)
     (out / "classes.txt").write_text("".join(f"{name}\n" for name in first.classes), encoding="utf-8")
+    sizes = {split: {"shards": -(-len(images) // samples), "samples": len(images)} for split, images in opened.items()}
+    write_whole(out / SIZES, json.dumps({**read_sizes(out), **sizes}, indent=2) + "\n")
     for split, images in opened.items():
         assert isinstance(images, Files)
         order = torch.randperm(len(images), generator=order_generator(seed, 0)).tolist()

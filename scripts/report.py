@@ -19,6 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import matplotlib
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +30,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
 HEAD = ("run", "backbone", "data", "n", "parameters", "multiply-adds", "top-1", "top-5", "images/s", "epochs", "seeds")
+PUBLISHED = Path(__file__).with_name("published.yaml")
 SAME = ("data", "name", "n", "params", "macs", "epochs")  # what the runs of a row have in common
 
 
@@ -104,19 +106,39 @@ def group(runs: list[Run]) -> tuple[list[Row], list[str]]:
     return sorted(found, key=lambda row: (row["data"], row["params"])), remarks
 
 
+def published() -> dict[tuple[str, str], str]:
+    """The published top-1 on ImageNet by backbone and n."""
+    found = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))["imagenet"]
+    labels = {row["backbone"]: row["id"] for row in found if row["n"] is None}  # what runs call their backbones
+    return {(labels[row["backbone"]], row["n"] or STATIC): f"{row['top1']:.2f}" for row in found if row["top1"]}
+
+
+def lines(rows: list[Row]) -> list[tuple[str, ...]]:
+    """The head and the cells of all rows; where there are runs on ImageNet, with what was published beside top-1."""
+    plain = [HEAD, *(row.cells() for row in rows)]
+    if all(row["data"] != "imagenet" for row in rows):
+        return plain
+    table = published()
+    found = [table.get((row["backbone"], str(row["n"])), "-") if row["data"] == "imagenet" else "-" for row in rows]
+    place = HEAD.index("top-1") + 1
+    return [(*line[:place], cell, *line[place:]) for line, cell in zip(plain, ["published", *found], strict=True)]
+
+
 def show(rows: list[Row], console: Console) -> None:
-    table = Table(*HEAD)
+    head, *cells = lines(rows)
+    table = Table(*head)
     table.columns[0].overflow = "fold"
     for column in table.columns[4:]:
         column.justify = "right"
-    for row in rows:
-        table.add_row(*row.cells())
+    for line in cells:
+        table.add_row(*line)
     console.print(table)
 
 
 def markdown(rows: list[Row]) -> str:
-    lines = [HEAD, ("---",) * 4 + ("---:",) * (len(HEAD) - 4), *(row.cells() for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    head, *cells = lines(rows)
+    rule = ("---",) * 4 + ("---:",) * (len(head) - 4)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *cells))
 
 
 def write_csv(rows: list[Row], path: Path) -> None:

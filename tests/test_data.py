@@ -145,8 +145,12 @@ def test_the_program_that_makes_shards_explains_itself(folder, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["make_shards", "--help"])
     with pytest.raises(SystemExit):
         scripts.make_shards.main()
-    assert "--samples" in capsys.readouterr().out
-    for words, said in ((["--splits", "test"], "'test'"), (["--samples", "0"], "--samples=0")):
+    assert "--samples" in (told := capsys.readouterr().out)
+    assert scripts.make_shards.__doc__ in told  # with its line breaks
+    for words, said in (
+        (["--splits", "test"], "'test'.*--splits: a folder's name"),
+        (["--samples", "0"], "--samples=0"),
+    ):
         monkeypatch.setattr(sys, "argv", ["make_shards", str(folder), str(tmp_path / "out"), *words])
         with pytest.raises(SystemExit, match=said):
             scripts.make_shards.main()
@@ -491,6 +495,47 @@ def test_a_sample_of_a_shard_that_is_not_whole_is_named(tmp_path, files, words):
 def test_a_missing_shard_is_named_by_its_number(shards):
     (shards / "train-000002.tar").unlink()
     assert "number 2" in refusal(format="shards", root=shards)
+
+
+def test_the_last_shards_or_samples_that_are_missing_are_told_of(shards, tmp_path):
+    last = max(shards.glob("train-*.tar"))
+    count = len(list(shards.glob("train-*.tar")))
+    whole = last.read_bytes()
+    last.unlink()
+    message = refusal(format="shards", root=shards)
+    assert f"has {count - 1} shards of 'train'" in message and f"there are {count}" in message
+    add_to_shard(last, {})
+    assert "samples of 'train'" in refusal(format="shards", root=shards)
+    last.unlink()
+    (shards / "shards.json").unlink()  # as in a set that others made
+    assert len(open_split(DataConfig(format="shards", root=str(shards)), "train")) < 17
+    last.write_bytes(whole)
+    for damaged in ("{", "[]", '{"train": 1}'):
+        (shards / "shards.json").write_text(damaged)
+        assert "shards.json" in refusal(format="shards", root=shards)
+
+
+def test_shards_of_a_program_that_was_killed_are_incomplete(folder, tmp_path, monkeypatch):
+    write_shard = scripts.make_shards.write_shard
+
+    def killed(path, *more):
+        if path.name == "train-000002.tar":
+            raise KeyboardInterrupt
+        write_shard(path, *more)
+
+    monkeypatch.setattr(scripts.make_shards, "write_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(str(folder), tmp_path / "cut", ["train", "val"], samples=4)
+    assert "has 2 shards of 'train'; by its shards.json there are 5" in refusal(format="shards", root=tmp_path / "cut")
+
+
+def test_splits_can_be_added_to_shards(folder, tmp_path):
+    for split in ("train", "val"):
+        make_shards(str(folder), tmp_path / "both", [split], samples=4)
+    assert [len(open_split(DataConfig(format="shards", root=str(tmp_path / "both")), s)) for s in ("train", "val")] == [
+        17,
+        13,
+    ]
 
 
 def test_a_truncated_shard_is_named(shards):

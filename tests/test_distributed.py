@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts import kill_storm
 from scripts.kill_storm import differences, outcome
 from train.checkpoint import read
 
@@ -27,10 +28,12 @@ SMALL = (
 )
 
 
-def start(folder, *settings, shrunk=SMALL, **environment):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def start(folder, *settings, shrunk=SMALL, **more):
     command = [sys.executable, "-m", "train", *shrunk, *settings, f"hydra.run.dir={folder}"]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
 def run(folder, *settings, code=0, **more):
@@ -60,11 +63,17 @@ def two(tmp_path_factory):
     return folder
 
 
-def test_two_processes_learn_as_one_does_with_the_same_micro_batches(two, tmp_path):
+RANDOM = ("recipe.mixup=0.4", "recipe.cutmix=1.0", "recipe.drop_path=0.3", "recipe.dropout=0.2")
+
+
+@pytest.mark.parametrize("micro_batch", [32, 16])
+def test_two_processes_learn_as_one_does_with_the_same_micro_batches(micro_batch, tmp_path):
     """Batch statistics are those of a micro-batch, so that they are the same here and there; only the running ones,
     which evaluation uses, see the first process's half."""
-    run(tmp_path, "n=static", "runtime.micro_batch=32")
-    for alone, together in zip(metrics(tmp_path), metrics(two), strict=True):
+    settings = ("n=static", "recipe.epochs=1", f"runtime.micro_batch={micro_batch}", *RANDOM)
+    run(tmp_path / "alone", *settings)
+    run(tmp_path / "together", *settings, "runtime.devices=2")
+    for alone, together in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "together"), strict=True):
         assert together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
         assert together["eval_samples"] == alone["eval_samples"] == 359
 
@@ -80,24 +89,69 @@ def test_evaluation_counts_every_sample_once(one, ranks):
     assert shared["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_end(devices, two, tmp_path):
+@pytest.mark.parametrize("devices, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGUSR1)])
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(devices, number, two, tmp_path):
     settings = ("n=static", f"runtime.devices={devices}")
     if devices == 1:
         run(tmp_path / "calm", *settings)
     calm = two if devices == 2 else tmp_path / "calm"
     stopped = tmp_path / "stopped"
-    process = start(stopped, *settings, "runtime.checkpoint_steps=5")
+    more = ("runtime.checkpoint_steps=5", "runtime.workers=1")  # a terminal signals those too
+    process = start(stopped, *settings, *more, start_new_session=True)
     while process.poll() is None and not (stopped / "checkpoints" / "last.pt").exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1 if devices == 2 else signal.SIGTERM)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does at Ctrl-C
+    else:
+        process.send_signal(number)
     out, errors = process.communicate(timeout=120)
-    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGUSR1), errors
+    assert process.returncode == 128 + number, errors
     assert "Stopped by a signal" in out
     assert read(stopped / "checkpoints" / "last.pt")["step"] < 44
     out, _ = run(stopped, *settings)
     assert "Resumed" in out
     assert differences(outcome(calm), outcome(stopped)) == []
+
+
+STOPPED_IN_AN_EVALUATION = """
+import signal
+import sys
+from pathlib import Path
+from hydra import compose, initialize_config_dir
+from train.config import validate
+from train.run import connect, disconnect
+from train.trainer import Trainer
+
+with initialize_config_dir(sys.argv[1], version_base="1.3"):
+    config = validate(compose("train", sys.argv[3:]))
+world = connect(config.runtime)
+trainer = Trainer(config, Path(sys.argv[2]), world)
+Path(sys.argv[2]).mkdir(exist_ok=True)
+load = trainer.eval_samples.images.load
+def asked(index):
+    if index == 43:  # the second process has the odd ones
+        signal.raise_signal(signal.SIGTERM)
+    return load(index)
+trainer.eval_samples.images.load = asked
+try:
+    trainer.fit()
+except SystemExit as left:
+    print(f"process {world.rank} left with {left.code}", flush=True)
+disconnect()
+"""
+
+
+def test_a_signal_to_one_process_in_an_evaluation_stops_all_and_loses_nothing(two, tmp_path):
+    (tmp_path / "job.py").write_text(STOPPED_IN_AN_EVALUATION)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = [str(tmp_path / "job.py"), str(ROOT / "configs"), str(tmp_path / "run"), *SMALL, "n=static"]
+    done = subprocess.run([*command, *job], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert all(f"process {rank} left with 143" in done.stdout for rank in range(2)), done.stderr
+    state = read(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert state["step"] == 22 and state["unevaluated"] > 0
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    run(tmp_path / "run", "n=static", "runtime.devices=2")
+    assert differences(outcome(two), outcome(tmp_path / "run")) == []
 
 
 def test_a_run_goes_on_with_another_number_of_processes_and_says_so(two, tmp_path):
@@ -116,9 +170,30 @@ def test_a_run_goes_on_with_another_number_of_processes_and_says_so(two, tmp_pat
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_short_kill_storm(devices):
     command = [sys.executable, "-m", "scripts.kill_storm", "--kills", "2", "--devices", str(devices)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "The same to the bit" in done.stdout, done.stdout + done.stderr
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Killed 2 times" in done.stdout, done.stdout + done.stderr
+    assert "The same to the bit" in done.stdout
+
+
+def test_a_storm_goes_on_until_it_has_killed_as_often_as_asked(tmp_path, monkeypatch, capsys):
+    """Also where runs end by themselves before, the first without a kill."""
+    storms, spans = [], []
+
+    def storm(folder, settings, kills, span, chance):
+        storms.append((folder.name, kills))
+        spans.append(span)
+        return min(1, len(storms) - 1)
+
+    monkeypatch.setattr(kill_storm, "storm", storm)
+    monkeypatch.setattr(kill_storm, "start", lambda *_: subprocess.Popen(["true"], stderr=subprocess.PIPE))
+    monkeypatch.setattr(kill_storm, "outcome", lambda folder: {"step": 5})
+    monkeypatch.setattr(sys, "argv", ["kill_storm", "--kills", "3"])
+    with pytest.raises(SystemExit) as left:
+        kill_storm.main()
+    assert not left.value.code
+    assert storms == [("stormy0", 3), ("stormy1", 3), ("stormy2", 2), ("stormy3", 1)]
+    assert spans[0] > spans[1] == spans[2] == spans[3]
+    assert "Killed 3 times, in 4 runs. The same to the bit." in capsys.readouterr().out
 
 
 def test_two_agents_on_one_machine_stand_for_two_nodes(two, tmp_path):
@@ -137,10 +212,9 @@ def test_two_agents_on_one_machine_stand_for_two_nodes(two, tmp_path):
 
 
 def test_torchrun_around_it_works_too(two, tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
     done = subprocess.run(
-        [*command, *SMALL, "n=static", f"hydra.run.dir={tmp_path}"], env=env, capture_output=True, text=True
+        [*command, *SMALL, "n=static", f"hydra.run.dir={tmp_path}"], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert [line["train_loss"] for line in metrics(tmp_path)] == [line["train_loss"] for line in metrics(two)]
@@ -178,7 +252,8 @@ def test_slurm_gets_the_job_back(tmp_path, monkeypatch):
 
 
 def test_an_average_is_evaluated_at_the_models_temperature(tmp_path):
-    run(tmp_path, "n=1", "recipe.ema_decay=0.99", "recipe.epochs=1", "recipe.temperature_epochs=2")
+    out, _ = run(tmp_path, "n=1", "recipe.ema_decay=0.99", "recipe.epochs=1", "recipe.temperature_epochs=2")
+    assert out.count("the temperature ends at 0.50, not at 0") == 1
     state = read(tmp_path / "checkpoints" / "last.pt")
     key = next(key for key in state["model"] if key.endswith("temperature"))
     assert torch.equal(state["model"][key], state["ema"][key])

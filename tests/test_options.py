@@ -1,5 +1,7 @@
 """Every switch of recipe and runtime that changes how a run computes: it trains, and does what it says."""
 
+import errno
+import os
 import resource
 import subprocess
 import sys
@@ -12,8 +14,11 @@ from torch import nn
 
 from kw.layers import KWLayer
 from train.checkpoint import Checkpoints
+from train.data import Drawn, Substitutes
 from train.distributed import World, connect
-from train.errors import ConfigError
+from train.errors import ConfigError, NonFiniteError, RunError, WriteError
+from train.images import Digits
+from train.logging import MetricsFile, write_whole
 from train.model import build_model
 from train.optim import build_optimizer
 from train.trainer import Trainer
@@ -50,6 +55,16 @@ def test_float16_passes_over_steps_that_overflow_and_scales_back(clip, tmp_path)
     trainer.fit()
     assert trainer.scaler.get_scale() < 2.0**120
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+
+
+def test_float16_refuses_gradients_that_no_scale_makes_finite(tmp_path):
+    trainer = Trainer(config(*TINY, *NARROW, "runtime.precision=float16", "recipe.epochs=9"), tmp_path, ALONE)
+    weight = next(trainer.model.parameters())
+    weight.register_hook(lambda gradient: gradient * torch.nan)
+    before = weight.clone()
+    with pytest.raises(NonFiniteError, match=r"^Step 16: loss \d.*gradient norm nan"):  # the scale begins at 2**16
+        trainer.fit()
+    assert trainer.scaler.get_scale() == 1 and torch.equal(weight, before)
 
 
 def test_clipping_bounds_what_reaches_the_optimizer(tmp_path):
@@ -168,3 +183,45 @@ def test_a_disk_that_is_full_is_told_of_and_loses_nothing(tmp_path):
     assert not list(fresh.rglob("*.tmp"))
     assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == saved
     assert start(fresh).returncode == 0  # there is space again
+
+
+def _full(number):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_each_file_that_a_full_disk_does_not_take_is_named(tmp_path, monkeypatch):
+    write_whole(tmp_path / "config.yaml", "before")
+    monkeypatch.setattr(os, "fsync", _full)
+    with pytest.raises(WriteError, match=r"config\.yaml could not be written: No space left"):
+        write_whole(tmp_path / "config.yaml", "after")
+    assert (tmp_path / "config.yaml").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(WriteError, match=r"metrics\.jsonl could not be written: No space left"):
+        MetricsFile(tmp_path / "metrics.jsonl").append({"epoch": 0})
+    broken = Drawn(image=torch.zeros(1), target=0, index=[1], epoch=[0], copy=[0], used=[2])
+    with pytest.raises(WriteError, match=r"substituted/3\.txt could not be written: No space left"):
+        Substitutes(tmp_path, Digits("val"), rank=3).record(broken)
+    assert not WriteError.everywhere  # whichever process it is says so
+
+
+def test_a_folder_that_cannot_be_made_or_linked_in_is_named(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(WriteError, match="checkpoints could not be written"):
+        Checkpoints(tmp_path / "checkpoints").save({})
+    monkeypatch.setattr(os, "link", lambda *_: _full(0))
+    with pytest.raises(WriteError, match=r"best-0000\.pt could not be written: No space left"):
+        Checkpoints(tmp_path / "full").save_epoch({}, 0, 50.0)
+
+
+def test_a_disk_that_is_full_at_the_start_is_told_of(tmp_path):
+    full = start(tmp_path, limit=10)
+    assert full.returncode == 1 and "could not be written" in full.stderr
+    assert "config.yaml" in full.stderr and "Traceback" not in full.stderr
+
+
+def test_a_finished_run_without_its_metrics_says_so(tmp_path):
+    train(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    again = Trainer(config(*TINY, *NARROW), tmp_path / "run", ALONE)
+    again.resume()
+    with pytest.raises(RunError, match=r"metrics\.jsonl has no line"):
+        again.fit()

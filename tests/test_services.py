@@ -20,7 +20,7 @@ from train.config import ConfigError, learnt_settings
 from train.distributed import World
 from train.launch import meeting_point
 from train.logging import MetricsFile
-from train.services import Services
+from train.services import Services, import_wandb
 from train.slurm import first_host, rendezvous
 from train.trainer import Trainer
 
@@ -147,6 +147,14 @@ def test_wandb_online_without_a_login_or_a_package_is_told_of(tmp_path, monkeypa
         services.start(config("logger=wandb"), tmp_path)
 
 
+def test_wandb_with_a_login_is_found_without_a_warning(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    import_wandb("online")
+    assert "deprecated" not in "".join(capfd.readouterr())
+
+
 def test_only_the_main_process_has_services():
     assert Services(["tensorboard", "wandb"], main=False).services == []
 
@@ -224,7 +232,9 @@ def test_several_nodes_must_know_where_they_meet(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
     assert meeting_point(made) == ("node1:15041", "41.0")
     made.runtime.rendezvous = "host:1"
-    assert meeting_point(made) == ("host:1", made.name)
+    assert meeting_point(made) == ("host:1", f"digits-{made.name}-seed0")
+    others = config("runtime.nodes=2", "runtime.rendezvous=host:1", "seed=1")  # must not join this one
+    assert meeting_point(others) != meeting_point(made)
 
 
 def test_a_launcher_without_a_sweep_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 import kw
-from train.checkpoint import Checkpoints, read
+from scripts.kill_storm import differences, outcome
+from train.checkpoint import FORMAT, Checkpoints, newest, read
 from train.config import RecipeConfig, validate
 from train.data import MicroBatches, epoch_order
 from train.errors import CheckpointError, ConfigError
@@ -26,7 +28,7 @@ from train.schedule import learning_rate, temperature
 from train.trainer import accumulation
 
 ROOT = Path(__file__).parents[1]
-PUBLISHED = yaml.safe_load((ROOT / "tests/published.yaml").read_text())
+PUBLISHED = yaml.safe_load((ROOT / "scripts/published.yaml").read_text())
 ROWS = {row["id"]: row for row in PUBLISHED["imagenet"]}
 TINY = ["recipe.epochs=1", "recipe.warmup_epochs=0", "recipe.batch_size=256", "data.image_size=16"]
 NARROW = ["backbone.kwargs.channels=[8,8,8,16]", "backbone.kwargs.stem_width=8"]
@@ -160,6 +162,26 @@ def test_accumulation_is_the_fewest_even_cuts():
         accumulation(10, None, 3)
 
 
+def test_micro_batches_far_smaller_than_asked_for_are_refused_with_values_that_work():
+    words = r"micro_batch=100.*at most 1\..*micro_batch=127, or recipe\.batch_size=252 or 256"
+    with pytest.raises(ConfigError, match=words):
+        accumulation(254, 100, 2)
+    assert [accumulation(batch, micro, 2) for batch, micro in ((254, 127), (252, 100), (256, 100))] == [1, 2, 2]
+    assert (accumulation(7, 1, 1), accumulation(7, 99, 1)) == (7, 1)
+
+
+@pytest.mark.parametrize("epochs, warned", [(0, False), (1, False), (2, True)])
+@pytest.mark.parametrize("n", ["static", "1/2"])
+def test_a_warm_up_of_the_temperature_beyond_the_end_is_told_of(n, epochs, warned, tmp_path, capsys):
+    from train.distributed import World
+    from train.trainer import Trainer
+
+    made = config(*TINY, *NARROW, f"n={n}", f"recipe.temperature_epochs={epochs}")
+    Trainer(made, tmp_path, World(0, 1, torch.device("cpu")))._warn_of_temperature()
+    told = "temperature_epochs=2 is more than recipe.epochs=1: the temperature ends at 0.50" in capsys.readouterr().out
+    assert told == (warned and n != "static")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
@@ -173,7 +195,7 @@ def test_a_sweep_leaves_a_folder_each_with_what_a_run_leaves(folder):
         summary = json.loads((run / "summary.json").read_text())
         wanted = ["top1", "top5", "params", "macs", "images_per_second", "seed", "versions", "commit"]
         assert not [key for key in wanted if key not in summary]
-        assert summary["n"] == n and summary["eval_samples"] == 359
+        assert summary["n"] == n and repr(summary["eval_samples"]) == "359"
         assert yaml.safe_load((run / "config.yaml").read_text())["n"] == n
         assert len((run / "metrics.jsonl").read_text().splitlines()) == summary["epochs"] == 1
         assert read(run / "checkpoints" / "last.pt")["step"] == 5
@@ -181,7 +203,9 @@ def test_a_sweep_leaves_a_folder_each_with_what_a_run_leaves(folder):
 
 def test_a_checkpoint_evaluates_to_the_accuracy_it_was_saved_at(folder):
     run = folder / "runs" / "run_1"
+    (run / "checkpoints" / "last.pt").rename(run / "checkpoints" / "fresh.pt")  # as a kill may leave it
     found = json.loads(launch(f"evaluate={run}", cwd=folder, shrunk=()).stdout)
+    (run / "checkpoints" / "fresh.pt").rename(run / "checkpoints" / "last.pt")
     assert found["top1"] == json.loads((run / "summary.json").read_text())["top1"]
     assert (found["n"], found["data"]) == ("1/2", "digits")
     contradicted = launch(f"evaluate={run}", "n=4", cwd=folder, check=False, shrunk=())
@@ -192,7 +216,7 @@ def test_a_released_checkpoint_evaluates(folder):
     model = build_model(config(*NARROW, "n=1/2"), 10)
     torch.save({"model": kw.to_released(model), "args": argparse.Namespace(lr=1)}, folder / "released.pth")
     found = json.loads(launch("evaluate=released.pth", "n=1/2", cwd=folder).stdout)
-    assert found["eval_samples"] == 359
+    assert repr(found["eval_samples"]) == "359"
     other = launch("evaluate=released.pth", "n=1", cwd=folder, check=False)
     assert other.returncode != 0 and "does not fit" in other.stderr
 
@@ -230,7 +254,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
     whole = Trainer(made, tmp_path / "whole", world)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    whole.fit()
+    summary = whole.fit()
+    assert summary["best_top1"] == whole.checkpoints.best[0][0]  # the average's: what best-*.pt are chosen by
+    assert summary["best_top1"] == max(line["ema_top1"] for line in whole.metrics.read())
 
     class Stop(Exception):
         pass
@@ -264,16 +290,163 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
         Trainer(made, tmp_path / "cut", world).resume()
 
 
+@pytest.mark.parametrize("signalled", [False, True])
+@pytest.mark.parametrize("which", [0, 1, 3])  # the model's in the first epoch, its average's, the average's in the last
+def test_a_run_stopped_in_an_evaluation_has_lost_nothing(which, signalled, tmp_path):
+    """By a kill, or by a signal that is acted on between the batches."""
+    from train import trainer as module
+    from train.distributed import World
+
+    made = config(*TINY, *NARROW, "recipe.epochs=2", "recipe.ema_decay=0.9", "recipe.drop_path=0.1")
+    world = World(0, 1, torch.device("cpu"))
+    trainers = {name: module.Trainer(made, tmp_path / name, world) for name in ("whole", "cut")}
+    for name in trainers:
+        (tmp_path / name).mkdir()
+    trainers["whole"].fit()
+    cut, passed = trainers["cut"], itertools.count()
+    evaluate = cut._evaluate
+
+    def stopping(model):
+        if next(passed) == which:
+            load = cut.eval_samples.images.load
+            cut.eval_samples.images.load = lambda index: stop(load(index), index)
+        return evaluate(model)
+
+    def stop(image, index):
+        if index == 100 and signalled:  # in the first of two batches
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif index == 100:
+            raise InterruptedError
+        assert index < 256, "goes on though it was asked to stop"
+        return image
+
+    cut._evaluate = stopping
+    with pytest.raises(SystemExit if signalled else InterruptedError):
+        cut.fit()
+    assert len(cut.metrics.read()) == which // 2
+    again = module.Trainer(made, tmp_path / "cut", world)
+    again.resume()
+    assert again.step == again.steps_per_epoch * (1 + which // 2)
+    again.fit()
+    assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "cut")) == []
+    assert all(line["images_per_second"] > 0 for line in again.metrics.read())
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of images; a run of one epoch was trained on it."""
+    from PIL import Image
+
+    root = tmp_path / "images"
+    for split, name, number in itertools.product(("train", "val"), ("cat", "dog"), range(4)):
+        (root / split / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (number * 50, 0, 0)).save(root / split / name / f"{name}{number}.png")
+    (tmp_path / "run").mkdir()
+    on(root).fit()
+    return root
+
+
+def on(root):
+    from train.distributed import World
+    from train.trainer import Trainer
+
+    made = config(*TINY, *NARROW, "data=folder", f"data.root={root}", "recipe=digits", "recipe.batch_size=4", *TINY[:2])
+    return Trainer(made, root.parent / "run", World(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda root: (root / "train/cat/cat3.png").unlink(), r"8 training images \(now 7\)"),
+    (lambda root: (root / "val/cat/cat3.png").unlink(), r"8 evaluation images \(now 7\)"),
+    (lambda root: (root / "train/cat/cat3.png").rename(root / "train/cat/cat9.png"), "other names of training"),
+    (lambda root: [(root / s / "cat").rename(root / s / "bat") for s in ("train", "val")], "classes .*2: bat, dog"),
+])  # fmt: skip
+def test_a_run_does_not_go_on_with_other_data(change, words, images):
+    change(images)
+    with pytest.raises(ConfigError, match=rf"data\.root=.*{words}"):
+        on(images).resume()
+
+
+def test_a_run_goes_on_with_data_that_was_moved_and_from_a_checkpoint_that_does_not_know_its_data(images):
+    moved = on(images.rename(images.with_name("moved")))
+    moved.resume()
+    assert moved.step == moved.steps
+    last = moved.checkpoints.folder / "last.pt"
+    torch.save({key: value for key, value in read(last).items() if key not in ("data", "unevaluated")}, last)
+    old = on(images.with_name("moved"))
+    old.resume()
+    assert old.step == old.steps
+
+
+def test_precision_is_in_a_runs_name_and_cannot_change(tmp_path):
+    from train.config import learnt_settings
+    from train.distributed import World
+    from train.trainer import Trainer
+
+    launch("-m", "runtime.precision=float32,bfloat16", cwd=tmp_path)
+    runs = {read(path)["config"]["runtime"]["precision"]: path.parents[1] for path in tmp_path.rglob("last.pt")}
+    assert runs.keys() == {"float32", "bfloat16"}
+    with pytest.raises(ConfigError, match=r"runtime\.precision=bfloat16, now it is float32"):
+        Trainer(config(*TINY, *NARROW), runs["bfloat16"], World(0, 1, torch.device("cpu"))).resume()
+    assert learnt_settings(config()) != learnt_settings(config("runtime.sync_norm=true"))
+    assert learnt_settings(config()) == learnt_settings(config("runtime.micro_batch=8", "runtime.compile=true"))
+
+
+def test_signals_are_noted_within_the_fit_alone(tmp_path):
+    from train.distributed import World
+    from train.interrupt import SIGNALS, StopRequest
+    from train.trainer import Trainer
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    Trainer(config(*TINY, *NARROW), tmp_path, World(0, 1, torch.device("cpu")))
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    with StopRequest() as stop:
+        for number in SIGNALS:
+            signal.raise_signal(number)
+            assert stop.signal == number
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with StopRequest(alone=False) as stop:  # the terminal's, and the launcher's
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
     kept = Checkpoints(tmp_path)
-    kept.save({"step": 1})
-    kept.save({"step": 2})
+    kept.save({"format": FORMAT, "step": 1})
+    kept.save({"format": FORMAT, "step": 2})
     (tmp_path / "last.pt").write_bytes(b"PK\x03\x04 truncated")
-    state, remarks = Checkpoints(tmp_path).load_newest()
-    assert state["step"] == 1 and "last.pt" in remarks[0]
+    path, state, remarks = newest(tmp_path)
+    assert state["step"] == 1 and path.name == "previous.pt" and "last.pt" in remarks[0]
     (tmp_path / "previous.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="No checkpoint can be read"):
-        Checkpoints(tmp_path).load_newest()
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be read.*last\.pt.*previous\.pt"):
+        newest(tmp_path)
+
+
+def test_a_foreign_checkpoint_is_passed_over_and_named(tmp_path):
+    torch.save({"model": {}, "best": 0.7}, tmp_path / "fresh.pt")
+    with pytest.raises(CheckpointError, match=r"fresh\.pt is no checkpoint of a run"):
+        Checkpoints(tmp_path).newest()
+    Checkpoints(tmp_path / "run").save({"format": FORMAT, "step": 1})
+    torch.save({"model": {}}, tmp_path / "run" / "fresh.pt")
+    assert newest(tmp_path / "run").state["step"] == 1
+
+
+def test_reading_checkpoints_changes_nothing_and_going_on_keeps_the_best(tmp_path):
+    """As left by a kill after an epoch's checkpoint was written and before it was kept as the best."""
+    kept = Checkpoints(tmp_path)
+    kept.save_epoch({"format": FORMAT}, 0, 50.0)
+    kept.save({"format": FORMAT, "epoch": 1})
+    state = read(tmp_path / "last.pt")
+    torch.save({**state, "best": [(60.0, 1)]}, tmp_path / "fresh.pt")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    again = Checkpoints(tmp_path)
+    found = again.newest()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    again.go_on_from(found)
+    assert again.best == [(60.0, 1)]
+    assert [path.name for path in tmp_path.glob("best-*.pt")] == ["best-0001.pt"]
+    assert Checkpoints(tmp_path / "none").newest() is None
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
@@ -334,6 +507,5 @@ def test_a_published_row_takes_its_first_step(row, thousand_classes, tmp_path):
     batches = MicroBatches(1000, batch_size=4, accumulation=1, steps=1, seed=0)
     trainer.model.train()
     trainer._train_step(iter(train_loader(trainer.train_samples, batches, 0, False)))
-    trainer.stop.forget()
     moved = [not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)]
     assert trainer.step == 1 and sum(moved) > 0.5 * len(moved)  # drop path leaves some blocks out of so small a batch

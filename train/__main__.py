@@ -4,47 +4,79 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from train.config import COMMAND, check_launched, validate
+from train.config import COMMAND, TrainConfig, check_launched, validate
+from train.errors import ConfigError
+from train.folders import make, take_back
 from train.launch import launch, report
 from train.slurm import in_submitit
 
-failed: list[str] = []  # of a sweep's jobs
+
+@dataclass
+class Jobs:
+    """What became of the jobs of this command: one, or those of a sweep."""
+
+    count: int = 0
+    folders: set[Path] = field(default_factory=set)  # of those that train
+    failed: list[str] = field(default_factory=list)  # overrides and error
+
+    def enter(self, config: TrainConfig, folder: Path) -> None:
+        """Claim the run folder of a job that trains.
+
+        Raises:
+            ConfigError: it cannot be made, or another job of the sweep has it, which this one would only resume.
+        """
+        if config.evaluate is not None:
+            return
+        if folder in self.folders:
+            raise ConfigError(
+                f"Another job of this sweep has the run folder {folder}: what is swept over must be in its path, by "
+                f"label=... or name=..., such as 'label=x${{runtime.micro_batch}}'."
+            )
+        make(folder)
+        self.folders.add(folder)
+
+    def tell(self) -> None:
+        """Say which jobs of a sweep failed."""
+        if self.count > 1 and self.failed:
+            print(f"{len(self.failed)} of {self.count} jobs failed:", *self.failed, sep="\n  ", file=sys.stderr)
+
+
+jobs = Jobs()
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(composed: DictConfig) -> None:
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
+    jobs.count += 1
     try:
         check_launched()
         config = validate(composed)
         config.given = [override.lstrip("+~").partition("=")[0] for override in job.overrides.task]
+        jobs.enter(config, folder)
         launch(config, folder)
     except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        jobs.failed.append(f"{' '.join(job.overrides.task)}: {type(error).__name__}: {first_line}")
         if in_submitit(os.environ) or not report(error):
             raise  # under submitit: through it, to the process that submitted the job
-        failed.append(folder.name)  # an exit would stop a sweep's later jobs
+        # An exit would stop a sweep's later jobs.
     finally:
-        remove_if_empty(folder)
-
-
-def remove_if_empty(folder: Path) -> None:
-    """Take back the folder that Hydra made for a job that left nothing, and those above it."""
-    for path in (folder, *folder.parents):
-        try:
-            path.rmdir()
-        except OSError:  # not empty
-            return
+        take_back(folder)
 
 
 if __name__ == "__main__":
     os.environ[COMMAND] = " ".join(sys.argv[1:])
-    main()
-    if failed:
+    try:
+        main()
+    finally:
+        jobs.tell()
+    if jobs.failed:
         sys.exit(1)

@@ -146,15 +146,15 @@ def index_archive(path: Path) -> Arrays:
     return cached([path], build)
 
 
-def split_of(path: Path, index: Arrays, split: str) -> tuple[Arrays, list[str]]:
+def split_of(path: Path, index: Arrays, split: str, setting: str) -> tuple[Arrays, list[str]]:
     """The images at `.../split/<class>/...` in the order that torchvision's ImageFolder has them in, with their
-    `targets`, and the classes.
+    `targets`, and the classes. `setting` is what names the split.
 
     Raises:
         ConfigError: there is no such split, it is there twice, or a class of it has no images.
     """
     names = [name.decode("utf-8", "surrogateescape") for name in index["names"].tolist()]
-    base = _split_folder(path, names, split)
+    base = _split_folder(path, names, split, setting)
     depth = base.count("/") + 1
     files: list[tuple[str, str, str, int]] = []  # class, folder, file, row in the index
     classes = set()
@@ -175,7 +175,7 @@ def split_of(path: Path, index: Arrays, split: str) -> tuple[Arrays, list[str]]:
     return {**columns, "targets": _numbers([numbers[file[0]] for file in files])}, sorted(filled)
 
 
-def _split_folder(path: Path, names: list[str], split: str) -> str:
+def _split_folder(path: Path, names: list[str], split: str, setting: str) -> str:
     """The folder of a split, with those that lead to it: the highest that has files two levels below."""
     found, others = set(), set()
     for name in names:
@@ -187,7 +187,7 @@ def _split_folder(path: Path, names: list[str], split: str) -> str:
     if not found:
         raise ConfigError(
             f"{path} has no folder {split!r} of classes with images; it has "
-            f"{', '.join(sorted(others)[:6]) or 'none'}. data.train_split and data.eval_split name the folders."
+            f"{', '.join(sorted(others)[:6]) or 'none'}. {setting}: a folder's name."
         )
     depth = min(name.count("/") for name in found)
     highest = sorted(name for name in found if name.count("/") == depth)

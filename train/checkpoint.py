@@ -7,15 +7,16 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import torch
 
-from train.errors import CheckpointError
+from train.errors import CheckpointError, writing
 
 State = dict[str, Any]
 FORMAT = "kernelwarehouse 1"  # what a state says under "format", to be told from foreign checkpoints
+NAMES = ("fresh.pt", "last.pt", "previous.pt")  # of a run's checkpoints, newest first
 
 
 def write(path: Path, state: State) -> None:
@@ -64,6 +65,33 @@ def read(path: Path) -> State:
     return state
 
 
+class Found(NamedTuple):
+    path: Path
+    state: State
+    remarks: list[str]  # one for each newer file that was passed over
+
+
+def newest(folder: Path) -> Found:
+    """The newest whole state in a run's folder of checkpoints. Nothing is changed there: many processes may ask.
+
+    Raises:
+        CheckpointError: there is none, or none of them is a whole checkpoint of a run.
+    """
+    remarks = []
+    for path in (folder / name for name in NAMES):
+        if not path.exists():
+            continue
+        try:
+            state = read(path)
+        except CheckpointError as error:
+            remarks.append(str(error))
+            continue
+        if state.get("format") == FORMAT:
+            return Found(path, state, remarks)
+        remarks.append(f"{path} is no checkpoint of a run.")
+    raise CheckpointError(f"{folder}: no checkpoint can be read. " + (" ".join(remarks) or "There is none."))
+
+
 class Checkpoints:
     """A run's checkpoints: `last.pt`, the one before it as `previous.pt`, and the best as `best-{epoch}.pt`."""
 
@@ -72,14 +100,20 @@ class Checkpoints:
         self.best: list[tuple[float, int]] = []  # (score, epoch), best first
 
     def save(self, state: State) -> None:
-        """Replace `last.pt`, keeping the former one until the new one is whole, and beyond."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Replace `last.pt`, keeping the former one until the new one is whole, and beyond.
+
+        Raises:
+            CheckpointError, WriteError: the disk is full or the folder cannot be written.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         last, fresh = self.folder / "last.pt", self.folder / "fresh.pt"
         write(fresh, {**state, "best": self.best})
-        if last.exists():
-            last.replace(self.folder / "previous.pt")
-        fresh.replace(last)
-        _sync_folder(self.folder)
+        with writing(last):
+            if last.exists():
+                last.replace(self.folder / "previous.pt")
+            fresh.replace(last)
+            _sync_folder(self.folder)
 
     def save_epoch(self, state: State, epoch: int, score: float) -> None:
         """`save`, and keep the file as one of the best where its score is."""
@@ -88,38 +122,24 @@ class Checkpoints:
         self.save({**state, "epoch": epoch})
         self._keep_best_of(self.folder / "last.pt", epoch)
 
-    def load_newest(self) -> tuple[State, list[str]] | None:
-        """The newest state that can be read, with a remark for each damaged one that was passed over; None if none was
-        ever written.
+    def newest(self) -> Found | None:
+        """As the function `newest`; None if none was ever written."""
+        return newest(self.folder) if any((self.folder / name).exists() for name in NAMES) else None
 
-        Raises:
-            CheckpointError: there are checkpoints, and all are damaged.
-        """
-        remarks = []
-        for name in ("fresh.pt", "last.pt", "previous.pt"):
-            path = self.folder / name
-            if not path.exists():
-                continue
-            try:
-                state = read(path)
-            except CheckpointError as error:
-                remarks.append(str(error))
-                continue
-            self.best = [(float(score), int(epoch)) for score, epoch in state["best"]]
-            self._keep_best_of(path, state.get("epoch"))
-            return state, remarks
-        if remarks:
-            raise CheckpointError("No checkpoint can be read. " + " ".join(remarks))
-        return None
+    def go_on_from(self, found: Found) -> None:
+        """Go on after a state that was found here, as if it had just been saved. Only one process may."""
+        self.best = [(float(score), int(epoch)) for score, epoch in found.state["best"]]
+        self._keep_best_of(found.path, found.state.get("epoch"))
 
     def _keep_best_of(self, path: Path, epoch: int | None = None) -> None:
         """Keep the state at `path` if it is that of one of the best epochs, and drop files that are no longer."""
         wanted = {self.folder / f"best-{number:04d}.pt" for _, number in self.best}
         kept = self.folder / f"best-{epoch:04d}.pt" if epoch is not None else None
-        if kept in wanted and not kept.exists():
-            os.link(path, kept)  # checkpoints are replaced, never rewritten: a link is a copy for free
-        for stale in set(self.folder.glob("best-*.pt")) - wanted:
-            stale.unlink()
+        with writing(kept or self.folder):
+            if kept in wanted and not kept.exists():
+                os.link(path, kept)  # checkpoints are replaced, never rewritten: a link is a copy for free
+            for stale in set(self.folder.glob("best-*.pt")) - wanted:
+                stale.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

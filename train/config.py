@@ -14,7 +14,7 @@ from typing import Any
 import timm
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from timm.data import create_transform
 from timm.optim import list_optimizers
@@ -39,14 +39,14 @@ def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
 class BackboneConfig:
     """A timm model. Those of `kw.backbones` have the published warehouses, others those of `kw.default_scope`."""
 
-    name: str = "resnet18"
+    name: str = MISSING
     label: str = "${backbone.name}"  # what run folders and reports call it
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model
 
     def __post_init__(self) -> None:
         near = difflib.get_close_matches(self.name, timm.list_models(), n=3)
         rule = f"timm has no such model; near are {', '.join(near) or 'none'}"
-        check(timm.is_model(self.name), "backbone.name", self.name, rule)
+        check(self.name == MISSING or timm.is_model(self.name), "backbone.name", self.name, rule)
 
 
 @dataclass
@@ -309,8 +309,11 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# Where it runs and what it is called; not what is learnt.
-HOW_IT_RUNS = re.compile(r"name|label|given|resume|evaluate|data\.root|(runtime|logger)(\..+)?")
+# Where it runs and what it is called; not what is learnt. Data may be moved: whether it is the same is checked by what
+# is in it. The size of micro-batches follows the number of devices, which may change.
+HOW_IT_RUNS = re.compile(
+    r"name|label|given|resume|evaluate|data\.root|logger(\..+)?|runtime(\.(?!(precision|sync_norm)$).+)?"
+)
 # Beside these, what a run folder's path shows in a word of its own.
 IN_THE_PATH = re.compile(r"backbone|data|experiment|n|seed")
 

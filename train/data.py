@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from train.errors import DataError
+from train.errors import DataError, writing
 from train.images import BrokenImage, Images, order_generator
 from train.logging import write_whole
 from train.transforms import Transform
@@ -161,11 +162,13 @@ class Substitutes:
         lines = [self._line(*row) for row in zip(*columns, strict=True) if row[1] != row[3]]
         if not lines:
             return
-        self.parts.mkdir(parents=True, exist_ok=True)
-        with open(self.parts / f"{self.rank}.txt", "a", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        part = self.parts / f"{self.rank}.txt"
+        with writing(part):
+            self.parts.mkdir(parents=True, exist_ok=True)
+            with part.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
 
     def _line(self, epoch: int, index: int, copy: int, used: int) -> str:
         names = (printable(self.images.describe(i)) for i in (index, used))
@@ -180,6 +183,15 @@ class Substitutes:
         if lines and self.rank == 0:
             write_whole(self.whole, "".join(sorted(lines, key=lambda line: [int(x) for x in line.split("\t")[:3]])))
         return sum(line.startswith(f"{epoch}\t") for line in lines)
+
+
+def identity(images: Images, most: int = 10_000) -> dict[str, Any]:
+    """What tells a data set from others, wherever it lies: how many images it has, and a digest of their names, or of
+    `most` names at even distances. A name goes from the last "/" on, so that no path of the place is in it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for index in range(0, len(images), math.ceil(len(images) / most) or 1):
+        digest.update(images.describe(index).rpartition("/")[2].encode("utf-8", "surrogateescape") + b"\0")
+    return {"images": len(images), "names": digest.hexdigest()}
 
 
 def printable(name: str) -> str:

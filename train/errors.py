@@ -1,5 +1,9 @@
 """Errors whose message says all that a user needs: they are printed without a traceback."""
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class RunError(RuntimeError):
     """The job cannot go on. `everywhere` says whether all of its processes meet the same fault, so that one tells."""
@@ -19,6 +23,12 @@ class NonFiniteError(RunError):
     """Loss or gradients are not finite; the message names step, samples and the last good checkpoint."""
 
 
+class WriteError(RunError):
+    """A file of the run folder cannot be written; the message names it."""
+
+    everywhere = False
+
+
 class DataError(RunError):
     """An image cannot be read; the message names the file."""
 
@@ -27,3 +37,16 @@ class DataError(RunError):
 
 class LaunchError(RunError):
     """A worker process failed, and has said why itself."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Work within that fails as a full disk or a read-only folder does is told of with the file's name.
+
+    Raises:
+        WriteError: in place of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path} could not be written: {error.strerror or error}.") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import kw
-from train.checkpoint import FORMAT, State, read
-from train.config import TrainConfig, validate
+from train.checkpoint import FORMAT, State, newest, read
+from train.config import DataConfig, TrainConfig, validate
 from train.data import Sample, Samples, eval_loader
 from train.distributed import World
 from train.errors import CheckpointError, ConfigError
@@ -54,29 +55,28 @@ def evaluate(
     model.train(training)
     samples, loss, *hits = world.sum(totals).tolist()
     percent = {f"top{k}": 100 * hit / samples for k, hit in zip(TOP, hits, strict=True)}
-    return {**percent, "eval_loss": loss / samples, "eval_samples": samples}
+    return {**percent, "eval_loss": loss / samples, "eval_samples": round(samples)}
 
 
 def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
     """Evaluate the checkpoint or run folder `config.evaluate`.
 
-    One of ours knows its backbone, budget and data set; the command line's data set is used if it names one. For a
-    released checkpoint, backbone and budget are the command line's. An average of the weights is evaluated too.
+    One of ours knows its backbone, budget and data set, which the command line may change (`data_settings`). For a
+    released checkpoint, all is the command line's. An average of the weights is evaluated too.
 
     Raises:
         CheckpointError: it cannot be read, or does not fit.
         ConfigError: the data set has other classes than the model, or settings were given that the checkpoint knows.
     """
     path = Path(str(config.evaluate)).expanduser()
-    path = path / "checkpoints" / "last.pt" if path.is_dir() else path
-    state = read(path)
+    path, state = newest(path / "checkpoints")[:2] if path.is_dir() else (path, read(path))
     ours = state.get("format") == FORMAT
     if ours:
         saved = validate(OmegaConf.create(state["config"]))
         for key in config.given:
             if not key.startswith(("data", "runtime", "evaluate", "hydra")):
                 raise ConfigError(f"{path} is of {saved.name} and knows its own settings: leave {key}=... out.")
-        saved.data = config.data if any(key.startswith("data") for key in config.given) else saved.data
+        saved.data = data_settings(saved.data, config.data, config.given)
         saved.runtime = config.runtime
         config = saved
     images = open_split(config.data, config.data.eval_split)
@@ -88,13 +88,32 @@ def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
     samples = Samples(images, eval_transform(config.data, config.recipe), config.seed)
     batch = config.runtime.micro_batch or 256
     results: dict[str, Any] = {"checkpoint": str(path), "backbone": config.backbone.label, "n": config.n}
-    results["data"] = config.data.name
+    results |= {"data": config.data.name, "root": config.data.root, "split": config.data.eval_split}
+    results["image_size"] = config.data.image_size
     for prefix, weights in _weights(state, ours):
         model = _load(config, path, weights, len(images.classes), ours).to(world.device)
         loader = eval_loader(samples, batch, config.runtime.workers, pin=False, rank=world.rank, world=world.size)
         found = evaluate(model, loader, world, cast(config, world.device))
         results |= {prefix + key: value for key, value in found.items()}
     return results
+
+
+def data_settings(saved: DataConfig, composed: DataConfig, given: list[str]) -> DataConfig:
+    """The data to evaluate on: as saved, but for the `data.*` keys that were given. A group, data=..., takes the place
+    of all but the images' size and normalization, which the model was trained with.
+
+    Raises:
+        ConfigError: data.root is given for the digits, which are in no folder.
+    """
+    group = "data" in given
+    kept = {"image_size", "mean", "std"} if group else {field.name for field in fields(DataConfig)}
+    kept -= {key.removeprefix("data.") for key in given}
+    made = replace(composed, **{key: getattr(saved, key) for key in kept})
+    if made.format == "digits" and "data.root" in given:
+        raise ConfigError(
+            f"data.root={composed.root!r}: the digits are in no folder. Which data are it? data=folder ..."
+        )
+    return made
 
 
 def _weights(state: State, ours: bool) -> list[tuple[str, State]]:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,17 +63,17 @@ class Digits:
         return f"digit {index}"
 
 
-class Files:
+class Files(ABC):
     """Images in files: `read` gives the bytes of one, `targets` are `(N,)`."""
 
     classes: list[str]
     targets: np.ndarray[Any, Any]
 
-    def read(self, index: int) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def read(self, index: int) -> bytes: ...
 
-    def describe(self, index: int) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def describe(self, index: int) -> str: ...
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -90,9 +91,9 @@ class Files:
 
 
 class Folder(Files):
-    """Images at `root/split/<class>/*`."""
+    """Images at `root/split/<class>/*`; `setting` is what names the split."""
 
-    def __init__(self, root: Path, split: str):
+    def __init__(self, root: Path, split: str, setting: str):
         from torchvision.datasets import ImageFolder
 
         folder = root / split
@@ -105,7 +106,7 @@ class Folder(Files):
             raise ConfigError(
                 f"data.root={str(root)!r} has no folder {split!r} of classes with images; "
                 f"it has {there or 'no folders'}. "
-                f"data.train_split and data.eval_split name the folders."
+                f"{setting}: a folder's name."
             )
         try:
             listing = ImageFolder(str(folder))
@@ -130,12 +131,12 @@ class Folder(Files):
 class Archive(Files):
     """Images at `split/<class>/*` in a tar archive, in the order of a folder with the same files."""
 
-    def __init__(self, path: Path, split: str):
+    def __init__(self, path: Path, split: str, setting: str):
         if not path.is_file():
             what = "a folder: data.format=folder reads it" if path.is_dir() else "no file"
             raise ConfigError(f"data.root={str(path)!r} is {what}; data.format=tar reads a tar archive.")
         self.path, self.stamp = str(path), stamp_of(path)
-        files, self.classes = split_of(path, index_archive(path), split)
+        files, self.classes = split_of(path, index_archive(path), split, setting)
         self.names, self.offsets, self.sizes = files["names"], files["offsets"], files["sizes"]  # (N,) each
         self.targets = files["targets"]
 
@@ -159,6 +160,8 @@ class Shards(Files):
                 f"data.root={str(root)!r} has no shards {split}-*.tar; it has {there or 'no tar archives'}. "
                 f"data.train_split and data.eval_split are what their names begin with; scripts.make_shards makes some."
             )
+        size = read_sizes(root).get(split)  # sets that others made do not tell
+        check_size(root, split, "shards", size, len(shards))
         self.shards = [str(path) for path in shards]
         self.stamps = [stamp_of(path) for path in shards]
         index = index_shards(shards)
@@ -166,6 +169,7 @@ class Shards(Files):
         self.targets = index["targets"]
         if not len(self.targets):
             raise ConfigError(f"data.root={str(root)!r}: the shards {split}-*.tar have no samples.")
+        check_size(root, split, "samples", size, len(self.targets))
         self.starts = np.concatenate([[0], index["counts"].cumsum()])  # (shards + 1,)
         named = read_classes(root)
         self.classes = named or [str(number) for number in range(num_classes or self._count(root, {split, *splits}))]
@@ -219,6 +223,33 @@ def list_shards(root: Path, split: str) -> list[Path]:
     return paths
 
 
+SIZES = "shards.json"  # beside shards: {"train": {"shards": 2, "samples": 3000}, ...}
+
+
+def read_sizes(root: Path) -> dict[str, dict[str, int]]:
+    """How many shards and samples there are to be of each split, by shards.json; nothing without.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = root / SIZES
+    if not path.exists():
+        return {}
+    try:
+        sizes = json.loads(path.read_text(encoding="utf-8"))
+        return {split: {key: int(size[key]) for key in ("shards", "samples")} for split, size in sizes.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}): make or copy it again.") from None
+
+
+def check_size(root: Path, split: str, key: str, size: dict[str, int] | None, found: int) -> None:
+    if size is not None and size[key] != found:
+        raise DataError(
+            f"data.root={str(root)!r} has {found} {key} of {split!r}; by its {SIZES} there are {size[key]}: copy "
+            f"or make them again, or remove {SIZES} if what is there is all that is wanted."
+        )
+
+
 def read_classes(root: Path) -> list[str]:
     """Names of classes beside shards; none if there is no list."""
     text, listed = root / "classes.txt", root / "classes.json"
@@ -239,14 +270,14 @@ def read_classes(root: Path) -> list[str]:
     return names
 
 
-def open_split(config: DataConfig, split: str) -> Images:
-    """The images of one split.
+def open_split(config: DataConfig, split: str, setting: str = "data.train_split, data.eval_split") -> Images:
+    """The images of one split, which was named by `setting`.
 
     Raises:
         ConfigError: it is not there, is empty, or has another number of classes than data.num_classes.
-        DataError: an archive is damaged.
+        DataError: an archive is damaged, or shards are missing.
     """
-    images = _open_split(config, split, Path(config.root or "."))
+    images = _open_split(config, split, Path(config.root or "."), setting)
     if config.num_classes is not None and len(images.classes) != config.num_classes:
         raise ConfigError(
             f"data.num_classes={config.num_classes}, but {split!r} of data.root={config.root!r} "
@@ -255,14 +286,14 @@ def open_split(config: DataConfig, split: str) -> Images:
     return images
 
 
-def _open_split(config: DataConfig, split: str, root: Path) -> Images:
+def _open_split(config: DataConfig, split: str, root: Path, setting: str) -> Images:
     if config.format == "digits":
         return Digits(split)
     if config.format == "shards":
         return Shards(root, split, config.window, config.num_classes, (config.train_split, config.eval_split))
     if config.format == "tar" or (config.format == "auto" and (root.is_file() or root.suffix == ".tar")):
-        return Archive(root, split)
-    return Folder(root, split)
+        return Archive(root, split, setting)
+    return Folder(root, split, setting)
 
 
 def order_generator(seed: int, epoch: int) -> torch.Generator:

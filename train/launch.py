@@ -11,6 +11,7 @@ import traceback
 import uuid
 from pathlib import Path
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -19,6 +20,7 @@ from train.config import TrainConfig
 from train.errors import ConfigError, LaunchError, RunError
 from train.run import run
 from train.slurm import rendezvous
+from train.trainer import accumulation
 
 PR_SET_PDEATHSIG = 1
 
@@ -30,11 +32,15 @@ def launch(config: TrainConfig, folder: Path) -> None:
 
     Raises:
         LaunchError: a worker failed. Errors of a job that runs here come as they are.
+        ConfigError: the batch cannot be shared out to the devices, or nobody says where nodes meet.
     """
     runtime = config.runtime
-    if "RANK" in os.environ or runtime.devices * runtime.nodes == 1:
+    devices = runtime.devices * runtime.nodes
+    if "RANK" in os.environ or devices == 1:
         run(config, folder)
         return
+    if config.evaluate is None:  # what can be told without them is told before workers start
+        accumulation(config.recipe.batch_size, runtime.micro_batch, devices)
     endpoint, name = meeting_point(config)
     local = endpoint.startswith(("localhost", "127."))
     settings = LaunchConfig(
@@ -49,8 +55,7 @@ def launch(config: TrainConfig, folder: Path) -> None:
         local_addr="localhost" if local else None,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # passed on to the workers
     )
-    # Workers tell what went wrong with them; the launcher's account of their exit codes would bury it.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    silence()
     before = signal.getsignal(signal.SIGUSR1)
     try:
         elastic_launch(settings, _work)(config, folder)
@@ -58,11 +63,21 @@ def launch(config: TrainConfig, folder: Path) -> None:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 128:  # a worker that saved and left
             sys.exit(failure.exitcode)
-        raise LaunchError(f"process {rank} of {runtime.devices * runtime.nodes} failed ({failure.exitcode})") from None
+        raise LaunchError(f"process {rank} of {devices} failed ({failure.exitcode})") from None
     except SignalException as error:
         sys.exit(128 + error.sigval)
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+LAUNCHERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
+
+
+def silence() -> None:
+    """Workers tell what went wrong with them; the launcher's account of their ends would bury it."""
+    for name in list(logging.root.manager.loggerDict):  # each by itself, as torch gives them levels of their own
+        if name.startswith(LAUNCHERS):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def meeting_point(config: TrainConfig) -> tuple[str, str]:
@@ -75,7 +90,8 @@ def meeting_point(config: TrainConfig) -> tuple[str, str]:
     if runtime.nodes == 1:
         return runtime.rendezvous or "localhost:0", uuid.uuid4().hex  # port 0: a free one
     if runtime.rendezvous:
-        return runtime.rendezvous, config.name
+        # without slashes, as torch makes a folder of it
+        return runtime.rendezvous, f"{config.data.name}-{config.name}-seed{config.seed}"
     if "SLURM_JOB_ID" not in os.environ:
         raise ConfigError(f"runtime.nodes={runtime.nodes}: where do they meet? runtime.rendezvous=FIRST_NODE:PORT.")
     return rendezvous(os.environ)
@@ -88,9 +104,16 @@ def _work(config: TrainConfig, folder: Path) -> None:
     try:
         run(config, folder)
     except Exception as error:
-        if not report(error):
+        if lost_contact(error):  # because another one failed, and tells why
+            print(f"process {os.environ.get('RANK')}: lost contact with the others", file=sys.stderr, flush=True)
+        elif not report(error):
             traceback.print_exc()
         sys.exit(1)
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether it is torch.distributed's, or gloo's, which has no class of its own but names its source file."""
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def report(error: BaseException) -> bool:

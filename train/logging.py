@@ -15,6 +15,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from train.errors import writing
+
 
 class MetricsFile:
     """`metrics.jsonl`: one line an epoch, on disk before the checkpoint of that epoch is."""
@@ -34,20 +36,30 @@ class MetricsFile:
         write_whole(self.path, "".join(lines))
 
     def append(self, line: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
+        """Raises WriteError; what the line left of itself is not a complete one."""
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a text file at once."""
+    """Replace a text file at once.
+
+    Raises:
+        WriteError: the disk is full or the folder cannot be written; what was there before stays.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        try:
+            with temporary.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def provenance() -> dict[str, Any]:

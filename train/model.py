@@ -36,7 +36,9 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
             if not config.is_static:
                 kw.convert(model, config=kw.KWConfig(n=config.n, **settings))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"backbone={name} cannot be built at n={config.n}: {error}") from error
+        given = config.backbone.kwargs
+        source = f" backbone.kwargs={given} come from the group backbone=...; backbone=timm has none." if given else ""
+        raise ConfigError(f"backbone={name} cannot be built at n={config.n}: {error}.{source}") from error
     if config.recipe.drop_path_rule:
         set_drop_path(model, config.recipe.drop_path, config.recipe.drop_path_rule)
     return model

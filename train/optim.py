@@ -13,25 +13,38 @@ from torch import Tensor, nn
 
 from kw.layers import KWLayer
 from train.config import RecipeConfig
+from train.errors import ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def build_optimizer(model: nn.Module, recipe: RecipeConfig) -> torch.optim.Optimizer:
-    """Weight decay on all but biases, one-dimensional parameters and what the model itself exempts."""
+    """Weight decay on all but biases, one-dimensional parameters and what the model itself exempts.
+
+    Raises:
+        ConfigError: timm cannot build this optimizer here, or not with these settings.
+    """
     extra: dict[str, Any] = {}
     if recipe.optimizer == "sgd":
         extra["nesterov"] = recipe.nesterov
     else:
         extra |= {"betas": tuple(recipe.betas), "eps": recipe.eps}
-    return create_optimizer_v2(
-        model if recipe.layer_decay is None else layer_decay_groups(model, recipe.weight_decay, recipe.layer_decay),
-        opt=recipe.optimizer,
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        momentum=recipe.momentum,
-        **extra,
-    )
+    parameters: Any = model
+    if recipe.layer_decay is not None:
+        parameters = layer_decay_groups(model, recipe.weight_decay, recipe.layer_decay)
+    try:
+        return create_optimizer_v2(
+            parameters,
+            opt=recipe.optimizer,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
+            **extra,
+        )
+    except Exception as error:  # each fails in its own way at a missing library or settings that it does not know
+        raise ConfigError(
+            f"recipe.optimizer={recipe.optimizer!r} cannot be built here: {type(error).__name__}: {error}"
+        ) from error
 
 
 def layer_decay_groups(model: nn.Module, weight_decay: float, decay: float) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def run(config: TrainConfig, folder: Path) -> None:
     """Do the job in `folder`, as this process's part of it.
 
     Raises:
-        ConfigError, CheckpointError, DataError, NonFiniteError: with a message for the user.
+        RunError: with a message for the user.
         SystemExit: a signal asked to save and leave.
     """
     world = connect(config.runtime)
@@ -35,15 +36,13 @@ def run(config: TrainConfig, folder: Path) -> None:
 
 
 def train(config: TrainConfig, folder: Path, world: World) -> None:
-    held = lock(folder) if world.is_main else None
-    trainer = Trainer(config, folder, world)
-    trainer.resume()
-    if world.is_main:
-        write_whole(folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
-    summary = trainer.fit()
-    trainer.display.print(
-        f"{summary['name']}: top-1 {summary['top1']:.2f}, top-5 {summary['top5']:.2f}, "
-        f"{summary['params']:,} parameters, {summary['macs']:,} multiply-adds. Everything is in {folder}."
-    )
-    if held:
-        held.close()
+    with lock(folder) if world.is_main else contextlib.nullcontext():
+        trainer = Trainer(config, folder, world)
+        trainer.resume()
+        if world.is_main:
+            write_whole(folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
+        summary = trainer.fit()
+        trainer.display.print(
+            f"{summary['name']}: top-1 {summary['top1']:.2f}, top-5 {summary['top5']:.2f}, "
+            f"{summary['params']:,} parameters, {summary['macs']:,} multiply-adds. Everything is in {folder}."
+        )

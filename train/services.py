@@ -140,7 +140,7 @@ def import_wandb(mode: str) -> Any:
         import wandb
     except ImportError as error:
         raise ConfigError(f"logger.services: wandb cannot be imported ({error}).") from None
-    if mode == "online" and not wandb.api.api_key:
+    if mode == "online" and not wandb.login(prompt=False, verify=False):  # wandb.init verifies
         raise ConfigError(
             "logger.mode=online: no wandb login is known here. Run `wandb login` or set WANDB_API_KEY; or with "
             "logger.mode=offline, `wandb sync` the run folder's wandb/ later."

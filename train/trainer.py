@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,12 +24,12 @@ import kw
 from kw.layers import KWLayer
 from train.checkpoint import FORMAT, Checkpoints, State
 from train.config import TrainConfig, learnt_settings, to_plain, validate
-from train.data import MicroBatches, Sample, Samples, Substitutes, eval_loader, seed_everything, train_loader
+from train.data import MicroBatches, Sample, Samples, Substitutes, eval_loader, identity, seed_everything, train_loader
 from train.distributed import World
-from train.errors import CheckpointError, ConfigError, NonFiniteError
+from train.errors import CheckpointError, ConfigError, NonFiniteError, RunError
 from train.evaluate import cast, evaluate
 from train.images import open_split
-from train.interrupt import SIGNALS, StopRequest, requeue
+from train.interrupt import StopRequest, first_signal, requeue
 from train.logging import Display, MetricsFile, provenance, write_whole
 from train.model import build_model
 from train.optim import build_loss, build_mixup, build_optimizer
@@ -57,6 +58,7 @@ class Trainer:
         self.train_samples = Samples(train_images, train_transform(config.data, recipe), config.seed, substitute)
         self.substitutes = Substitutes(folder, train_images, world.rank) if substitute else None
         self.eval_samples = Samples(eval_images, eval_transform(config.data, recipe), config.seed)
+        self.data = {"training": identity(train_images), "evaluation": identity(eval_images)}
         self.accumulation = accumulation(recipe.batch_size, config.runtime.micro_batch, world.size)
         micro = recipe.batch_size // (self.accumulation * world.size)
         if micro % 2 and (recipe.mixup or recipe.cutmix):
@@ -95,7 +97,9 @@ class Trainer:
 
         # This epoch's samples, loss and hits, on this process.
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        self.stop = StopRequest()
+        # Images per second of an epoch that is trained and not evaluated yet.
+        self.unevaluated: float | None = None
+        self.stop = StopRequest(alone=world.size == 1)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.runtime.keep_best)
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.display = Display(world.is_main, recipe.epochs, self.steps_per_epoch)
@@ -108,28 +112,30 @@ class Trainer:
         """Go on from the folder's newest checkpoint, if there is one.
 
         1. Read the newest whole checkpoint, passing over damaged ones.
-        2. Compare its settings with this run's.
+        2. Compare its settings and its data with this run's.
         3. Load weights, average, optimizer, scaler, the epoch's sums and the step.
-        4. Drop the metrics of epochs that will be repeated.
+        4. On the first process: drop the metrics of epochs that will be repeated, and files of epochs no longer best.
 
         Raises:
-            ConfigError: there is one and resume=never, or it was trained with other settings.
+            ConfigError: there is one and resume=never, or it was trained with other settings or on other data.
             CheckpointError: all checkpoints are damaged, or the newest does not fit the model.
         """
-        found = self.checkpoints.load_newest()
+        found = self.checkpoints.newest()
         if found is None:
             return
-        state, remarks = found
-        for remark in remarks:
+        state = found.state
+        for remark in found.remarks:
             self.display.print(f"Passed over: {remark}")
         if self.config.resume == "never":
             raise ConfigError(
                 f"resume=never, but {self.folder} has checkpoints: move it away, or set another label=..."
             )
         self._check_same_settings(state["config"])
+        self._check_same_data(state)
         self.load(state)
-        if self.world.is_main:
-            self.metrics.keep_before(self.step // self.steps_per_epoch)
+        if self.world.is_main:  # others may still be reading checkpoints; these are not touched
+            self.checkpoints.go_on_from(found)
+            self.metrics.keep_before(self.step // self.steps_per_epoch - (self.unevaluated is not None))
         self.display.print(f"Resumed {self.folder} at step {self.step} of {self.steps}.")
 
     def load(self, state: State) -> None:
@@ -140,6 +146,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step = state["step"]
+            self.unevaluated = state.get("unevaluated")
             self._load_sums(state["sums"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"The checkpoint in {self.folder} does not fit this run: {error}") from error
@@ -164,8 +171,10 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "sums": sums,
             "step": self.step,
+            "unevaluated": self.unevaluated,
             "config": to_plain(self.config),
             "classes": list(self.train_samples.images.classes),
+            "data": self.data,
         }
 
     def _check_same_settings(self, saved: dict[str, Any]) -> None:
@@ -177,16 +186,76 @@ class Trainer:
                     f"{self.folder} was trained with {key}={before.get(key)}, now it is {after.get(key)}. "
                     f"Set it back to go on, or give the new run a label=... of its own."
                 )
-        for key in ("precision", "micro_batch"):  # they change rounding and batch statistics, not the recipe
-            was, is_now = getattr(then.runtime, key), getattr(now.runtime, key)
-            if was != is_now:
-                self.display.print(f"Going on with runtime.{key}={is_now}; it was {was}.")
+        was, is_now = then.runtime.micro_batch, now.runtime.micro_batch
+        if was != is_now:  # changes batch statistics, but another number of devices may need it
+            self.display.print(f"Going on with runtime.micro_batch={is_now}; it was {was}.")
+
+    def _check_same_data(self, state: State) -> None:
+        then, now = list(state["classes"]), self.train_samples.images.classes
+        other = [] if then == now else [f"other classes ({_some(then)}; now {_some(now)})"]
+        for split, before in state.get("data", {}).items():  # older checkpoints do not have it
+            images, names = before["images"], before["names"]
+            if images != self.data[split]["images"]:
+                other.append(f"{images} {split} images (now {self.data[split]['images']})")
+            elif names != self.data[split]["names"]:
+                other.append(f"other names of {split} images")
+        if other:
+            raise ConfigError(
+                f"data.root={self.config.data.root!r}: {self.folder} was trained on other data, with "
+                f"{' and '.join(other)}. Set it back to go on, or give the new run a label=... of its own."
+            )
 
     # ---- training -------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
-        """Train from where it is to the end, and return the summary."""
-        recipe, runtime = self.config.recipe, self.config.runtime
+        """Train from where it is to the end, and return the summary.
+
+        Raises:
+            NonFiniteError: loss or gradients are not finite.
+            DataError: an image cannot be read.
+            CheckpointError, WriteError: the disk is full or the folder cannot be written.
+            RunError: a finished run's metrics are gone.
+            SystemExit: a signal asked to stop; the state is saved.
+        """
+        summary = None
+        with self.stop:
+            try:
+                self.services.start(self.config, self.folder)
+                self.profiler.start()
+                self.display.start(self.step)
+                self._train()
+                summary = self._summarize()
+            finally:
+                self.display.stop()
+                self.profiler.stop()
+                self.services.finish(summary)
+        return summary
+
+    def _train(self) -> None:
+        self._warn_of_temperature()
+        loader = self._loader()
+        self.model.train()
+        if self.unevaluated is not None:
+            self._end_epoch()
+        started, first = time.monotonic(), self.step
+        while self.step < self.steps:
+            stopping = self._train_step(loader)
+            self.profiler.step()
+            if self.display.wants(self.step - 1):
+                self._show(started, first)
+            last = self.step % self.steps_per_epoch == 0
+            if last:
+                self.unevaluated = self._speed(started, first)
+            if last or stopping or self.step % (self.config.runtime.checkpoint_steps or self.steps + 1) == 0:
+                self._save()  # at an epoch's end too: its evaluation may take longer than one is given to leave
+            if stopping:
+                self._leave(stopping)
+            if last:
+                self._end_epoch()
+                started, first = time.monotonic(), self.step
+
+    def _loader(self) -> Iterator[Sample]:
+        recipe = self.config.recipe
         batches = MicroBatches(
             len(self.train_samples.images),
             batch_size=recipe.batch_size,
@@ -200,33 +269,7 @@ class Trainer:
             order=self.train_samples.order,
         )
         pin = self.world.device.type == "cuda"
-        loader = iter(train_loader(self.train_samples, batches, runtime.workers, pin, self.substitutes))
-        self.model.train()
-        summary = None
-        try:
-            self.services.start(self.config, self.folder)
-            self.profiler.start()
-            self.display.start(self.step)
-            started, first = time.monotonic(), self.step
-            while self.step < self.steps:
-                stopping = self._train_step(loader)
-                self.profiler.step()
-                if self.display.wants(self.step - 1):
-                    self._show(started, first)
-                if self.step % self.steps_per_epoch == 0:
-                    self._end_epoch(started, first)
-                    started, first = time.monotonic(), self.step
-                elif stopping or self.step % (runtime.checkpoint_steps or self.steps + 1) == 0:
-                    self._save()
-                if stopping and self.step < self.steps:
-                    self._leave(stopping)
-            summary = self._summarize()
-        finally:
-            self.display.stop()
-            self.profiler.stop()
-            self.services.finish(summary)
-            self.stop.forget()
-        return summary
+        return iter(train_loader(self.train_samples, batches, self.config.runtime.workers, pin, self.substitutes))
 
     def _save(self) -> None:
         state = self.state()
@@ -235,7 +278,7 @@ class Trainer:
         self.world.barrier()
 
     def _leave(self, number: int) -> None:
-        """Signal `number` asked for it, and the step just done is saved. SIGUSR1 says that the time is up, so that the
+        """Signal `number` asked for it, and the last step is saved. SIGUSR1 says that the time is up, so that the
         job goes back into SLURM's queue; at SIGTERM SLURM does that itself, or the user has cancelled the job."""
         again = self.world.is_main and number == signal.SIGUSR1 and requeue()
         how = "it is back in the queue" if again else "the same command goes on from here"
@@ -253,7 +296,8 @@ class Trainer:
             images, targets, index = next(loader)
             indices.append(index)
             self._set_temperature(self.step * self.accumulation + turn)
-            seed_everything(self.config.seed, self.step, turn, self.world.rank)  # of mixup, dropout and drop path
+            # Of mixup, dropout and drop path: by the micro-batch's place in the global batch, whoever has it.
+            seed_everything(self.config.seed, self.step, turn * self.world.size + self.world.rank)
             last = turn == self.accumulation - 1
             with contextlib.nullcontext() if last or self.world.size == 1 else self.forward.no_sync():
                 loss = self._forward(images, targets)
@@ -283,19 +327,22 @@ class Trainer:
     def _update(self, losses: Tensor, indices: list[Tensor]) -> int:
         """Apply the gradients, unless loss or gradients are not finite: then all processes stop before anything is
         changed. To know that in time, this waits for the device once a step, at the end of the backward pass, where
-        there is least to lose; whether one of the processes was asked to stop is learnt on the way."""
+        there is least to lose; whether one of the processes was asked to stop is learnt on the way.
+
+        In float16 a gradient that overflows makes the scaler pass over the step and lower its scale. At a scale of 1
+        and less (without a scaler it is 1) that is no overflow."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.recipe.clip_grad or math.inf)
-        finite = torch.isfinite(losses) if self.scaler.is_enabled() else torch.isfinite(losses + norm)
-        came = [torch.full_like(finite, self.stop.signal == number) for number in SIGNALS]
-        broken, *counts = self.world.sum(torch.stack([~finite, *came]).to(torch.int32)).tolist()
-        if broken:
+        broken = ~torch.isfinite(torch.stack([losses, norm]))
+        came = broken.new_tensor(self.stop.came())
+        broken_loss, broken_norm, *counts = self.world.sum(torch.cat([broken, came]).to(torch.int32)).tolist()
+        if broken_loss or (broken_norm and self.scaler.get_scale() <= 1):
             self._refuse(losses.item() / self.accumulation, norm.item(), torch.cat(indices))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return next((number for number, count in zip(SIGNALS, counts, strict=True) if count), 0)
+        return first_signal(counts)
 
     def _refuse(self, loss: float, norm: float, indices: Tensor) -> None:
         losses = self.world.stack(torch.tensor(loss, device=self.world.device)).tolist()
@@ -318,6 +365,16 @@ class Trainer:
         if self.ema:
             kw.set_temperature(self.ema.module, tau)
 
+    def _warn_of_temperature(self) -> None:
+        """It may be wanted, as in a trial of a few epochs: no error."""
+        end = self._temperature(self.steps * self.accumulation - 1)
+        if self.dynamic and end > 0:
+            recipe = self.config.recipe
+            self.display.print(
+                f"Warning: recipe.temperature_epochs={recipe.temperature_epochs:g} is more than "
+                f"recipe.epochs={recipe.epochs}: the temperature ends at {end:.2f}, not at 0."
+            )
+
     def _temperature(self, micro_batch: int) -> float:
         per_epoch = self.steps_per_epoch * self.accumulation
         return temperature(micro_batch, per_epoch, self.config.recipe.temperature_epochs)
@@ -330,12 +387,30 @@ class Trainer:
         batch = runtime.micro_batch or min(256, self.config.recipe.batch_size)
         pin = self.world.device.type == "cuda"
         loader = eval_loader(self.eval_samples, batch, runtime.workers, pin, self.world.rank, self.world.size)
-        return evaluate(model, loader, self.world, cast(self.config, self.world.device))
+        return evaluate(model, self._stoppable(loader, batch), self.world, cast(self.config, self.world.device))
 
-    def _end_epoch(self, started: float, first: int) -> None:
+    def _stoppable(self, loader: Iterable[Sample], batch: int) -> Iterator[Sample]:
+        """The batches of an evaluation; before each, the processes agree on whether to leave. They may have different
+        numbers of batches, and the first process has the most."""
+        batches = iter(loader)
+        most = math.ceil(math.ceil(len(self.eval_samples.images) / self.world.size) / batch)
+        for _ in range(most):
+            if stopping := self._asked():
+                self._leave(stopping)
+            yield from itertools.islice(batches, 1)
+
+    def _asked(self) -> int:
+        """The signal by which any of the processes was asked to stop, or 0."""
+        if self.world.size == 1:
+            return self.stop.signal
+        came = torch.tensor(self.stop.came(), dtype=torch.int32, device=self.world.device)
+        return first_signal(self.world.sum(came).tolist())
+
+    def _end_epoch(self) -> None:
+        """Evaluate, and save with the epoch's line. A run that was stopped in the midst of it does it again."""
         epoch = self.step // self.steps_per_epoch - 1
-        samples, loss, hits = self.world.sum(self.sums.clone()).tolist()  # waits for the device: then the time is right
-        speed = (self.step - first) * self.config.recipe.batch_size / (time.monotonic() - started)
+        samples, loss, hits = self.world.sum(self.sums.clone()).tolist()
+        speed = self.unevaluated
         line: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
@@ -351,21 +426,31 @@ class Trainer:
         if self.substitutes:  # by now all processes are through with the epoch: their samples were summed
             line["substituted"] = self.substitutes.count(epoch)
         self.sums.zero_()
+        self.unevaluated = None
         state = self.state()
         if self.world.is_main:
             self.metrics.append(line)
-            self.checkpoints.save_epoch(state, epoch, line.get("ema_top1", line["top1"]))
+            self.checkpoints.save_epoch(state, epoch, _score(line))
         self.services.log(line)
         self.world.barrier()
         self.display.epoch(line, (self.steps - self.step) * self.config.recipe.batch_size / speed)
 
     def _show(self, started: float, first: int) -> None:
         samples, loss, hits = self.sums.tolist()
-        speed = (self.step - first) * self.config.recipe.batch_size / (time.monotonic() - started)
-        self.display.show(self.step - 1, loss / samples, 100 * hits / samples, speed)
+        self.display.show(self.step - 1, loss / samples, 100 * hits / samples, self._speed(started, first))
+
+    def _speed(self, started: float, first: int) -> float:
+        """Images per second since step `first`."""
+        self.sums.tolist()  # waits for the device: then the time is right
+        return (self.step - first) * self.config.recipe.batch_size / (time.monotonic() - started)
 
     def _summarize(self) -> dict[str, Any]:
         lines = self.metrics.read()
+        if not lines:
+            raise RunError(
+                f"{self.metrics.path} has no line of any epoch, though the run is finished: it was removed or emptied. "
+                f"Put it back; or move {self.folder} away, to train once more."
+            )
         last = lines[-1]
         size = (3, self.config.data.image_size, self.config.data.image_size)
         costs = kw.profile(self.model, size)
@@ -377,7 +462,7 @@ class Trainer:
             "top1": last["top1"],
             "top5": last["top5"],
             **({"ema_top1": last["ema_top1"], "ema_top5": last["ema_top5"]} if self.ema else {}),
-            "best_top1": max(line["top1"] for line in lines),
+            "best_top1": max(_score(line) for line in lines),
             "eval_samples": last["eval_samples"],
             "epochs": len(lines),
             "params": costs.params,
@@ -396,13 +481,40 @@ def accumulation(batch_size: int, micro_batch: int | None, world: int) -> int:
     """Into how many micro-batches a device cuts its share of the global batch: as few as fit, of equal size.
 
     Raises:
-        ConfigError: the batch cannot be shared out evenly.
+        ConfigError: the batch cannot be shared out evenly, or only in micro-batches of under half the size asked for.
     """
     if batch_size % world:
         raise ConfigError(f"recipe.batch_size={batch_size} cannot be shared out evenly to {world} devices.")
     share = batch_size // world
-    fewest = -(-share // (micro_batch or share))
-    return next(count for count in range(fewest, share + 1) if share % count == 0)
+    asked = min(micro_batch or share, share)
+    if not _cuts_well(share, asked):
+        larger = next(size for size in range(asked, share + 1) if share % size == 0)
+        fewer = next(size for size in range(share, 0, -1) if _cuts_well(size, asked))
+        more = next(size for size in itertools.count(share) if _cuts_well(size, asked))
+        raise ConfigError(
+            f"runtime.micro_batch={micro_batch}: a device's {share} samples of recipe.batch_size={batch_size} are cut "
+            f"into equal parts of at most {share // _cuts(share, asked)}. The nearest that work are "
+            f"runtime.micro_batch={larger}, or recipe.batch_size={fewer * world} or {more * world}."
+        )
+    return _cuts(share, asked)
+
+
+def _cuts(share: int, most: int) -> int:
+    """The fewest equal parts of a share, of at most `most`."""
+    return next(count for count in range(-(-share // most), share + 1) if share % count == 0)
+
+
+def _cuts_well(share: int, most: int) -> bool:
+    return 2 * (share // _cuts(share, most)) >= min(share, most)
+
+
+def _score(line: dict[str, Any]) -> float:
+    """What the best epoch is chosen by: the average's accuracy, if there is one."""
+    return line.get("ema_top1", line["top1"])
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def _device_name(device: torch.device) -> str:

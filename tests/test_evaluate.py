@@ -1,0 +1,67 @@
+"""Which data a checkpoint is evaluated on: its own, but for what the command line says."""
+
+import pytest
+import torch
+from PIL import Image
+from test_train import NARROW, TINY, config
+
+from train.distributed import World
+from train.errors import ConfigError
+from train.evaluate import data_settings, evaluate_checkpoint
+from train.trainer import Trainer
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def images(root, count):
+    for split, files in (("train", 8), ("val", count)):
+        for name in "ab":
+            (root / split / name).mkdir(parents=True)
+            for k in range(files):
+                Image.new("RGB", (20, 20), (k * 20, 0, 0)).save(root / split / name / f"{k}.png")
+    return str(root)
+
+
+def overridden(*overrides):
+    """The configuration of a command line, which knows what was given on it."""
+    made = config(*overrides)
+    made.given = [word.partition("=")[0] for word in overrides]
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on images of 16 pixels in a folder."""
+    root = tmp_path_factory.mktemp("run")
+    data = ("data=folder", f"data.root={images(root / 'a', 3)}", "recipe=digits", "data.mean=[0.1,0.2,0.3]")
+    made = config(*TINY, *data, *NARROW, "recipe.batch_size=8", "n=static", "runtime.device=cpu")
+    (root / "run").mkdir()
+    Trainer(made, root / "run", ALONE).fit()
+    return root / "run"
+
+
+def test_data_keys_are_laid_over_the_saved_settings(run, tmp_path):
+    other = images(tmp_path / "b", 5)
+    found = evaluate_checkpoint(overridden(f"evaluate={run}", f"data.root={other}"), ALONE)
+    assert (found["data"], found["root"], found["split"], found["image_size"]) == ("folder", other, "val", 16)
+    assert found["eval_samples"] == 10
+    found = evaluate_checkpoint(overridden(f"evaluate={run}", "data.eval_split=train"), ALONE)
+    assert (found["split"], found["image_size"], found["eval_samples"]) == ("train", 16, 16)
+
+
+def test_a_data_group_keeps_the_saved_size_and_normalization(run, tmp_path):
+    other = ("data=folder", f"data.root={images(tmp_path / 'b', 5)}")
+    found = evaluate_checkpoint(overridden(f"evaluate={run}", *other), ALONE)
+    assert (found["image_size"], found["eval_samples"]) == (16, 10)
+    found = evaluate_checkpoint(overridden(f"evaluate={run}", *other, "data.image_size=24"), ALONE)
+    assert found["image_size"] == 24
+    saved = config("data=folder", "data.root=x", "data.mean=[0.1,0.2,0.3]", "data.image_size=16").data
+    group = overridden("data=cifar10", "data.root=y", "data.std=[1,1,1]")
+    made = data_settings(saved, group.data, group.given)
+    assert (made.mean, made.std, made.eval_split) == ([0.1, 0.2, 0.3], [1, 1, 1], "test")
+
+
+def test_a_root_for_the_digits_is_refused():
+    given = overridden("data.root=x")
+    with pytest.raises(ConfigError, match=r"data\.root='x'"):
+        data_settings(config().data, given.data, given.given)
