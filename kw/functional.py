@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from kw.ways import WAYS as FUNCTIONS
 from kw.ways import Task, assemble
-from kw.ways.cost import applies, choose
+from kw.ways.cost import applies, cheapest, costs
 
 __all__ = ["WAYS", "assemble", "convolution", "linear", "use"]
 
@@ -88,7 +88,8 @@ def _compute(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
     alpha = alpha.to(cells.dtype)
     way = _way
     if way == "auto":
-        way = choose(x.shape, cells.shape, task)
+        step = torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, cells))
+        way = cheapest(costs(x.shape, cells.shape, task, step, kind))
     elif not applies(way, x.shape, task):
         way = "grouped"
     return FUNCTIONS[way](x, alpha, cells, task)

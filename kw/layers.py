@@ -1,6 +1,7 @@
 """Layers whose kernel is assembled, per sample, from the cells of a warehouse: drop-ins for torch's static ones.
 
-Forward: pool the input over space, score cells (attention.py), assemble a kernel per sample and apply it (functional.py).
+Forward: pool the input over space, score cells (attention.py), assemble a kernel per sample and apply it
+(functional.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which way each dynamic layer of a backbone takes to compute, and what each way would cost.
 
     python -m scripts.ways resnet18 4                       what the cost model expects, at batch 16 and 224 pixels
-    python -m scripts.ways resnet18 4 --batch 1 --measure   beside it the milliseconds measured: forward, and a step
+    python -m scripts.ways resnet18 4 --batch 1 --measure   beside it what was measured
 
 Layers of the same shape that draw from the same warehouse are one row.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import kw
 from kw.layers import KWLayer
-from kw.ways.cost import applies, costs
+from kw.ways.cost import cheapest, costs
 from kw.ways.task import Task
 
 WAYS = [way for way in kw.functional.WAYS if way != "auto"]
@@ -49,9 +49,7 @@ def record(model: nn.Module, image: Tensor) -> list[Call]:
     calls: dict[tuple[Any, ...], Call] = {}
     names = {layer: name for name, layer in model.named_modules() if isinstance(layer, KWLayer)}
     current: list[str] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, _: current.append(names[module])) for layer in names
-    ]
+    hooks = [layer.register_forward_pre_hook(lambda module, _: current.append(names[module])) for layer in names]
     plain = kw.functional.FUNCTIONS["grouped"]
 
     def recording(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
@@ -96,18 +94,18 @@ def measure(call: Call, ways: list[str], repeats: int) -> dict[str, tuple[float,
 
 
 def table(calls: list[Call], repeats: int) -> Table:
-    """Expected milliseconds, or with `repeats` also those measured; the chosen way in bold."""
+    """Expected milliseconds of a forward pass and of a step; with `repeats` also those measured, in parentheses."""
     shown = Table("layers", "input", "kernel", "cells", *WAYS)
     for call in calls:
-        expected = costs(call.x.shape, call.cells.shape, call.task)
-        ways = [way for way in WAYS if applies(way, call.x.shape, call.task)]
+        expected = [costs(call.x.shape, call.cells.shape, call.task, step) for step in (False, True)]
+        taken = [cheapest(times) for times in expected]
+        ways = [way for way in WAYS if way in expected[0]]
         measured = measure(call, ways, repeats) if repeats else {}
         cells = []
         for way in WAYS:
-            text = f"{expected[way] / 1e6:.2f}" if way in expected else "-"
-            if way in measured:
-                text += " | {:.2f} {:.2f}".format(*measured[way])
-            cells.append(f"[bold]{text} *[/bold]" if way == min(expected, key=expected.__getitem__) else text)
+            times = [f"{e[way] / 1e6:.1f}{'*' if way == best else ''}" for e, best in zip(expected, taken) if way in e]
+            text = " ".join(times) or "-"
+            cells.append(text + (" ({:.1f} {:.1f})".format(*measured[way]) if way in measured else ""))
         n, o, i = call.cells.shape
         P, R, C = call.task.grid
         name = call.names[0] + (f" + {len(call.names) - 1}" if len(call.names) > 1 else "")
@@ -127,8 +125,10 @@ def main() -> None:
     model = timm.create_model(f"kw_{options.backbone}", n=options.n).eval()
     calls = record(model, torch.randn(options.batch, 3, options.size, options.size))
     console = Console(width=None if Console().is_terminal else 200)
-    head = "expected ms" + (" | measured ms: forward, step" if options.measure else "")
-    console.print(f"{options.backbone} n={options.n}, batch {options.batch}, {options.size} pixels. {head}; * is taken")
+    console.print(f"{options.backbone} n={options.n}, batch {options.batch}, {options.size} pixels.")
+    console.print(
+        f"Milliseconds expected of a forward pass and of a step{' (measured)' * bool(options.measure)}; * is taken."
+    )
     console.print(table(calls, options.measure))
 
 

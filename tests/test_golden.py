@@ -49,6 +49,7 @@ def test_parameters_warehouses_layers(loaded):
     assert sorted(ours) == sorted(theirs)
 
 
+@pytest.mark.usefixtures("each_way")
 def test_eval_logits_and_attentions(loaded):
     name, case, model = loaded
     from kw.released import _entries  # layer names of the release are known nowhere else
@@ -71,6 +72,7 @@ def test_eval_logits_and_attentions(loaded):
         close(alpha.flatten(0, 1).numpy()[: len(expected)], expected)
 
 
+@pytest.mark.usefixtures("each_way")
 def test_training_logits_and_gradients(loaded):
     name, case, _ = loaded
     model = build(name)

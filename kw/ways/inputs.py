@@ -12,7 +12,6 @@ Shapes: `B` batch, `S` output positions, `T = P * C_in / i` cells that an output
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kw.ways.task import Task

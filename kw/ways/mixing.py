@@ -10,7 +10,6 @@ mixtures; `n` cells of `o` by `i`, `r` rows of each in a block.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kw.ways.product import PerSample, pieces, product
@@ -35,6 +34,8 @@ class Mixer:
         P, R, C = self.grid
         n, r, i = cells.shape
         mixtures = product(alpha.reshape(-1, n), cells.flatten(1)).view(-1, P, R, C, r, i)
+        if P * C == 1:  # in place already
+            return mixtures.view(-1, R * r, i)
         kernels = self._kernels[: mixtures.numel()].view(-1, R, r, P, C, i)
         kernels.copy_(mixtures.permute(0, 2, 4, 1, 3, 5))
         return kernels.view(-1, R * r, P * C * i)
@@ -42,6 +43,8 @@ class Mixer:
     def by_mixture(self, kernels: PerSample, rows: int) -> Tensor:
         """The way back, `(b, R * r, P * C * i)` to `(b * m, r * i)`, for gradients."""
         P, R, C = self.grid
+        if P * C == 1 and isinstance(kernels, Tensor):
+            return kernels.reshape(len(kernels) * R, -1)
         mixtures = self._gradients[: len(kernels) * kernels[0].numel()].view(len(kernels), P, R, C, rows, -1)
         for which, kernel in pieces(kernels):
             mixtures[which] = kernel.view(len(kernel), R, rows, P, C, -1).permute(0, 3, 1, 4, 2, 5)
