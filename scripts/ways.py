@@ -103,7 +103,11 @@ def table(calls: list[Call], repeats: int) -> Table:
         measured = measure(call, ways, repeats) if repeats else {}
         cells = []
         for way in WAYS:
-            times = [f"{e[way] / 1e6:.1f}{'*' if way == best else ''}" for e, best in zip(expected, taken) if way in e]
+            times = [
+                f"{e[way] / 1e6:.1f}{'*' if way == best else ''}"
+                for e, best in zip(expected, taken, strict=True)
+                if way in e
+            ]
             text = " ".join(times) or "-"
             cells.append(text + (" ({:.1f} {:.1f})".format(*measured[way]) if way in measured else ""))
         n, o, i = call.cells.shape

@@ -24,22 +24,23 @@ class Convolve:
         convolve, task = CONVOLUTIONS[self.x.dim() - 2], self.task
         return [
             convolve(x, weight, None, task.stride, task.padding, task.dilation)[0].flatten(1)
-            for x, weight in zip(self.x.split(1), self._as_weights(kernels), strict=True)
+            for x, weight in zip(self.x.chunk(len(self.x)), self._as_weights(kernels), strict=True)
         ]
 
     def backward(self, grad: Tensor, kernels: Tensor, needed: tuple[bool, bool]) -> list[Tensor] | None:
         task = self.task
         weights = self._as_weights(kernels)
-        grad = _channels_last(grad.unflatten(2, task.out_size(tuple(self.x.shape[2:]))))
-        grad_weights = []
+        grad = _channels_last(torch.unflatten(grad, 2, task.out_size(tuple(self.x.shape[2:]))))
+        grad_weights: list[Tensor] = []
         grad_x = []
-        for x, g, weight in zip(self.x.split(1), grad.split(1), weights, strict=True):
+        for x, g, weight in zip(self.x.chunk(len(self.x)), grad.chunk(len(grad)), weights, strict=True):
             of_x, of_weight, _ = torch.ops.aten.convolution_backward(
                 g, x, weight, None, task.stride, task.padding, task.dilation, False, [0] * (x.dim() - 2), 1,
                 (*needed, False),
             )  # fmt: skip
             grad_x.append(of_x)
-            grad_weights.append(of_weight.movedim(1, -1).flatten(1) if needed[1] else None)
+            if needed[1]:
+                grad_weights.append(of_weight.movedim(1, -1).flatten(1))
         if needed[0]:
             whole = torch.cat(grad_x)
             self._grad_x = whole if self._grad_x is None else self._grad_x.add_(whole)

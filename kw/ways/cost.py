@@ -11,10 +11,10 @@ A way's time for a batch is the sum of what it does, each at a price:
     call     calls of the library for each sample
     cell     the warehouse's numbers, read once for all samples: most of the time for a single one
 
-`|W|` entries of the kernel, `S` output positions, `n` cells of `o` by `i`, `T = P * C_in / i` cells that an output group
-reads. The prices are nanoseconds; only their ratios matter. Those of a CPU are fitted (least squares of relative errors)
-to `python -m scripts.ways ... --measure` for ResNet18, ResNet50, ConvNeXt-Tiny and MobileNetV2 with batches of 1, 8 and
-16 on two cores of an AMD EPYC. Those of a GPU are guesses from what an H100 can multiply and read, not measured.
+`|W|` entries of the kernel, `S` output positions, `n` cells of `o` by `i`, `T = P * C_in / i` cells that an output
+group reads. The prices are nanoseconds; only their ratios matter. Those of a CPU are fitted (least squares of relative
+errors) to `python -m scripts.ways ... --measure` for ResNet18, ResNet50, ConvNeXt-Tiny and MobileNetV2 with batches of
+1, 8 and 16 on two cores of an AMD EPYC. Those of a GPU are guesses from what an H100 can multiply and read, not measured.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from dataclasses import dataclass
 from kw.ways.task import Task
 
 MARGIN = 0.9  # of the plain way's time that another must stay below: what is closer is decided by noise
-HELD = (
-    8 << 20
-)  # numbers (32 MiB) above which memory that is asked for comes new from the system, page fault by page fault
+HELD = 8 << 20  # numbers (32 MiB): memory for more comes new from the system each time, page fault by page fault
 
 
 @dataclass(frozen=True)

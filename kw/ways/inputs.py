@@ -12,6 +12,7 @@ Shapes: `B` batch, `S` output positions, `T = P * C_in / i` cells that an output
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kw.ways.task import Task
@@ -28,4 +29,4 @@ def inputs(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
     mixed = by_group @ taps.reshape(batch, positions, P * C, i)  # (B, S, R * n, i)
     side_by_side = cells.transpose(1, 2).reshape(n * i, o)
     out = mixed.view(batch * positions * R, n * i) @ side_by_side
-    return out.view(batch, positions, R * o).transpose(1, 2).unflatten(2, space)
+    return torch.unflatten(out.view(batch, positions, R * o).transpose(1, 2), 2, space)

@@ -1,8 +1,8 @@
 """Mixing cells into a block's kernels, and the gradients of it.
 
 All mixtures of a block are one matrix product: attentions `(b * m, n)` with some rows of all cells, `(n, r * i)`. The
-rows of a cell are copied together first, as the libraries are slow on matrices with gaps between their rows. Buffers are
-used again from block to block: memory that is new costs a page fault every 4 KiB, as much as computing what goes there.
+rows of a cell are copied together first, as the libraries are slow on matrices with gaps between their rows. Buffers
+are used again from block to block: new memory costs a page fault every 4 KiB, as much as computing what goes there.
 
 Shapes: `b` samples of a block; `P` taps, `R = C_out / o` and `C = C_in / groups / i` cells across, `m = P * R * C`
 mixtures; `n` cells of `o` by `i`, `r` rows of each in a block.

@@ -67,7 +67,7 @@ def _backward(
 
 
 def _task(grid: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Task:
-    return Task(tuple(grid), *map(tuple, (kernel_size, stride, padding, dilation)), groups)  # type: ignore[arg-type]
+    return Task(tuple(grid), *map(tuple, (kernel_size, stride, padding, dilation)), groups)  # type: ignore[arg-type, call-arg]
 
 
 @_forward.register_fake

@@ -20,8 +20,8 @@ from kw.ways.mixing import Mixer
 from kw.ways.product import PerSample, pieces, product
 from kw.ways.task import Task
 
-# Entries of assembled kernels at a time. On a CPU 28 MB: the usual allocator takes blocks above 32 MiB from the system each
-# time anew, at the price of a page fault every 4 KiB. A GPU wants larger products.
+# Entries of assembled kernels at a time. On a CPU 28 MB: the usual allocator takes blocks above 32 MiB from the system
+# each time anew, at the price of a page fault every 4 KiB. A GPU wants larger products.
 ENTRIES = {"cpu": 7 << 20}
 ENTRIES_ELSEWHERE = 1 << 26
 ROWS = 64  # that a block should have at least: products of fewer rows are slow
@@ -45,14 +45,14 @@ class Applied(Protocol):
 
 def forward(x: Tensor, alpha: Tensor, cells: Tensor, task: Task, way: type[Applied]) -> Tensor:
     out = task.empty_out(x, cells)
-    by_cell = out.flatten(2).unflatten(1, (task.grid[1], -1))  # (B, R, o, S)
+    by_cell = torch.unflatten(out.flatten(2), 1, (task.grid[1], -1))  # (B, R, o, S)
     mixer, samples, rows = _plan(x, cells, task)
     for part in samples:
         applied = way(x[part], task)
         for some in rows:
             y = applied.forward(mixer.kernels(alpha[part], cells[:, some].contiguous()))
             for which, one in pieces(y):
-                by_cell[part, :, some][which] = one.unflatten(1, (task.grid[1], -1))
+                by_cell[part, :, some][which] = torch.unflatten(one, 1, (task.grid[1], -1))
     return out
 
 
@@ -69,7 +69,7 @@ def backward(
     need_x, need_alpha, need_cells = needed
     grad_x = torch.empty_like(x) if need_x else None
     grad_alpha, grad_cells = _empty_sum(alpha, need_alpha), _empty_sum(cells, need_cells)
-    by_cell = grad.flatten(2).unflatten(1, (task.grid[1], -1))  # (B, R, o, S)
+    by_cell = torch.unflatten(grad.flatten(2), 1, (task.grid[1], -1))  # (B, R, o, S)
     mixer, samples, rows = _plan(x, cells, task)
     for part in samples:
         applied = way(x[part], task)
