@@ -14,7 +14,7 @@ A way's time for a batch is the sum of what it does, each at a price:
 `|W|` entries of the kernel, `S` output positions, `n` cells of `o` by `i`, `T = P * C_in / i` cells that an output
 group reads. The prices are nanoseconds; only their ratios matter. Those of a CPU are fitted (least squares of relative
 errors) to `python -m scripts.ways ... --measure` for ResNet18, ResNet50, ConvNeXt-Tiny and MobileNetV2 with batches of
-1, 8 and 16 on two cores of an AMD EPYC. Those of a GPU are guesses from what an H100 can multiply and read, not measured.
+1, 8 and 16 on two cores of an AMD EPYC. Those of a GPU are guesses from what an H100 can multiply and read.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 PerSample = Tensor | list[Tensor]  # in one piece or a list, whichever is at hand: putting them together is a copy
 LARGE = 1 << 20  # multiply-adds of one product, from which a call of its own for each sample pays
 
-_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
