@@ -76,10 +76,10 @@ class Profile:
             for c in self.layers
         ]
         head = ("layer", "kind", "warehouse", "mixtures", "params", "MACs: apply", "assembly", "attention")
-        text = _table(head, layers)
+        text = table(head, layers)
         if self.warehouses:
             rows = [(w.name, "x".join(map(str, w.cells)), w.params, w.budget, len(w.layers)) for w in self.warehouses]
-            text += "\n\n" + _table(("warehouse", "cells n x o x i", "params", "n", "layers"), rows)
+            text += "\n\n" + table(("warehouse", "cells n x o x i", "params", "n", "layers"), rows)
         other = f", {self.other_macs:,} of them outside these layers" if self.other_macs else ""
         return f"{text}\n\n{self.params:,} parameters, {self.macs:,} multiply-adds per image{other}"
 
@@ -160,7 +160,7 @@ def _warehouse_cost(warehouse: Warehouse) -> WarehouseCost:
     return WarehouseCost(warehouse.name, tuple(cells.shape), cells.numel(), str(warehouse.config.n), layers)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns aligned, numbers to the right. Plain text: kw stands on torch and timm alone."""
     numbers = [all(isinstance(row[k], int) or row[k] == "-" for row in rows) for k in range(len(head))]
     lines = [head, *([f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows)]
