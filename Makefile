@@ -1,4 +1,4 @@
-# make demo: from a fresh clone to a table in minutes.   make test: the suite.   make lint: ruff and mypy.   make bench: what the trainer costs.
+# make demo: from a fresh clone to a table in minutes.   make test: the suite.   make lint: ruff and mypy.   make bench: what speed there is.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -52,8 +52,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What the trainer costs over a bare loop; with DATA=folder of train/<class>/*, how fast images load beside timm and torchvision.
+# What dynamic kernels cost over static ones (table and picture in report/benchmark; about half an hour at most);
+# what the trainer costs over a bare loop; with DATA=folder of train/<class>/*, how fast images load beside timm and torchvision.
 bench: $(READY)
+	$(BIN)/python -m scripts.benchmark
 	$(BIN)/python -m scripts.benchmark_trainer
 	$(BIN)/python -m scripts.benchmark_trainer n=1
 	$(if $(DATA),$(BIN)/python -m scripts.benchmark_data $(DATA))

@@ -8,6 +8,7 @@
 from kw import backbones, functional
 from kw.config import KWConfig
 from kw.convert import convert, set_temperature
+from kw.freeze import freeze
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
 from kw.profile import Profile, profile
 from kw.released import load_released, to_released
@@ -26,6 +27,7 @@ __all__ = [
     "backbones",
     "convert",
     "default_scope",
+    "freeze",
     "functional",
     "load_released",
     "profile",

@@ -70,15 +70,23 @@ class Attention(nn.Module):
         if self.basis_bias is not None:
             nn.init.zeros_(self.basis_bias)
 
-    def scores(self, pooled: Tensor) -> Tensor:
-        """`z` of the paper: `(B, C)` to `(B, m, n + 1)`, the zero cell last."""
+    def hidden(self, pooled: Tensor) -> Tensor:
+        """What the scores are affine in: `(B, C)` to `(B, H)`."""
         if len(pooled) == 1 and self.norm.training and isinstance(self.norm, nn.BatchNorm1d):
             raise ValueError(
                 f"Layer {self.layer_name!r}: BatchNorm in the attention cannot train on a batch of one. "
                 f"Use at least two samples per device, model.eval(), or attention_norm='layer' in KWConfig."
             )
-        batch = len(pooled)
-        z: Tensor = self.fc2(torch.relu(self.norm(self.fc1(pooled))))
+        return torch.relu(self.norm(self.fc1(pooled)))
+
+    def scores(self, pooled: Tensor) -> Tensor:
+        """`z` of the paper: `(B, C)` to `(B, m, n + 1)`, the zero cell last."""
+        return self.scores_of(self.hidden(pooled))
+
+    def scores_of(self, hidden: Tensor) -> Tensor:
+        """The scores from `hidden`, an affine map: `(B, H)` to `(B, m, n + 1)`."""
+        batch = len(hidden)
+        z: Tensor = self.fc2(hidden)
         if self.fc3 is None:
             return z.view(batch, self.mixtures, self.cells + 1)
         z = z.view(batch, self.mixtures, -1)

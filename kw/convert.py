@@ -8,6 +8,7 @@ from torch import nn
 
 from kw.attention import Attention
 from kw.config import KWConfig
+from kw.freeze import refuse_frozen
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
 from kw.scope import default_config, default_scope
 from kw.warehouse import Draw, KernelShape, Warehouse, Warehouses
@@ -73,10 +74,11 @@ def set_temperature(model: nn.Module, tau: float) -> None:
     """Set the temperature of every attention in `model`: 1 anchors each mixture to its cell, 0 leaves it free.
 
     Raises:
-        ValueError: tau is not in [0, 1], or the model has no dynamic layer.
+        ValueError: tau is not in [0, 1], or the model has no dynamic layer, or it is frozen.
     """
     if not 0 <= tau <= 1:
         raise ValueError(f"temperature {tau!r} must be between 0 (trained) and 1 (start of the warm-up).")
+    refuse_frozen(model, "keeps its temperature")
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     if not attentions:
         raise ValueError(

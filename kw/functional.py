@@ -1,25 +1,27 @@
-"""Ways to compute one KernelWarehouse layer. All are exact; they differ in time and memory.
+"""Computing one KernelWarehouse layer from its input, its attentions and its warehouse's cells.
 
-"grouped" is the plain definition: put every sample's kernel together, then one convolution in which each sample is a
-group of its own. "matmul" serves kernels of one position (pointwise convolutions) by a batched matrix product on the
-input as it lies in memory. "auto", the default, takes "matmul" where it applies, else "grouped".
+There are several exact ways (`kw/ways/`, one a file), which differ in time and memory. "auto", the default, takes the
+one that the cost model (`kw/ways/cost.py`) expects to be fastest; `use` forces another.
 
-Shapes: `B` batch, `m` mixtures, `n` cells, `o` by `i` channels of a cell, `P` kernel positions, `S` output positions.
+Shapes: `B` batch, `m` mixtures, `n` cells, `o` by `i` channels of a cell.
 """
 
 from __future__ import annotations
 
-import math
 from types import TracebackType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-WAYS = ("auto", "grouped", "matmul")
-_way = "auto"
+from kw.ways import WAYS as FUNCTIONS
+from kw.ways import Task, assemble
+from kw.ways.cost import applies, cheapest, costs
 
-CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+__all__ = ["WAYS", "assemble", "convolution", "linear", "use"]
+
+WAYS = ("auto", *FUNCTIONS)
+_way = "auto"
 
 
 class use:
@@ -47,61 +49,47 @@ class use:
         _way = self._previous
 
 
-def assemble(alpha: Tensor, cells: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Each sample's kernel from its attentions: `(B, m, n)` and `(n, o, i)` to `(B, C_out, C_in / groups, P)`.
-
-    Mixture `(p, a, b)` of `grid = (P, C_out / o, C_in / i)` is the cell at position p, rows `a * o`, columns `b * i`.
-    """
-    n, o, i = cells.shape
-    batch = alpha.shape[0]
-    positions, rows, columns = grid
-    mixtures = alpha.to(cells.dtype).reshape(-1, n) @ cells.view(n, o * i)  # (B * m, o * i)
-    kernel = mixtures.view(batch, positions, rows, columns, o, i).permute(0, 2, 4, 3, 5, 1)
-    return kernel.reshape(batch, rows * o, columns * i, positions)
-
-
-def linear(x: Tensor, kernel: Tensor) -> Tensor:
-    """`(B, *, C_in)` with one `(C_out, C_in)` kernel per sample to `(B, *, C_out)`."""
-    flat = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
-    return torch.bmm(flat, kernel.transpose(1, 2)).view(*x.shape[:-1], kernel.shape[1])
+def linear(x: Tensor, alpha: Tensor, cells: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """`(B, *, C_in)` with one kernel per sample to `(B, *, C_out)`."""
+    tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # (B, S, C_in)
+    out = _compute(tokens.transpose(1, 2), alpha, cells, Task(grid, (1,), (1,), (0,), (1,)))
+    return out.transpose(1, 2).reshape(*x.shape[:-1], out.shape[1])
 
 
 def convolution(
     x: Tensor,
-    kernel: Tensor,
+    alpha: Tensor,
+    cells: Tensor,
+    grid: tuple[int, int, int],
+    kernel_size: tuple[int, ...],
     stride: tuple[int, ...],
     padding: tuple[int, ...] | str,
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """Convolve `(B, C_in, *space)` with one `(C_out, C_in / groups, *kernel_size)` kernel per sample."""
-    if len(x) == 0:
-        convolve = CONVOLUTIONS[x.dim() - 2]
-        return convolve(x, kernel.sum(0), None, stride, padding, dilation, groups)
-    unpadded = isinstance(padding, str) or not any(padding)  # "same" pads a pointwise kernel by nothing
-    pointwise = math.prod(kernel.shape[3:]) == 1 and groups == 1 and unpadded
-    if _way in ("auto", "matmul") and pointwise:
-        return _matmul(x, kernel, stride)
-    return _grouped(x, kernel, stride, padding, dilation, groups)
+    """Convolve `(B, C_in, *space)` with one kernel per sample: attentions `(B, m, n)` over cells `(n, o, i)`.
+
+    Mixture `(p, a, b)` of `grid = (P, C_out / o, C_in / groups / i)` is the kernel's cell at position p, rows `a * o`,
+    columns `b * i`. `padding` is a number a side for each dimension, "same" or "valid".
+    """
+    if isinstance(padding, str):
+        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel_size, strict=True)]
+        if any(total % 2 for total in totals):  # one more behind than in front
+            x = F.pad(x, [side for total in reversed(totals) for side in (0, total % 2)])
+        padding = tuple(total // 2 for total in totals)
+    return _compute(x, alpha, cells, Task(grid, kernel_size, stride, padding, dilation, groups))
 
 
-def _grouped(
-    x: Tensor,
-    kernel: Tensor,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...] | str,
-    dilation: tuple[int, ...],
-    groups: int,
-) -> Tensor:
-    batch, channels = x.shape[:2]
-    convolve = CONVOLUTIONS[x.dim() - 2]
-    wide = x.reshape(1, batch * channels, *x.shape[2:])
-    out = convolve(wide, kernel.flatten(0, 1), None, stride, padding, dilation, batch * groups)
-    return out.view(batch, kernel.shape[1], *out.shape[2:])
-
-
-def _matmul(x: Tensor, kernel: Tensor, stride: tuple[int, ...]) -> Tensor:
-    if any(step != 1 for step in stride):
-        x = x[(slice(None), slice(None), *(slice(None, None, step) for step in stride))]
-    out = torch.bmm(kernel.flatten(2), x.flatten(2))  # (B, C_out, C_in) @ (B, C_in, S)
-    return out.view(x.shape[0], kernel.shape[1], *x.shape[2:])
+def _compute(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and cells.dtype == torch.float32:
+        # Autocast does not look into functions that have a backward pass of their own.
+        x, cells = x.to(torch.get_autocast_dtype(kind)), cells.to(torch.get_autocast_dtype(kind))
+    alpha = alpha.to(cells.dtype)
+    way = _way
+    if way == "auto":
+        step = torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, cells))
+        way = cheapest(costs(x.shape, cells.shape, task, step, kind))
+    elif not applies(way, x.shape, task):
+        way = "grouped"
+    return FUNCTIONS[way](x, alpha, cells, task)

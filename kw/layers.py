@@ -1,6 +1,7 @@
 """Layers whose kernel is assembled, per sample, from the cells of a warehouse: drop-ins for torch's static ones.
 
-Forward: pool the input over space, score cells (attention.py), assemble a kernel per sample, apply it (functional.py).
+Forward: pool the input over space, score cells (attention.py), assemble a kernel per sample and apply it
+(functional.py).
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class KWLinear(KWLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = x.mean(dim=tuple(range(1, x.dim() - 1))) if x.dim() > 2 else x
-        out = functional.linear(x, self.kernels(pooled).squeeze(3))
+        out = functional.linear(x, self.attention(pooled), self.warehouse.cells, self.draw.grid)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
@@ -126,12 +127,21 @@ class _KWConvNd(KWLayer):
                 f"Layer {self.draw.kernel.name!r} takes a batch of shape (B, {self.in_channels}, "
                 f"{self.dims} spatial dimensions), not {tuple(x.shape)}."
             )
-        kernels = self.kernels(x.flatten(2).mean(dim=2))
-        kernels = kernels.view(*kernels.shape[:3], *self.kernel_size)
+        alpha = self.attention(x.flatten(2).mean(dim=2))
         padding: tuple[int, ...] | str = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._explicit_padding(), mode=self.padding_mode), (0,) * self.dims
-        out = functional.convolution(x, kernels, self.stride, padding, self.dilation, self.groups)
+        out = functional.convolution(
+            x,
+            alpha,
+            self.warehouse.cells,
+            self.draw.grid,
+            self.kernel_size,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+        )
         return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, *(1,) * self.dims)
 
     def _explicit_padding(self) -> list[int]:

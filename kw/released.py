@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kw.convert import set_temperature
+from kw.freeze import refuse_frozen
 from kw.layers import KWLayer, KWLinear
 
 
@@ -54,6 +55,7 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
         ValueError: entries are missing, left over or of another shape (they are named), or the model is of a family
             that was not released.
     """
+    refuse_frozen(model, "no longer has the parts of a released one")
     values = _unwrap(state_dict)
     entries = _entries(model)
     fit = "Is it of this backbone, at this n and number of classes?"
@@ -83,6 +85,7 @@ def to_released(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: the model is of a family that was not released.
     """
+    refuse_frozen(model, "no longer has the parts of a released one")
     own = model.state_dict()
     return {released_name: own[name].reshape(shape) for name, released_name, shape in _entries(model)}
 

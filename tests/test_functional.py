@@ -5,11 +5,15 @@ import copy
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kw
 from kw import KWConfig, functional
+from kw.ways import cost
+from scripts.ways import record
 
 OTHERS = [way for way in functional.WAYS if way != "grouped"]
 
@@ -128,11 +132,17 @@ def plain():
     return groups.seen == [3]
 
 
-def test_auto_is_the_default_and_does_not_compute_pointwise_layers_the_plain_way():
+@pytest.fixture
+def auto_multiplies(monkeypatch):
+    """The small layers here are best computed the plain way; so that the way taken shows, "auto" has another."""
+    monkeypatch.setattr(functional, "cheapest", lambda _: "multiply")
+
+
+def test_auto_is_the_default(auto_multiplies):
     assert not plain()
 
 
-def test_a_way_chosen_in_a_block_ends_with_it():
+def test_a_way_chosen_in_a_block_ends_with_it(auto_multiplies):
     with functional.use("grouped"):
         assert plain()
         with functional.use("auto"):
@@ -141,14 +151,14 @@ def test_a_way_chosen_in_a_block_ends_with_it():
     assert not plain()
 
 
-def test_a_way_chosen_in_a_block_ends_with_it_after_an_error():
+def test_a_way_chosen_in_a_block_ends_with_it_after_an_error(auto_multiplies):
     with pytest.raises(KeyError), functional.use("grouped"):
         assert plain()
         raise KeyError
     assert not plain()
 
 
-def test_a_way_chosen_by_a_call_stays():
+def test_a_way_chosen_by_a_call_stays(auto_multiplies):
     functional.use("grouped")
     assert plain()
     functional.use("auto")
@@ -162,3 +172,72 @@ def test_unknown_way_is_refused_with_the_known_ones_and_changes_nothing():
         assert "'fastest'" in str(error.value)
         assert all(way in str(error.value) for way in functional.WAYS)
         assert plain()
+
+
+@pytest.mark.usefixtures("each_way")
+def test_data_parallel_training_has_the_same_gradients(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model, size = dynamic("3x3", 1)
+        x = torch.randn(4, *size, dtype=torch.float64)
+        model(x).square().sum().backward()
+        alone = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        DistributedDataParallel(model, gradient_as_bucket_view=True)(x).square().sum().backward()
+        for parameter, grad in zip(model.parameters(), alone, strict=True):
+            torch.testing.assert_close(parameter.grad, grad)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_half_precision_gradients_are_near_those_of_float32(each_way):
+    model, size = dynamic("3x3", 1)
+    model, x = model.float(), torch.randn(4, *size)
+    exact = computed(each_way, model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = computed(each_way, model, x)
+    cells = next(name for name in exact if name.endswith("cells"))
+    for name in ("output", "input", cells):  # the attention's own gradients pass a ReLU, whose sign rounding may turn
+        assert (rough[name].float() - exact[name]).abs().max() <= 0.05 * exact[name].abs().max(), name
+
+
+@pytest.mark.parametrize("step", [False, True], ids=["forward", "step"])
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv2_050"])
+def test_auto_takes_what_it_expects_to_be_cheapest(backbone, step):
+    """The table of scripts.ways and the choice are of one model."""
+    for call in record(timm.create_model(f"kw_{backbone}", n=1).eval(), torch.randn(2, 3, 64, 64)):
+        expected = cost.costs(call.x.shape, call.cells.shape, call.task, step)
+        seen: list[str] = []
+        tensors = [t.requires_grad_(step) for t in (call.x, call.alpha, call.cells)]
+        with pytest.MonkeyPatch.context() as patch:
+            for way in expected:
+                plain = functional.FUNCTIONS[way]
+                patch.setitem(
+                    functional.FUNCTIONS,
+                    way,
+                    lambda *a, way=way, plain=plain, seen=seen: (seen.append(way), plain(*a))[1],
+                )
+            functional._compute(*tensors, call.task)
+        assert seen == [cost.cheapest(expected)]
+
+
+def test_no_more_than_a_block_of_kernels_is_kept_for_the_backward_pass():
+    """What is saved is the input, the attentions and the cells; the plain way saves every sample's kernel too."""
+    model, size = dynamic("3x3, wide", 1)
+    x = torch.randn(8, *size, dtype=torch.float64)
+
+    def saved(way):
+        sizes = {}
+        with (
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t: (sizes.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()), t)[1],
+                lambda t: t,
+            ),
+            functional.use(way),
+        ):
+            model(x)
+        return sum(sizes.values())
+
+    kernels = 8 * 96 * 128 * 9 * 8
+    assert saved("grouped") > kernels > 4 * saved("multiply")
+    assert saved("convolve") == saved("multiply")

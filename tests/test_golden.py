@@ -8,12 +8,19 @@ import torch
 from torch import nn
 
 import kw
+from kw import functional
 from kw.attention import Attention
 from kw.backbones import STATIC
 from kw.layers import KWLayer
 
 CASES = recipe.load_cases()
 EXPECTED = np.load(recipe.HERE / "cases.npz")
+# Exactness of every way is tests/test_functional.py's, on shapes of all kinds; here two of them are enough by default.
+in_each_way = pytest.mark.parametrize(
+    "each_way",
+    [pytest.param(way, marks=() if way in ("auto", "multiply") else pytest.mark.slow) for way in functional.WAYS],
+    indirect=True,
+)
 
 
 def build(case_name: str) -> nn.Module:
@@ -49,7 +56,8 @@ def test_parameters_warehouses_layers(loaded):
     assert sorted(ours) == sorted(theirs)
 
 
-def test_eval_logits_and_attentions(loaded):
+@in_each_way
+def test_eval_logits_and_attentions(loaded, each_way):
     name, case, model = loaded
     from kw.released import _entries  # layer names of the release are known nowhere else
 
@@ -71,7 +79,8 @@ def test_eval_logits_and_attentions(loaded):
         close(alpha.flatten(0, 1).numpy()[: len(expected)], expected)
 
 
-def test_training_logits_and_gradients(loaded):
+@in_each_way
+def test_training_logits_and_gradients(loaded, each_way):
     name, case, _ = loaded
     model = build(name)
     kw.load_released(model, {key: torch.from_numpy(v) for key, v in recipe.state_dict(case).items()})

@@ -203,6 +203,7 @@ def test_model_to_double_takes_cells_along():
     torch.testing.assert_close(double.float(), single, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("case", ["padded", "depthwise", "pointwise", "1d", "linear on tokens"])
 @torch.no_grad()
 def test_autocast_runs_in_bfloat16_near_float32(case):
@@ -217,6 +218,7 @@ def test_autocast_runs_in_bfloat16_near_float32(case):
     assert (rough.float() - exact).abs().max() < 0.03 * exact.abs().max()
 
 
+@pytest.mark.usefixtures("each_way")
 def test_autocast_trains_float32_parameters():
     model = pair()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -227,6 +229,7 @@ def test_autocast_trains_float32_parameters():
         assert parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(reentrant):
     model = pair().double()
@@ -241,6 +244,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
         torch.testing.assert_close(t.grad, grad)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_layer_gives_the_same(backend):
     torch.compiler.reset()
@@ -305,6 +309,7 @@ def test_temperature_one_is_the_static_layer_of_the_layers_own_cells():
     torch.testing.assert_close(layer(x), static(x))
 
 
+@pytest.mark.usefixtures("each_way")
 @torch.no_grad()
 def test_input_in_channels_last_gives_the_same():
     for case in ("padded", "pointwise", "depthwise"):

@@ -1,0 +1,37 @@
+"""Way "grouped", the plain definition, as in the release: assemble every sample's kernel, then one convolution in
+which each sample is a group of its own. The reference for all others."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kw.ways.task import Task
+
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def assemble(alpha: Tensor, cells: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Each sample's kernel from its attentions: `(B, m, n)` and `(n, o, i)` to `(B, C_out, C_in / groups, P)`.
+
+    Mixture `(p, a, b)` of `grid = (P, C_out / o, C_in / i)` is the cell at position p, rows `a * o`, columns `b * i`.
+    """
+    n, o, i = cells.shape
+    batch = alpha.shape[0]
+    positions, rows, columns = grid
+    mixtures = alpha.to(cells.dtype).reshape(-1, n) @ cells.view(n, o * i)  # (B * m, o * i)
+    kernel = mixtures.view(batch, positions, rows, columns, o, i).permute(0, 2, 4, 3, 5, 1)
+    return kernel.reshape(batch, rows * o, columns * i, positions)
+
+
+def grouped(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
+    batch, channels = x.shape[:2]
+    convolve = CONVOLUTIONS[x.dim() - 2]
+    kernel = assemble(alpha, cells, task.grid)
+    kernel = kernel.view(*kernel.shape[:3], *task.kernel_size)
+    if batch == 0:  # nothing to convolve, but a result of the right shape, with gradients of zero
+        return convolve(x, kernel.sum(0), None, task.stride, task.padding, task.dilation, task.groups)
+    wide = x.reshape(1, batch * channels, *x.shape[2:])
+    groups = batch * task.groups
+    out = convolve(wide, kernel.flatten(0, 1), None, task.stride, task.padding, task.dilation, groups)
+    return out.view(batch, kernel.shape[1], *out.shape[2:])

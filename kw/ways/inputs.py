@@ -1,0 +1,32 @@
+"""Way "inputs": mix the inputs, not the cells. For layers whose kernel is applied at few positions, once or four times.
+
+A convolution with a mixture of cells is a sum over cells of each cell's product with a mixture of the input's taps:
+
+    out[s] = sum_t (sum_j alpha[t, j] cell_j) @ tap_t[s] = sum_j cell_j @ (sum_t alpha[t, j] tap_t[s])
+
+So no kernel is assembled: the inner sum is a small product per position, and the outer one a single large product for
+the whole batch, with the cells side by side. `n * S / T` products with a cell for an output group, in place of `n + S`.
+
+Shapes: `B` batch, `S` output positions, `T = P * C_in / i` cells that an output group reads, `R = C_out / o` groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kw.ways.task import Task
+
+
+def inputs(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
+    """For `groups == 1`."""
+    n, o, i = cells.shape
+    P, R, C = task.grid
+    space = task.out_size(tuple(x.shape[2:]))
+    taps = task.taps(x)
+    batch, positions = taps.shape[:2]
+    by_group = alpha.view(batch, 1, P, R, C, n).permute(0, 1, 3, 5, 2, 4).reshape(batch, 1, R * n, P * C)
+    mixed = by_group @ taps.reshape(batch, positions, P * C, i)  # (B, S, R * n, i)
+    side_by_side = cells.transpose(1, 2).reshape(n * i, o)
+    out = mixed.view(batch * positions * R, n * i) @ side_by_side
+    return torch.unflatten(out.view(batch, positions, R * o).transpose(1, 2), 2, space)
