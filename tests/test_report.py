@@ -14,9 +14,9 @@ import sys
 import pytest
 import yaml
 from rich.console import Console
-from test_train import ROOT, _environment
+from test_train import _environment
 
-from scripts.report.__main__ import write
+from scripts.report.__main__ import main, write
 from scripts.report.page import report_page
 from scripts.report.published import CLASSIFICATION, TRAINING_IMAGES, published
 from scripts.report.rows import sections
@@ -302,10 +302,15 @@ def test_the_command_ends_with_a_table_and_no_traceback(fifty, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_environment())
     assert done.returncode == 0 and "Traceback" not in done.stderr + done.stdout, done.stderr
     assert "resnet18_kw1d4x" in done.stdout and (tmp_path / "out" / "index.html").exists()
-    empty = subprocess.run(
-        [*command[:3], str(ROOT / "configs")], cwd=tmp_path, capture_output=True, text=True, env=_environment()
-    )
-    assert empty.returncode != 0 and "No finished run" in empty.stderr and "Traceback" not in empty.stderr
+
+
+def test_folders_without_a_finished_run_are_said_to_have_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
+    with pytest.raises(SystemExit, match="No finished run below"):
+        main()
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="No such folder"):
+        main()
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
