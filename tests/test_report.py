@@ -134,6 +134,13 @@ def test_an_unfinished_run_shows_its_epochs_and_no_difference(tmp_path):
     assert remarks == [f"{tmp_path}/a: not finished (2 of 2 epochs)"]
 
 
+def test_an_unfinished_run_tells_what_is_to_go(tmp_path):
+    put(tmp_path / "a", config={"recipe": {"epochs": 4, "batch_size": 3600}}, metrics=[line(0)])
+    assert "x: about 15 device-hours to go" in markdown(
+        rows_of(tmp_path)[0]
+    )  # 3 * 10 * 3600 images, 4 a second, 2 devices
+
+
 def test_finished_and_unfinished_runs_are_not_averaged(tmp_path):
     of_row(tmp_path / "a", "resnet18")
     config = {

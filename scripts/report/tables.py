@@ -13,7 +13,7 @@ from rich.text import Text
 
 from kw.backbones import STATIC
 from scripts.report.published import CLASSIFICATION, LABELS
-from scripts.report.rows import DONE, NOT_RUN, Row, Section
+from scripts.report.rows import DONE, NOT_RUN, UNFINISHED, Row, Section
 from scripts.report.runs import Run
 
 NONE = "-"
@@ -59,8 +59,11 @@ def hours(row: Row) -> str:
         return "not measured" if row.state == NOT_RUN else NONE
     kind = "CPU" if row.device == "cpu" or (row.device or "").startswith("cpu") else "GPU"
     kind = kind if row.device and row.device != NONE else ""
-    text = f"{row.hours:,.0f}" if row.hours >= 10 else f"{row.hours:.2g}"
-    return f"{'~' if row.state == NOT_RUN else ''}{text} {kind}".rstrip()
+    return f"{'~' if row.state == NOT_RUN else ''}{_rounded(row.hours)} {kind}".rstrip()
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def notes(section: Section) -> list[str]:
@@ -72,6 +75,10 @@ def notes(section: Section) -> list[str]:
         if averages:
             label = LABELS[section.scores[0]]
             made.append(f"{row.name}: {label} of the average of the weights {mean(averages):.2f}")
+    for row in section.rows:
+        done, asked = row.epochs
+        if row.state == UNFINISHED and row.hours and done < asked:
+            made.append(f"{row.name}: about {_rounded(row.hours / done * (asked - done))} device-hours to go")
     made += [_gain(row, section) for row in section.rows if row.published and row.published.gain]
     waiting = [row for row in section.rows if row.state == NOT_RUN]
     devices = sorted({str(row.device) for row in waiting if row.hours is not None})
