@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kw.jobs.checkpoint import read
 from scripts import kill_storm
 from scripts.kill_storm import differences, outcome
-from train.checkpoint import read
 
 ROOT = Path(__file__).parents[1]
 SMALL = (

@@ -157,7 +157,7 @@ def test_a_run_of_the_command_trains(here, command):
 
 
 def test_a_batch_that_cannot_be_shared_out_is_told_before_workers_start(here, monkeypatch):
-    monkeypatch.setattr("train.launch.elastic_launch", None)
+    monkeypatch.setattr("train.launch.launch_processes", None)
     with pytest.raises(ConfigError, match=r"recipe\.batch_size=127"):
         launch(config("recipe.batch_size=127", "runtime.devices=2"), here)
 
