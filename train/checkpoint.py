@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kw.jobs.checkpoint import read
+from kw.jobs.checkpoint import FORMAT, read
 from train.errors import CheckpointError, writing
 
 State = dict[str, Any]
-FORMAT = "kernelwarehouse 1"  # what a state says under "format", to be told from foreign checkpoints
 NAMES = ("fresh.pt", "last.pt", "previous.pt")  # of a run's checkpoints, newest first
 
 

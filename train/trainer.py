@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kw
+from kw.jobs.checkpoint import FORMAT
 from kw.layers import KWLayer
-from train.checkpoint import FORMAT, Checkpoints, State
+from train.checkpoint import Checkpoints, State
 from train.config import TrainConfig, learnt_settings, to_plain, validate
 from train.data import MicroBatches, Sample, Samples, Substitutes, eval_loader, identity, seed_everything, train_loader
 from train.distributed import World

@@ -14,6 +14,7 @@ import torch
 
 from kw.jobs.errors import CheckpointError
 
+FORMAT = "kernelwarehouse 1"  # what a state of ours says under "format", to be told from foreign checkpoints
 # Training scripts in timm's manner save their arguments beside the weights: plain values, too.
 PLAIN = (argparse.Namespace,)
 
