@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from timm.layers import LayerNorm2d
-from timm.models._manipulate import group_parameters
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,6 +19,7 @@ import kw
 from detection.pretrained import load_classifier
 from kw.backbones import BACKBONES, STATIC
 from kw.backbones.build import drop_unused_warehouses
+from kw.jobs.errors import ConfigError
 from kw.layers import KWLayer
 
 Settings = Mapping[str, Any] | None
@@ -27,24 +29,27 @@ def build_classifier(name: str, n: Any, settings: Settings, kwargs: Settings, **
     """The whole classification model: one of `kw.backbones` as published, any other of timm's by the default scope.
 
     Raises:
-        ValueError: timm has no such model, or the kernels cannot be cut as asked.
-        TypeError: timm does not take `kwargs`.
+        ConfigError: timm has no such model or does not take `kwargs`, or the kernels cannot be cut as asked.
     """
     settings, kwargs = dict(settings or {}), {**(kwargs or {}), **more}
     n = STATIC if n is None else n
     if not timm.is_model(name):
-        raise ValueError(f"KWBackbone: timm has no model {name!r}.")
-    if name in BACKBONES:
-        return BACKBONES[name].create(n=n, **settings, **kwargs)
-    model = timm.create_model(name, **kwargs)
-    return model if n == STATIC else kw.convert(model, config=kw.KWConfig(n=n, **settings))
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3)) or "none"
+        raise ConfigError(f"KWBackbone: timm has no model {name!r}; near are {near}.")
+    try:
+        if name in BACKBONES:
+            return BACKBONES[name].create(n=n, **settings, **kwargs)
+        model = timm.create_model(name, **kwargs)
+        return model if n == STATIC else kw.convert(model, config=kw.KWConfig(n=n, **settings))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"KWBackbone: {name} cannot be built at n={n}: {error}") from error
 
 
 def feature_channels(name: str, out_indices: Sequence[int], kwargs: Settings = None) -> list[int]:
     """Channels of the maps of `KWBackbone(name=name, out_indices=out_indices, kwargs=kwargs)`: a neck's `in_channels`.
 
     Raises:
-        ValueError: the model has no such feature.
+        ConfigError: the model has no such feature.
     """
     with torch.device("meta"):  # nothing is computed
         return [info["num_chs"] for info in _features(build_classifier(name, STATIC, None, kwargs), out_indices)]
@@ -56,7 +61,7 @@ def _features(model: nn.Module, out_indices: Sequence[int]) -> list[dict[str, An
     known = [*model.feature_info, {"num_chs": model.num_features, "reduction": model.feature_info[-1]["reduction"]}]
     if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(len(known)))):
         told = ", ".join(f"{i} ({info['num_chs']} channels, 1/{info['reduction']})" for i, info in enumerate(known))
-        raise ValueError(f"out_indices={tuple(out_indices)}: this {type(model).__name__} has, in this order, {told}.")
+        raise ConfigError(f"out_indices={tuple(out_indices)}: this {type(model).__name__} has, in this order, {told}.")
     return [known[index] for index in out_indices]
 
 
@@ -81,7 +86,7 @@ class KWBackbone(BaseModule):
     The temperature is 0: detection fine-tunes what classification has warmed up.
 
     Raises:
-        ValueError: the model cannot be built so, has no such features, or cannot give them.
+        ConfigError: the model cannot be built so, has no such features, or cannot give them.
     """
 
     channels: list[int]
@@ -115,7 +120,7 @@ class KWBackbone(BaseModule):
     def _cut_off(self, out_indices: Sequence[int]) -> None:
         """Remove what lies behind the last feature, and warehouses that nothing draws from any more."""
         if not hasattr(self.model, "forward_intermediates"):
-            raise ValueError(f"KWBackbone: timm's {self.name} has no forward_intermediates, so no feature maps.")
+            raise ConfigError(f"KWBackbone: timm's {self.name} has no forward_intermediates, so no feature maps.")
         last = len(self.model.feature_info)
         self.pooled = last in out_indices  # what the classifier would pool is asked for
         self.indices = [index for index in out_indices if index < last]
@@ -124,12 +129,12 @@ class KWBackbone(BaseModule):
             drop_unused_warehouses(self.model)
 
     def _freeze(self, stages: int) -> None:
-        groups = group_parameters(self.model, self.model.group_matcher(coarse=True))
+        in_layers = [entry for entry in self.model.named_parameters() if not entry[0].startswith("warehouses.")]
+        groups = group_with_matcher(iter(in_layers), self.model.group_matcher(coarse=True), return_values=True)
         if not -1 <= stages < len(groups):
-            raise ValueError(f"frozen_stages={stages}: {self.name} has stem (0) and stages up to {len(groups) - 1}.")
-        frozen = {name for group in sorted(groups)[: stages + 1] for name in groups[group]}
-        for name, parameter in self.model.named_parameters():
-            if name in frozen and not name.startswith("warehouses."):
+            raise ConfigError(f"frozen_stages={stages}: {self.name} has a stem (0) and stages 1 to {len(groups) - 1}.")
+        for group in sorted(groups)[: stages + 1]:
+            for parameter in groups[group]:
                 parameter.requires_grad_(False)
         for layer in self.model.modules():
             if isinstance(layer, KWLayer) and not any(p.requires_grad for p in layer.parameters()):

@@ -11,6 +11,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kw.jobs.errors import ConfigError
+
 
 @MODELS.register_module()
 class SimplePyramid(BaseModule):
@@ -21,7 +23,7 @@ class SimplePyramid(BaseModule):
         num_outs: from 4 on; those after the fourth are every second pixel of the one before.
 
     Raises:
-        ValueError: there is not just one map.
+        ConfigError: there is not just one map.
     """
 
     def __init__(
@@ -29,7 +31,7 @@ class SimplePyramid(BaseModule):
     ):
         super().__init__(init_cfg)
         if len(in_channels) != 1 or num_outs < 4:
-            raise ValueError(f"SimplePyramid makes 4 or more levels of one map, not {num_outs} of {len(in_channels)}.")
+            raise ConfigError(f"SimplePyramid makes 4 or more levels of one map, not {num_outs} of {len(in_channels)}.")
         c = in_channels[0]
         up = [nn.ConvTranspose2d(c, c // 2, 2, 2), LayerNorm2d(c // 2), nn.GELU()]
         resize = [

@@ -9,6 +9,7 @@ from mmdet.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
+from kw.jobs.errors import ConfigError
 from kw.layers import KWLayer
 
 BLOCKS_PER_GROUP = 3  # in the long third stage
@@ -34,12 +35,12 @@ class ConvNeXtLayerDecay(DefaultOptimWrapperConstructor):
     A warehouse's cells learn as fast as the deepest layer that draws from them.
 
     Raises:
-        ValueError: the backbone is no ConvNeXt.
+        ConfigError: the backbone is no ConvNeXt.
     """
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **kwargs: Any) -> None:
         if type(getattr(module.backbone, "model", None)).__name__ != "ConvNeXt":
-            raise ValueError("optim_wrapper.constructor=ConvNeXtLayerDecay is for KWBackbone with a ConvNeXt.")
+            raise ConfigError("optim_wrapper.constructor=ConvNeXtLayerDecay is for KWBackbone with a ConvNeXt.")
         num_layers, rate = self.paramwise_cfg["num_layers"], self.paramwise_cfg["decay_rate"]
         of_cells: dict[nn.Parameter, int] = {}
         for name, layer in module.named_modules():

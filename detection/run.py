@@ -1,0 +1,210 @@
+"""One process of a job: MMEngine's runner, set up to train (or go on) or to evaluate in a run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mmdet
+import mmengine
+import timm
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.device import utils as mmengine_device
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from detection.config import DetectionConfig, learnt_settings
+from detection.data import check_data
+from detection.display import Display
+from detection.ops import EXTENSION, Extension
+from kw.jobs.errors import CheckpointError, ConfigError, writing
+from kw.jobs.launch import launch as launch_processes
+
+SETTINGS = "settings.json"  # in a run folder: what decides what is learnt
+RESULTS = {"coco/bbox_mAP": "box_ap", "coco/bbox_mAP_50": "box_ap50", "coco/segm_mAP": "mask_ap",
+           "coco/segm_mAP_50": "mask_ap50"}  # fmt: skip
+
+
+def launch(config: DetectionConfig, cfg: Config, folder: Path) -> None:
+    """Check the data, then run: here, if it is one process or if torchrun has started this one; else in new ones.
+
+    Raises:
+        RunError: with a message for the user.
+    """
+    with quiet():
+        init_default_scope("mmdet")
+        check_data(cfg, ["test"] if config.evaluate is not None else ["train", "val"])
+    runtime = config.runtime
+    if "RANK" in os.environ or runtime.devices * runtime.nodes == 1:
+        run(config, cfg, folder)
+        return
+    endpoint, name = runtime.rendezvous or "localhost:0", None if runtime.nodes == 1 else f"{config.name}-{config.seed}"
+    arguments = (config, cfg, folder)
+    launch_processes(run, arguments, processes=runtime.devices, nodes=runtime.nodes, endpoint=endpoint, name=name)
+
+
+def run(config: DetectionConfig, cfg: Config, folder: Path) -> None:
+    """Do the job in `folder`, as this process's part of it."""
+    init_default_scope("mmdet")
+    main = os.environ.get("RANK", "0") == "0"
+    try:
+        connect(config, cfg)
+        if config.evaluate is None:
+            train(config, cfg, folder, main)
+        else:
+            results = evaluate(config, cfg, folder)
+            if main:
+                print(json.dumps(results, indent=2))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def connect(config: DetectionConfig, cfg: Config) -> None:
+    """Tell MMEngine which devices there are, and meet the other processes.
+
+    Raises:
+        ConfigError: runtime.device=cuda without a GPU for this process.
+    """
+    cuda = torch.cuda.is_available() and config.runtime.device != "cpu"
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if config.runtime.device == "cuda" and local >= torch.cuda.device_count():
+        raise ConfigError(f"runtime.device=cuda: process {local} of this node finds {torch.cuda.device_count()} GPUs.")
+    if not cuda:
+        mmengine_device.DEVICE = "cpu"  # MMEngine has no setting for it
+    if "RANK" not in os.environ:
+        return
+    cfg.launcher = "pytorch"
+    if cuda:
+        torch.cuda.set_device(local)
+    else:
+        cfg.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+    dist.init_process_group("nccl" if cuda else "gloo")
+
+
+def train(config: DetectionConfig, cfg: Config, folder: Path, main: bool) -> None:
+    """Train, or go on from the folder's newest checkpoint, and leave summary.json."""
+    latest = resumed(config, cfg, folder)
+    cfg.resume, cfg.load_from = latest is not None, latest or cfg.get("load_from")
+    if latest is not None:
+        cfg.model.backbone.pop("init_cfg", None)  # what it began from
+    if main:
+        with writing(folder / SETTINGS):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SETTINGS).write_text(learnt_settings(cfg))
+    watch(config, cfg, folder)
+    with quiet() as out:
+        display = Display(out if main else None)
+        runner = build(config, cfg, folder)
+        runner.register_hook(display, priority="LOWEST")
+        if latest is not None:
+            display.print(f"Resumed from {latest}.")
+        runner.train()
+    if main:
+        summary = {"name": config.name, "seed": config.seed, **told(display.metrics), **provenance(runner)}
+        with writing(folder / "summary.json"):
+            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        display.print(f"{config.name}: {display.line(display.metrics)}. Everything is in {folder}.")
+
+
+def evaluate(config: DetectionConfig, cfg: Config, folder: Path) -> dict[str, Any]:
+    """Box and mask AP, in percent, of a checkpoint that fits in every entry.
+
+    Raises:
+        CheckpointError: it cannot be read, or does not fit.
+    """
+    path = Path(str(config.evaluate)).expanduser()
+    found = find_latest_checkpoint(str(path)) if path.is_dir() else str(path)
+    if found is None:
+        raise CheckpointError(f"{path} has no checkpoint of a run.")
+    with quiet():
+        runner = build(config, cfg, folder)
+        try:
+            runner.load_checkpoint(found, map_location="cpu", strict=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"{found} does not fit {config.name}: {error}") from None
+        metrics = runner.test()
+    return {"checkpoint": found, **told(metrics)}
+
+
+def build(config: DetectionConfig, cfg: Config, folder: Path) -> Runner:
+    cfg.work_dir = str(folder)
+    cfg.randomness = {"seed": config.seed}
+    cfg.experiment_name = config.name
+    runner = Runner.from_cfg(cfg)
+    for handler in runner.logger.handlers:  # the whole log is in a file; the display shows what there is to say
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(sys.stderr)
+            handler.setLevel(logging.ERROR)
+    return runner
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[Any]:
+    """Within it, what libraries print on standard output is dropped; gives the real one."""
+    out = sys.stdout
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield out
+
+
+def resumed(config: DetectionConfig, cfg: Config, folder: Path) -> str | None:
+    """The checkpoint to go on from, or None.
+
+    Raises:
+        ConfigError: there is one, but resume=never, or what is to be learnt was changed since.
+    """
+    begun = (folder / "last_checkpoint").exists()  # MMEngine's note of which is the latest
+    latest: str | None = find_latest_checkpoint(str(folder)) if begun else None
+    if latest is None:
+        return None
+    if config.resume == "never":
+        raise ConfigError(f"resume=never, but {folder} has a checkpoint: move it away, or give name=... another one.")
+    before, now = json.loads((folder / SETTINGS).read_text()), json.loads(learnt_settings(cfg))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        raise ConfigError(
+            f"The run in {folder} was begun with other settings: {', '.join(changed[:5])}. "
+            f"Set them back, or give name=... another one."
+        )
+    return latest
+
+
+def watch(config: DetectionConfig, cfg: Config, folder: Path) -> None:
+    """Add MMEngine's backends for the services of the logger group."""
+    logger = config.logger
+    for service in logger.services:
+        place = folder / service
+        backend: dict[str, Any] = {"type": "TensorboardVisBackend", "save_dir": str(place)}
+        if service == "wandb":
+            place.mkdir(parents=True, exist_ok=True)
+            known = place / "id"
+            if not known.exists():
+                known.write_text(secrets.token_hex(4))
+            settings = {"id": known.read_text(), "resume": "allow", "mode": logger.mode, "project": logger.project}
+            settings |= {"entity": logger.entity, "group": logger.group, "name": f"{config.name}/seed{config.seed}"}
+            backend = {"type": "WandbVisBackend", "save_dir": str(place), "init_kwargs": settings}
+        cfg.visualizer.vis_backends.append(backend)
+
+
+def told(metrics: dict[str, Any]) -> dict[str, float]:
+    """COCO's metrics under our names, in percent."""
+    return {name: round(100 * metrics[key], 2) for key, name in RESULTS.items() if key in metrics}
+
+
+def provenance(runner: Runner) -> dict[str, Any]:
+    """What decides numbers beside the configuration."""
+    operators = "stand-ins" if isinstance(sys.modules.get(EXTENSION), Extension) else "compiled"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    versions |= {"mmdet": mmdet.__version__, "mmengine": mmengine.__version__}
+    params = sum(parameter.numel() for parameter in runner.model.parameters())
+    return {"epochs": runner.epoch, "params": params, "operators": operators, "versions": versions}
