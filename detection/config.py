@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -239,7 +238,7 @@ def run_name(config: str, n: Any) -> str:
     for override in sorted(HydraConfig.get().overrides.task if HydraConfig.initialized() else []):
         key, _, value = override.lstrip("+~").partition("=")
         if not HOW_IT_RUNS.fullmatch(key):
-            name += re.sub(r"[^\w.+-]+", "_", f"+{key}-{os.path.basename(value)}")
+            name += re.sub(r"[^\w.+-]+", "_", f"+{key}-{value}")
     return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}+{hashlib.sha1(name.encode()).hexdigest()[:8]}"
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import secrets
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def launch(config: DetectionConfig, cfg: Config, folder: Path) -> None:
     Raises:
         RunError: with a message for the user.
     """
+    calm()
     with quiet():
         init_default_scope("mmdet")
         check_data(cfg, ["test"] if config.evaluate is not None else ["train", "val"])
@@ -55,6 +57,7 @@ def launch(config: DetectionConfig, cfg: Config, folder: Path) -> None:
 
 def run(config: DetectionConfig, cfg: Config, folder: Path) -> None:
     """Do the job in `folder`, as this process's part of it."""
+    calm()
     init_default_scope("mmdet")
     main = os.environ.get("RANK", "0") == "0"
     try:
@@ -110,8 +113,12 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, main: bool) -> Non
         if latest is not None:
             display.print(f"Resumed from {latest}.")
         runner.train()
+        if not display.metrics:  # it went on from its end
+            display.metrics = runner.val()
     if main:
-        summary = {"name": config.name, "seed": config.seed, **told(display.metrics), **provenance(runner)}
+        backbone = {key: str(cfg.model.backbone.get(key)) for key in ("name", "n") if key in cfg.model.backbone}
+        summary = {"name": config.name, "backbone": backbone.get("name"), "n": backbone.get("n"), "seed": config.seed}
+        summary |= {**told(display.metrics), **provenance(runner)}
         with writing(folder / "summary.json"):
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         display.print(f"{config.name}: {display.line(display.metrics)}. Everything is in {folder}.")
@@ -149,6 +156,11 @@ def build(config: DetectionConfig, cfg: Config, folder: Path) -> Runner:
     return runner
 
 
+def calm() -> None:
+    """Keep back warnings about what MMDetection could do with other packages or settings of the environment."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"mm(det|engine|cv)\.")
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[Any]:
     """Within it, what libraries print on standard output is dropped; gives the real one."""
@@ -180,20 +192,41 @@ def resumed(config: DetectionConfig, cfg: Config, folder: Path) -> str | None:
 
 
 def watch(config: DetectionConfig, cfg: Config, folder: Path) -> None:
-    """Add MMEngine's backends for the services of the logger group."""
-    logger = config.logger
-    for service in logger.services:
+    """Add MMEngine's backends for the services of the logger group.
+
+    Raises:
+        ConfigError: wandb is to be online, and nobody is logged in.
+    """
+    for service in config.logger.services:
         place = folder / service
-        backend: dict[str, Any] = {"type": "TensorboardVisBackend", "save_dir": str(place)}
-        if service == "wandb":
-            place.mkdir(parents=True, exist_ok=True)
-            known = place / "id"
-            if not known.exists():
-                known.write_text(secrets.token_hex(4))
-            settings = {"id": known.read_text(), "resume": "allow", "mode": logger.mode, "project": logger.project}
-            settings |= {"entity": logger.entity, "group": logger.group, "name": f"{config.name}/seed{config.seed}"}
+        if service == "tensorboard":
+            cfg.visualizer.vis_backends.append({"type": "TensorboardVisBackend", "save_dir": str(place)})
+        else:
+            settings = wandb_settings(config, place)
             backend = {"type": "WandbVisBackend", "save_dir": str(place), "init_kwargs": settings}
-        cfg.visualizer.vis_backends.append(backend)
+            cfg.visualizer.vis_backends.append(backend)
+
+
+def wandb_settings(config: DetectionConfig, place: Path) -> dict[str, Any]:
+    """What wandb.init takes: one wandb run for a run folder, however often it is resumed; its id is kept there."""
+    logger = config.logger
+    if logger.mode == "online":
+        import wandb
+
+        if not wandb.login(prompt=False, verify=False):
+            raise ConfigError(
+                "logger.mode=online: no wandb login is known here. Run `wandb login` or set WANDB_API_KEY; or with "
+                "logger.mode=offline, `wandb sync` the run folder's wandb/ later."
+            )
+    known = place / "id"
+    if not known.exists():
+        with writing(known):
+            place.mkdir(parents=True, exist_ok=True)
+            known.write_text(secrets.token_hex(4))
+    named = {"project": logger.project, "entity": logger.entity, "group": logger.group}
+    silent = {"console": "off", "silent": logger.mode == "offline"}
+    identity = {"id": known.read_text(), "resume": "allow", "name": f"{config.name}/seed{config.seed}"}
+    return {**named, **identity, "mode": logger.mode, "settings": silent}
 
 
 def told(metrics: dict[str, Any]) -> dict[str, float]:
