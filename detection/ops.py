@@ -69,9 +69,10 @@ def softnms(
 
 
 def _overlap(box: Tensor, boxes: Tensor) -> Tensor:
-    """Intersection over union of one box with each of `boxes`; nan where both are empty."""
+    """Intersection over union of one box with each of `boxes`; 0 where both are empty."""
     shared = (torch.minimum(box[2:], boxes[:, 2:]) - torch.maximum(box[:2], boxes[:, :2])).clamp(min=0).prod(1)
-    return shared / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - shared)
+    union = (box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - shared
+    return (shared / union).nan_to_num(0)
 
 
 def roi_align_forward(
@@ -184,13 +185,19 @@ class Extension(types.ModuleType):
 
 
 def install() -> None:
-    """Put the stand-ins in place, unless the compiled operators are there.
-
-    Raises:
-        ImportError: mmdet.models was imported before, and has looked for the operators in vain.
-    """
+    """Put the stand-ins in place, unless the compiled operators are there."""
     if EXTENSION in sys.modules or importlib.util.find_spec(EXTENSION) is not None:
         return
-    if "mmdet.models" in sys.modules or "mmcv.ops" in sys.modules:
-        raise ImportError("import detection before mmdet.models: mmcv's compiled operators are not installed.")
     sys.modules[EXTENSION] = Extension()
+    _mend()
+
+
+def _mend() -> None:
+    """Modules of MMDetection that were imported before have looked for the operators in vain, and made functions or
+    classes of the same names (some with "_" before it) that only raise: give them mmcv's."""
+    operators = importlib.import_module("mmcv.ops")
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("mmdet."):
+            for name, value in list(vars(module).items()):
+                if getattr(value, "__module__", None) == module_name and name.lstrip("_") in operators.__all__:
+                    setattr(module, name, getattr(operators, name.lstrip("_")))
