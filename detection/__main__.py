@@ -24,8 +24,7 @@ def job(composed: DictConfig) -> None:
     words = list(given.overrides.task)
     try:
         config = validate(composed)
-        added = [word[2:].partition("=")[0] for word in words if word.startswith("++")]
-        cfg = compose(config, composed, added)
+        cfg = compose(config, composed)
         if folder in folders and config.evaluate is None:
             raise ConfigError(f"Another job of this sweep has the run folder {folder}: give name=... by what is swept.")
         folders.add(folder)

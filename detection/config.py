@@ -85,6 +85,7 @@ class DetectionConfig:
     resume: str = "auto"
     evaluate: str | None = None
     name: str = ""
+    added: list[str] = field(default_factory=list)  # keys of the file that it need not have; set by the program itself
 
     def __post_init__(self) -> None:
         if self.n not in (None, STATIC):
@@ -101,12 +102,17 @@ OWN = {f.name for f in fields(DetectionConfig)} | {"hydra"}
 
 def open_up(words: Sequence[str]) -> list[str]:
     """The command line as Hydra takes it: keys that are not ours, so of MMDetection's file, are added to our schema.
-    With one "+" they must be there in that file; with two, as those get that were typed with one, they need not."""
-    opened = []
+    Those typed with a "+" are noted, as they need not be in that file."""
+    opened, added = [], []
     for word in words:
-        key = re.match(r"\+?([A-Za-z_]\w*)[\w.]*=", word)
-        opened.append(f"+{word}" if key and key[1] not in OWN and not word.startswith("++") else word)
-    return opened
+        key = re.match(r"(\+*)(([A-Za-z_]\w*)[\w.]*)=", word)
+        if key is None or key[3] in OWN:
+            opened.append(word)
+            continue
+        opened.append(f"++{word.lstrip('+')}")
+        if key[1]:
+            added.append(key[2])
+    return [*opened, f"added=[{','.join(added)}]"] if added else opened
 
 
 def validate(composed: DictConfig) -> DetectionConfig:
@@ -124,12 +130,11 @@ def validate(composed: DictConfig) -> DetectionConfig:
     return config
 
 
-def compose(config: DetectionConfig, composed: DictConfig, added: Sequence[str] = ()) -> Config:
+def compose(config: DetectionConfig, composed: DictConfig) -> Config:
     """MMDetection's configuration: the file, with what the command line sets.
 
     Args:
         composed: what Hydra composed, whose keys that are not ours are the file's.
-        added: of these, the ones that the file need not have.
 
     Raises:
         ConfigError: there is no such file or key, or the file's backbone has no budget that could be set.
@@ -139,7 +144,7 @@ def compose(config: DetectionConfig, composed: DictConfig, added: Sequence[str] 
     assert isinstance(plain, dict)
     given = dict(flatten({key: value for key, value in plain.items() if key not in OWN}))
     for key in given:
-        if not any(key == word or key.startswith(f"{word}.") for word in added):
+        if not any(key == word or key.startswith(f"{word}.") for word in config.added):
             check_known(cfg, key)
     cfg.merge_from_dict(given)
     if config.data.root is not None:
@@ -220,7 +225,7 @@ def set_backbone(cfg: Config, config: DetectionConfig, given: dict[str, Any]) ->
 
 # Where it runs and how it is watched; not what is learnt.
 HOW_IT_RUNS = re.compile(
-    r"config|n|name|resume|evaluate|seed|data\.root|runtime(\..+)?|logger(\..+)?|(default_hooks|visualizer|log_).*|"
+    r"config|n|name|added|resume|evaluate|seed|data\.root|runtime(\..+)?|logger(\..+)?|(default_hooks|visualizer|log_).*|"
     r"\w+_dataloader\.(num_workers|persistent_workers|dataset\.data_root)|hydra.*"
 )
 MAX_NAME = 120

@@ -16,13 +16,15 @@ from typing import Any
 
 import mmdet
 import mmengine
+import numpy as np
 import timm
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import utils as mmengine_device
+from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner, find_latest_checkpoint, set_random_seed
 
 from detection.config import DetectionConfig, learnt_settings
 from detection.data import check_data
@@ -110,6 +112,7 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, main: bool) -> Non
         display = Display(out if main else None)
         runner = build(config, cfg, folder)
         runner.register_hook(display, priority="LOWEST")
+        runner.register_hook(EpochSeed(config.seed))
         if latest is not None:
             display.print(f"Resumed from {latest}.")
         runner.train()
@@ -122,6 +125,18 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, main: bool) -> Non
         with writing(folder / "summary.json"):
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         display.print(f"{config.name}: {display.line(display.metrics)}. Everything is in {folder}.")
+
+
+class EpochSeed(Hook):
+    """Chance in an epoch follows from (seed, epoch, process): a run that was stopped goes on as it would have, on a CPU
+    to the bit if no worker processes load the data."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        state = np.random.SeedSequence([self.seed, runner.epoch, runner.rank]).generate_state(1)
+        set_random_seed(int(state[0]))
 
 
 def evaluate(config: DetectionConfig, cfg: Config, folder: Path) -> dict[str, Any]:
