@@ -1,4 +1,4 @@
-# make demo: from a fresh clone to a table in minutes.   make test: the suite.   make lint: ruff and mypy.   make bench: what the trainer costs.
+# make demo: from a fresh clone to a table in minutes; make demo-detection: to detections.   make test: the suite.   make lint: ruff and mypy.   make bench: what the trainer costs.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # Threads that wait must not burn the core that another one needs: on a busy machine that costs several times over.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all lint bench setup clean
+.PHONY: demo demo-detection test test-all lint bench setup clean
 
 setup: $(READY)
 
@@ -21,6 +21,13 @@ demo: $(READY)
 	$(BIN)/python -m train -m n=static,1/4,1,4
 	$(BIN)/python -m scripts.report runs/digits
 
+# A classifier of digits first, whose checkpoint the detector's backbone begins from.
+demo-detection: $(READY)
+	$(BIN)/python -m scripts.make_digits_coco data/digits
+	$(BIN)/python -m train n=1
+	$(BIN)/python -m detection config=mask_rcnn_kw1x_digits name=digits init=runs/digits/resnet_digits_kw1x/seed0/checkpoints/last.pt
+	$(BIN)/python -m scripts.draw_detections runs/detection/digits/seed0 report/detections.jpg
+
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
@@ -32,11 +39,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What the trainer costs over a bare loop; with DATA=folder of train/<class>/*, how fast images load beside timm and torchvision.
+# What the trainer costs over a bare loop, and a KW backbone in a detector; with DATA=folder of train/<class>/*, how fast images load beside timm and torchvision.
 bench: $(READY)
 	$(BIN)/python -m scripts.benchmark_trainer
 	$(BIN)/python -m scripts.benchmark_trainer n=1
+	$(BIN)/python -m scripts.benchmark_detection
 	$(if $(DATA),$(BIN)/python -m scripts.benchmark_data $(DATA))
 
 clean:
-	rm -rf $(VENV) runs report *.egg-info
+	rm -rf $(VENV) runs report data *.egg-info
