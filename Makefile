@@ -1,4 +1,5 @@
-# make demo: from a fresh clone to a table in minutes; make demo-detection: to detections.   make test: the suite.   make lint: ruff and mypy.   make bench: what the trainer costs.
+# make demo: from a fresh clone to a table in minutes; make demo-detection: to detections.   make test: the suite.
+# make lint: ruff and mypy.   make bench: what trainer and detectors cost.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin

@@ -55,7 +55,7 @@ def feature_channels(name: str, out_indices: Sequence[int], kwargs: Settings = N
         return [info["num_chs"] for info in _features(build_classifier(name, STATIC, None, kwargs), out_indices)]
 
 
-def _features(model: nn.Module, out_indices: Sequence[int]) -> list[dict[str, Any]]:
+def _features(model: Any, out_indices: Sequence[int]) -> list[dict[str, Any]]:
     """timm's account of each feature. One more than it lists is what the classifier would pool: in MobileNetV2 the
     1,280 channels of the last convolution, where the last one listed has 320."""
     known = [*model.feature_info, {"num_chs": model.num_features, "reduction": model.feature_info[-1]["reduction"]}]
@@ -89,8 +89,10 @@ class KWBackbone(BaseModule):
         ConfigError: the model cannot be built so, has no such features, or cannot give them.
     """
 
+    model: Any  # timm's
     channels: list[int]
     strides: list[int]
+    _is_init: bool
 
     def __init__(
         self,

@@ -220,7 +220,7 @@ def set_backbone(cfg: Config, config: DetectionConfig, given: dict[str, Any]) ->
         backbone.init_cfg = {"type": "Pretrained", "checkpoint": config.init}
     if isinstance(neck, dict) and "model.neck.in_channels" not in given:
         indices = backbone.get("out_indices", (1, 2, 3, 4))
-        neck.in_channels = feature_channels(backbone.name, indices, backbone.get("kwargs"))
+        neck["in_channels"] = feature_channels(backbone.name, indices, backbone.get("kwargs"))
 
 
 # Where it runs and how it is watched; not what is learnt.

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
+from numpy._core import multiarray
 
 from detection.pretrained import read_weights
 from kw.jobs.checkpoint import read
@@ -33,8 +34,8 @@ ALLOWED = (
     slice,
     np.ndarray,
     np.dtype,
-    np._core.multiarray._reconstruct,
-    np._core.multiarray.scalar,
+    multiarray._reconstruct,
+    multiarray.scalar,
     *{type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "uint32", "bool")},
 )
 

@@ -119,6 +119,7 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, main: bool) -> Non
         if not display.metrics:  # it went on from its end
             display.metrics = runner.val()
     if main:
+        summary: dict[str, Any]
         backbone = {key: str(cfg.model.backbone.get(key)) for key in ("name", "n") if key in cfg.model.backbone}
         summary = {"name": config.name, "backbone": backbone.get("name"), "n": backbone.get("n"), "seed": config.seed}
         summary |= {**told(display.metrics), **provenance(runner)}
