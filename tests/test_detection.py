@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose as hydra_compose
@@ -38,8 +39,6 @@ SMALL = [
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """Eight canvases to train, and the first four of them to evaluate on."""
-    import numpy as np
-
     folder = tmp_path_factory.mktemp("digits")
     for split in SPLITS:
         make_split(folder, split, Digits("train"), 8 if split == "train2017" else 4, 64, np.random.default_rng(0))
@@ -358,13 +357,18 @@ def test_the_configurations_serve_mmdetections_own_tools(digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_short_training_lowers_the_loss_and_finds_the_digits(digits, tmp_path):
-    """Overfits eight canvases: evaluated on four of them."""
-    long = ["train_cfg.max_epochs=60", "train_cfg.val_interval=60", "default_hooks.checkpoint.interval=60"]
-    long.append("param_scheduler.1.milestones=[50]")
-    launch(f"hydra.run.dir={tmp_path}/run", *long, cwd=tmp_path, digits=digits)
+def test_a_short_training_lowers_the_loss_and_finds_the_digits(tmp_path):
+    """The quickstart, shortened: a classifier of digits, and a detector that begins from it, on digits held out."""
+    for count, (folder, split) in zip((160, 16), SPLITS.items(), strict=True):
+        make_split(tmp_path / "data", folder, Digits(split), count, 96, np.random.default_rng(count))
+    run = [sys.executable, "-m"]
+    subprocess.run([*run, "train", "n=1", "recipe.epochs=6", "hydra.run.dir=classifier"], cwd=tmp_path, check=True,
+                   env=_environment(), stdout=subprocess.DEVNULL)  # fmt: skip
+    words = ["config=mask_rcnn_kw1x_digits", "data.root=data", "init=classifier/checkpoints/last.pt"]
+    subprocess.run([*run, "detection", *words, "hydra.run.dir=run", "train_cfg.max_epochs=6"], cwd=tmp_path, check=True,
+                   env=_environment())  # fmt: skip
     scalars = next((tmp_path / "run").glob("*/vis_data/scalars.json")).read_text().splitlines()
     losses = [line["loss"] for line in map(json.loads, scalars) if "loss" in line]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert losses[-1] < 0.5 * losses[0]
-    assert summary["box_ap50"] > 50, summary
+    assert losses[-1] < 0.7 * losses[0]
+    assert summary["box_ap50"] > 30, summary

@@ -105,7 +105,12 @@ def inputs(model, training, batch=2, masks=True):
     return model.data_preprocessor(data, training)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def slow_if(name):
+    """Faster R-CNN is Mask R-CNN without its masks: of large backbones, one of them is tried at every run."""
+    return [pytest.mark.slow] if name.startswith("faster") and "resnet18" not in name else []
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if(name)) for name in NAMES])
 def test_it_is_built_and_gives_losses_gradients_and_detections(name):
     cfg = load(name)
     model, masks = MODELS.build(shrunk(cfg)), "mask_rcnn" in name
