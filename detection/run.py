@@ -30,6 +30,7 @@ from detection.config import DetectionConfig, learnt_settings
 from detection.data import check_data
 from detection.display import Display
 from detection.ops import EXTENSION, Extension
+from kw.backbones import STATIC
 from kw.jobs.errors import CheckpointError, ConfigError, writing
 from kw.jobs.launch import launch as launch_processes
 
@@ -103,7 +104,7 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, main: bool) -> Non
     cfg.resume, cfg.load_from = latest is not None, latest or cfg.get("load_from")
     if latest is not None:
         cfg.model.backbone.pop("init_cfg", None)  # what it began from
-    if main:
+    elif main:
         with writing(folder / SETTINGS):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SETTINGS).write_text(learnt_settings(cfg))
@@ -119,12 +120,9 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, main: bool) -> Non
         if not display.metrics:  # it went on from its end
             display.metrics = runner.val()
     if main:
-        summary: dict[str, Any]
-        backbone = {key: str(cfg.model.backbone.get(key)) for key in ("name", "n") if key in cfg.model.backbone}
-        summary = {"name": config.name, "backbone": backbone.get("name"), "n": backbone.get("n"), "seed": config.seed}
-        summary |= {**told(display.metrics), **provenance(runner)}
+        told_of = summary(config, cfg, display.metrics, runner)
         with writing(folder / "summary.json"):
-            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            (folder / "summary.json").write_text(json.dumps(told_of, indent=2) + "\n")
         display.print(f"{config.name}: {display.line(display.metrics)}. Everything is in {folder}.")
 
 
@@ -250,10 +248,13 @@ def told(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: round(100 * metrics[key], 2) for key, name in RESULTS.items() if key in metrics}
 
 
-def provenance(runner: Runner) -> dict[str, Any]:
-    """What decides numbers beside the configuration."""
+def summary(config: DetectionConfig, cfg: Config, metrics: dict[str, Any], runner: Runner) -> dict[str, Any]:
+    """What a run came to, and what decides its numbers beside the configuration."""
+    backbone = cfg.model.backbone
+    of = {"name": config.name, "backbone": backbone.get("name", backbone.type), "n": str(backbone.get("n", STATIC))}
     operators = "stand-ins" if isinstance(sys.modules.get(EXTENSION), Extension) else "compiled"
     versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
     versions |= {"mmdet": mmdet.__version__, "mmengine": mmengine.__version__}
     params = sum(parameter.numel() for parameter in runner.model.parameters())
-    return {"epochs": runner.epoch, "params": params, "operators": operators, "versions": versions}
+    ran = {"epochs": runner.epoch, "params": params, "operators": operators, "versions": versions}
+    return {**of, "seed": config.seed, **told(metrics), **ran}
