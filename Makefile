@@ -12,9 +12,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 setup: $(READY)
 
 # torch and torchvision first and together: pip then takes the pair that fits.
+# The cv2 of opencv-python, which mmcv asks for by name, needs libGL. Its headless twin has the same files, and the one
+# that is installed last has laid its own.
 $(READY): requirements.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall "$$(grep ^opencv-python-headless requirements.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 

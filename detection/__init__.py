@@ -8,8 +8,8 @@ from detection import ops
 
 ops.install()  # before MMDetection's models, which look for the operators when they are imported
 
-from detection import backbone, loading, neck, optim  # noqa: E402
+from detection import backbone, loading, neck, optim, temperature  # noqa: E402
 
 loading.install()
 
-__all__ = ["backbone", "loading", "neck", "ops", "optim"]
+__all__ = ["backbone", "loading", "neck", "ops", "optim", "temperature"]

@@ -9,9 +9,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from detection.config import compose, open_up, validate
-from detection.run import launch
+from detection.compose import compose
+from detection.config import open_up, validate
+from detection.run import launch, quiet
 from kw.jobs.errors import ConfigError, report
+from kw.jobs.folder import remove_lock
 
 failed: list[str] = []  # jobs of this command: overrides and error
 folders: set[Path] = set()  # of its jobs that train
@@ -24,7 +26,8 @@ def job(composed: DictConfig) -> None:
     words = list(given.overrides.task)
     try:
         config = validate(composed)
-        cfg = compose(config, composed)
+        with quiet():
+            cfg = compose(config, composed)
         if folder in folders and config.evaluate is None:
             raise ConfigError(f"Another job of this sweep has the run folder {folder}: give name=... by what is swept.")
         folders.add(folder)
@@ -41,6 +44,7 @@ def job(composed: DictConfig) -> None:
 def take_back(folder: Path) -> None:
     """Remove the folder of a job that left nothing, and those above it, if it is below the working directory."""
     here = Path.cwd()
+    remove_lock(folder)
     for path in (folder, *folder.parents):
         if here not in path.parents:
             return

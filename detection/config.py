@@ -1,43 +1,29 @@
-"""What `python -m detection` can be told: its own keys, checked here, and those of MMDetection's configuration file."""
+"""What `python -m detection` can be told beside the keys of MMDetection's configuration file, which compose.py sets."""
 
-import difflib
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from mmengine.config import Config
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from detection.backbone import feature_channels
-from detection.data import datasets, read_classes, set_classes
 from kw.backbones import STATIC
 from kw.config import format_budget, parse_budget
-from kw.jobs.errors import ConfigError
-
-CONFIGS = Path(__file__).parent / "configs"
-
-
-def check(holds: bool, key: str, value: object, rule: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key}={value!r}: {rule}.")
+from kw.jobs.errors import ConfigError, check, check_choice
 
 
 @dataclass
 class DataConfig:
     root: str | None = None  # in place of data_root in the file; laid out as COCO is
-    classes: str = (
-        "config"  # config: those that the file names (COCO's 80); data: those of the annotations, heads follow
-    )
+    classes: str = "config"  # those that the file names (COCO's 80); data: those of the annotations, heads follow
 
     def __post_init__(self) -> None:
-        check(self.classes in ("config", "data"), "data.classes", self.classes, "must be config or data")
+        check_choice("data.classes", self.classes, ("config", "data"))
 
 
 @dataclass
@@ -49,7 +35,7 @@ class RuntimeConfig:
     workers: int | None = None  # processes that load data; null: as in the file
 
     def __post_init__(self) -> None:
-        check(self.device in ("auto", "cpu", "cuda"), "runtime.device", self.device, "must be auto, cpu or cuda")
+        check_choice("runtime.device", self.device, ("auto", "cpu", "cuda"))
         check(self.devices >= 1, "runtime.devices", self.devices, "must be at least 1")
         check(self.nodes >= 1, "runtime.nodes", self.nodes, "must be at least 1")
         check(self.workers is None or self.workers >= 0, "runtime.workers", self.workers, "must not be negative")
@@ -69,8 +55,8 @@ class LoggerConfig:
 
     def __post_init__(self) -> None:
         for service in self.services:
-            check(service in ("tensorboard", "wandb"), "logger.services", service, "must be tensorboard or wandb")
-        check(self.mode in ("offline", "online"), "logger.mode", self.mode, "must be offline or online")
+            check_choice("logger.services", service, ("tensorboard", "wandb"))
+        check_choice("logger.mode", self.mode, ("offline", "online"))
 
 
 @dataclass
@@ -93,7 +79,7 @@ class DetectionConfig:
                 self.n = str(parse_budget(self.n))
             except ValueError as error:
                 raise ConfigError(f"{error} Or n={STATIC} for the vanilla backbone.") from None
-        check(self.resume in ("auto", "never"), "resume", self.resume, "must be auto or never")
+        check_choice("resume", self.resume, ("auto", "never"))
         check(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
 
 
@@ -130,99 +116,6 @@ def validate(composed: DictConfig) -> DetectionConfig:
     return config
 
 
-def compose(config: DetectionConfig, composed: DictConfig) -> Config:
-    """MMDetection's configuration: the file, with what the command line sets.
-
-    Args:
-        composed: what Hydra composed, whose keys that are not ours are the file's.
-
-    Raises:
-        ConfigError: there is no such file or key, or the file's backbone has no budget that could be set.
-    """
-    cfg = Config.fromfile(find(config.config))
-    plain = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(plain, dict)
-    given = dict(flatten({key: value for key, value in plain.items() if key not in OWN}))
-    for key in given:
-        if not any(key == word or key.startswith(f"{word}.") for word in config.added):
-            check_known(cfg, key)
-    cfg.merge_from_dict(given)
-    if config.data.root is not None:
-        move_data(cfg, Path(config.data.root).expanduser())
-    if config.data.classes == "data":
-        set_classes(cfg, read_classes(cfg))
-    for loader in (cfg[key] for key in cfg if key.endswith("_dataloader") and cfg[key]):
-        if config.runtime.workers is not None:
-            loader.num_workers = config.runtime.workers
-        loader.persistent_workers = loader.num_workers > 0
-    set_backbone(cfg, config, given)
-    return cfg
-
-
-def find(name: str) -> Path:
-    """A configuration file by its name in detection/configs/ or its path."""
-    known = {path.stem: path for path in CONFIGS.glob("*.py")}
-    if name in known:
-        return known[name]
-    if Path(name).expanduser().is_file():
-        return Path(name).expanduser()
-    near = difflib.get_close_matches(name, known, n=3)
-    raise ConfigError(
-        f"config={name!r}: no such file, nor one in detection/configs; near are {', '.join(near) or '-'}."
-    )
-
-
-def flatten(nested: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"train_cfg": {"max_epochs": 1}}` to `("train_cfg.max_epochs", 1)`."""
-    for key, value in nested.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def check_known(cfg: Config, key: str) -> None:
-    """Raises ConfigError if the file has no such key."""
-    place: Any = cfg
-    for part in key.split("."):
-        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
-            place = place[int(part)]
-        elif isinstance(place, (dict, Config)) and part in place:
-            place = place[part]
-        else:
-            known = list(place) if isinstance(place, (dict, Config)) else []
-            near = difflib.get_close_matches(part, [str(name) for name in known], n=3)
-            hint = f"; near are {', '.join(near)}" if near else ""
-            raise ConfigError(f"{key}: the configuration has no {part!r} there{hint}. To add it: +{key}=...")
-
-
-def move_data(cfg: Config, root: Path) -> None:
-    """Read all data sets, and the evaluators' annotations, from `root`."""
-    for split in ("train", "val", "test"):
-        for dataset in datasets(cfg, split):
-            dataset.data_root = str(root)
-            evaluator = cfg.get(f"{split}_evaluator")
-            for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
-                if metric and metric.get("ann_file"):
-                    metric.ann_file = str(root / dataset.ann_file)
-
-
-def set_backbone(cfg: Config, config: DetectionConfig, given: dict[str, Any]) -> None:
-    """Budget, checkpoint, and the channels that the neck takes."""
-    backbone, neck = cfg.model.backbone, cfg.model.get("neck")
-    if backbone.type != "KWBackbone":
-        for key in ("n", "init"):
-            check(getattr(config, key) is None, key, getattr(config, key), f"not for a backbone {backbone.type}")
-        return
-    if config.n is not None:
-        backbone.n = config.n
-    if config.init is not None:
-        backbone.init_cfg = {"type": "Pretrained", "checkpoint": config.init}
-    if isinstance(neck, dict) and "model.neck.in_channels" not in given:
-        indices = backbone.get("out_indices", (1, 2, 3, 4))
-        neck["in_channels"] = feature_channels(backbone.name, indices, backbone.get("kwargs"))
-
-
 # Where it runs and how it is watched; not what is learnt.
 HOW_IT_RUNS = re.compile(
     r"config|n|name|added|resume|evaluate|seed|data\.root|runtime(\..+)?|logger(\..+)?|(default_hooks|visualizer|log_).*|"
@@ -245,14 +138,6 @@ def run_name(config: str, n: Any) -> str:
         if not HOW_IT_RUNS.fullmatch(key):
             name += re.sub(r"[^\w.+-]+", "_", f"+{key}-{value}")
     return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}+{hashlib.sha1(name.encode()).hexdigest()[:8]}"
-
-
-def learnt_settings(cfg: Config) -> str:
-    """What decides what is learnt, as text: a run goes on only where it is the same."""
-    kept = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
-    plain = {key: value for key, value in flatten(cfg.to_dict()) if key.startswith(kept)}
-    settings = {key: value for key, value in plain.items() if not HOW_IT_RUNS.fullmatch(key) and "init_cfg" not in key}
-    return json.dumps(settings, indent=1, sort_keys=True, default=str)
 
 
 OmegaConf.register_new_resolver("detection_name", run_name, replace=True)

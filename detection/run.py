@@ -6,8 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import platform
-import secrets
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,7 +15,6 @@ from typing import Any
 import mmdet
 import mmengine
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
@@ -26,13 +23,17 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint, set_random_seed
 
-from detection.config import DetectionConfig, learnt_settings
+from detection.compose import learnt_settings
+from detection.config import DetectionConfig
 from detection.data import check_data
 from detection.display import Display
 from detection.ops import EXTENSION, Extension
+from detection.services import watch
 from kw.backbones import STATIC
-from kw.jobs.errors import CheckpointError, ConfigError, writing
+from kw.jobs.errors import CheckpointError, ConfigError
+from kw.jobs.folder import lock, write_whole
 from kw.jobs.launch import launch as launch_processes
+from kw.jobs.provenance import provenance
 
 SETTINGS = "settings.json"  # in a run folder: what decides what is learnt
 RESULTS = {"coco/bbox_mAP": "box_ap", "coco/bbox_mAP_50": "box_ap50", "coco/segm_mAP": "mask_ap",
@@ -66,7 +67,8 @@ def run(config: DetectionConfig, cfg: Config, folder: Path) -> None:
     try:
         connect(config, cfg)
         if config.evaluate is None:
-            train(config, cfg, folder, main)
+            with lock(folder) if main else contextlib.nullcontext():
+                train(config, cfg, folder, main)
         else:
             results = evaluate(config, cfg, folder)
             if main:
@@ -105,9 +107,7 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, main: bool) -> Non
     if latest is not None:
         cfg.model.backbone.pop("init_cfg", None)  # what it began from
     elif main:
-        with writing(folder / SETTINGS):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / SETTINGS).write_text(learnt_settings(cfg))
+        write_whole(folder / SETTINGS, learnt_settings(cfg))
     watch(config, cfg, folder)
     with quiet() as out:
         display = Display(out if main else None)
@@ -121,8 +121,7 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, main: bool) -> Non
             display.metrics = runner.val()
     if main:
         told_of = summary(config, cfg, display.metrics, runner)
-        with writing(folder / "summary.json"):
-            (folder / "summary.json").write_text(json.dumps(told_of, indent=2) + "\n")
+        write_whole(folder / "summary.json", json.dumps(told_of, indent=2) + "\n")
         display.print(f"{config.name}: {display.line(display.metrics)}. Everything is in {folder}.")
 
 
@@ -205,44 +204,6 @@ def resumed(config: DetectionConfig, cfg: Config, folder: Path) -> str | None:
     return latest
 
 
-def watch(config: DetectionConfig, cfg: Config, folder: Path) -> None:
-    """Add MMEngine's backends for the services of the logger group.
-
-    Raises:
-        ConfigError: wandb is to be online, and nobody is logged in.
-    """
-    for service in config.logger.services:
-        place = folder / service
-        if service == "tensorboard":
-            cfg.visualizer.vis_backends.append({"type": "TensorboardVisBackend", "save_dir": str(place)})
-        else:
-            settings = wandb_settings(config, place)
-            backend = {"type": "WandbVisBackend", "save_dir": str(place), "init_kwargs": settings}
-            cfg.visualizer.vis_backends.append(backend)
-
-
-def wandb_settings(config: DetectionConfig, place: Path) -> dict[str, Any]:
-    """What wandb.init takes: one wandb run for a run folder, however often it is resumed; its id is kept there."""
-    logger = config.logger
-    if logger.mode == "online":
-        import wandb
-
-        if not wandb.login(prompt=False, verify=False):
-            raise ConfigError(
-                "logger.mode=online: no wandb login is known here. Run `wandb login` or set WANDB_API_KEY; or with "
-                "logger.mode=offline, `wandb sync` the run folder's wandb/ later."
-            )
-    known = place / "id"
-    if not known.exists():
-        with writing(known):
-            place.mkdir(parents=True, exist_ok=True)
-            known.write_text(secrets.token_hex(4))
-    named = {"project": logger.project, "entity": logger.entity, "group": logger.group}
-    silent = {"console": "off", "silent": logger.mode == "offline"}
-    identity = {"id": known.read_text(), "resume": "allow", "name": f"{config.name}/seed{config.seed}"}
-    return {**named, **identity, "mode": logger.mode, "settings": silent}
-
-
 def told(metrics: dict[str, Any]) -> dict[str, float]:
     """COCO's metrics under our names, in percent."""
     return {name: round(100 * metrics[key], 2) for key, name in RESULTS.items() if key in metrics}
@@ -253,8 +214,6 @@ def summary(config: DetectionConfig, cfg: Config, metrics: dict[str, Any], runne
     backbone = cfg.model.backbone
     of = {"name": config.name, "backbone": backbone.get("name", backbone.type), "n": str(backbone.get("n", STATIC))}
     operators = "stand-ins" if isinstance(sys.modules.get(EXTENSION), Extension) else "compiled"
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
-    versions |= {"mmdet": mmdet.__version__, "mmengine": mmengine.__version__}
     params = sum(parameter.numel() for parameter in runner.model.parameters())
-    ran = {"epochs": runner.epoch, "params": params, "operators": operators, "versions": versions}
-    return {**of, "seed": config.seed, **told(metrics), **ran}
+    ran = {"epochs": runner.epoch, "params": params, "operators": operators}
+    return {**of, "seed": config.seed, **told(metrics), **ran, **provenance(mmdet, mmengine)}

@@ -22,7 +22,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from detection.config import find
+from detection.compose import find
 from detection.run import calm
 
 WARMUP = 2

@@ -18,7 +18,8 @@ from test_services import whole_wandb_run
 from test_train import ROOT, _environment
 
 import detection.__main__ as entry
-from detection.config import compose, learnt_settings, open_up, validate
+from detection.compose import compose, learnt_settings
+from detection.config import open_up, validate
 from detection.data import check_data
 from detection.loading import load
 from kw.jobs.errors import CheckpointError, ConfigError, DataError

@@ -16,7 +16,7 @@ from torch import nn
 
 import detection  # noqa: F401  first, as it stands in for mmcv's operators
 from detection.backbone import feature_channels
-from detection.config import CONFIGS
+from detection.compose import CONFIGS
 from detection.optim import group_of
 from kw.attention import Attention
 from kw.config import format_budget

@@ -50,6 +50,16 @@ def writing(path: Path) -> Iterator[None]:
         raise WriteError(f"{path} could not be written: {error.strerror or error}.") from error
 
 
+def check(holds: bool, key: str, value: object, rule: str) -> None:
+    """Raises ConfigError if the key's value breaks the rule."""
+    if not holds:
+        raise ConfigError(f"{key}={value!r}: {rule}.")
+
+
+def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    check(value in choices, key, value, f"must be one of {', '.join(choices)}")
+
+
 def report(error: BaseException) -> bool:
     """Print an error whose message says it all, without the traceback that would bury it; False for any other.
 
