@@ -28,13 +28,13 @@ def compose(config: DetectionConfig, composed: DictConfig) -> Config:
     Raises:
         ConfigError: there is no such file or key, or the file's backbone has no budget that could be set.
     """
-    cfg = Config.fromfile(find(config.config))
+    cfg = read(find(config.config))
     plain = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(plain, dict)
     given = dict(flatten({key: value for key, value in plain.items() if key not in OWN}))
-    for key in given:
+    for key, value in given.items():
         if not any(key == word or key.startswith(f"{word}.") for word in config.added):
-            check_known(cfg, key)
+            check_known(cfg, key, value)
     cfg.merge_from_dict(given)
     if config.data.root is not None:
         move_data(cfg, Path(config.data.root).expanduser())
@@ -61,6 +61,13 @@ def find(name: str) -> Path:
     )
 
 
+def read(path: Path) -> Config:
+    try:
+        return Config.fromfile(path)
+    except SyntaxError as error:
+        raise ConfigError(f"config: {path} is no Python: {error}.") from None
+
+
 def flatten(nested: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """`{"train_cfg": {"max_epochs": 1}}` to `("train_cfg.max_epochs", 1)`."""
     for key, value in nested.items():
@@ -70,8 +77,8 @@ def flatten(nested: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def check_known(cfg: Config, key: str) -> None:
-    """Raises ConfigError if the file has no such key."""
+def check_known(cfg: Config, key: str, value: Any) -> None:
+    """Raises ConfigError if the file has no such key, or a number there and the value is none."""
     place: Any = cfg
     for part in key.split("."):
         if isinstance(place, list) and part.isdigit() and int(part) < len(place):
@@ -83,6 +90,7 @@ def check_known(cfg: Config, key: str) -> None:
             near = difflib.get_close_matches(part, [str(name) for name in known], n=3)
             hint = f"; near are {', '.join(near)}" if near else ""
             raise ConfigError(f"{key}: the configuration has no {part!r} there{hint}. To add it: +{key}=...")
+    check(not (isinstance(place, int | float) and isinstance(value, str)), key, value, f"the file has {place!r} there")
 
 
 def move_data(cfg: Config, root: Path) -> None:

@@ -61,7 +61,7 @@ class LoggerConfig:
 
 @dataclass
 class DetectionConfig:
-    config: str = "???"
+    config: str = ""
     n: Any = None
     init: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
@@ -74,6 +74,7 @@ class DetectionConfig:
     added: list[str] = field(default_factory=list)  # keys of the file that it need not have; set by the program itself
 
     def __post_init__(self) -> None:
+        check(self.config != "", "config", self.config, "must name a file of detection/configs/, or a path")
         if self.n not in (None, STATIC):
             try:
                 self.n = str(parse_budget(self.n))

@@ -93,6 +93,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             content = read_annotations(path)
             _check_classes(path, classes, [category["name"] for category in content["categories"]])
             _check_images(path, content, Path(dataset.get("data_root") or "") / dataset.data_prefix.img)
+            _check_annotations(path, content)
             for head in heads(cfg.model):
                 if head["num_classes"] != len(classes):
                     raise ConfigError(
@@ -120,8 +121,17 @@ def _check_images(path: Path, content: dict[str, Any], folder: Path) -> None:
     missing = [name for name in names if name not in there and not (folder / name).is_file()]
     if missing:
         raise DataError(f"{len(missing)} of {len(names)} images of {path} are not in {folder}: {_some(missing)}.")
+
+
+def _check_annotations(path: Path, content: dict[str, Any]) -> None:
     if not content["annotations"]:
         raise DataError(f"{path} has no annotations.")
+    for key, kind in (("image_id", "images"), ("category_id", "categories")):
+        known = {entry["id"] for entry in content[kind]}
+        stray = [str(entry["id"]) for entry in content["annotations"] if entry[key] not in known]
+        if stray:
+            told = f"the {key} of {len(stray)} annotations is not among the {kind}"
+            raise DataError(f"{path}: {told}: their ids are {_some(stray)}.")
 
 
 def _some(names: Sequence[str]) -> str:

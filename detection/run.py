@@ -151,6 +151,8 @@ def evaluate(config: DetectionConfig, cfg: Config, folder: Path) -> dict[str, An
         runner = build(config, cfg, folder)
         try:
             runner.load_checkpoint(found, map_location="cpu", strict=True)
+        except CheckpointError:  # it cannot be read
+            raise
         except RuntimeError as error:
             raise CheckpointError(f"{found} does not fit {config.name}: {error}") from None
         metrics = runner.test()
@@ -158,10 +160,14 @@ def evaluate(config: DetectionConfig, cfg: Config, folder: Path) -> dict[str, An
 
 
 def build(config: DetectionConfig, cfg: Config, folder: Path) -> Runner:
+    """Raises ConfigError: MMEngine cannot make the parts that the configuration names."""
     cfg.work_dir = str(folder)
     cfg.randomness = {"seed": config.seed}
     cfg.experiment_name = config.name
-    runner = Runner.from_cfg(cfg)
+    try:
+        runner = Runner.from_cfg(cfg)
+    except (TypeError, KeyError) as error:  # unknown arguments or types
+        raise ConfigError(f"{config.config}: {error}") from error
     for handler in runner.logger.handlers:  # the whole log is in a file; the display shows what there is to say
         if type(handler) is logging.StreamHandler:
             handler.setStream(sys.stderr)
