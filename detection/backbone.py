@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import kw
 from detection.pretrained import load_classifier
+from kw.attention import Attention
 from kw.backbones import BACKBONES, STATIC
 from kw.backbones.build import drop_unused_warehouses
 from kw.jobs.errors import ConfigError
@@ -147,8 +148,10 @@ class KWBackbone(BaseModule):
         super().train(mode)
         for module in self.model.modules():
             own = [parameter.requires_grad for parameter in module.parameters()]
-            if (own and not any(own)) or (self.norm_eval and isinstance(module, _BatchNorm)):
+            if (own and not any(own)) or (self.norm_eval is True and isinstance(module, _BatchNorm)):
                 module.eval()
+            if self.norm_eval == "attention" and isinstance(module, Attention):
+                module.norm.eval()
         return self
 
     def init_weights(self) -> None:

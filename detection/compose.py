@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from detection.backbone import feature_channels
 from detection.config import HOW_IT_RUNS, OWN, DetectionConfig
 from detection.data import datasets, read_classes, set_classes
+from kw.backbones import STATIC
 from kw.jobs.errors import ConfigError, check
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -108,16 +109,27 @@ def set_backbone(cfg: Config, config: DetectionConfig, given: dict[str, Any]) ->
     """Budget, checkpoint, and the channels that the neck takes."""
     backbone, neck = cfg.model.backbone, cfg.model.get("neck")
     if backbone.type != "KWBackbone":
-        for key in ("n", "init"):
-            check(getattr(config, key) is None, key, getattr(config, key), f"not for a backbone {backbone.type}")
+        for key in ("n", "init", "scratch"):
+            check(not getattr(config, key), key, getattr(config, key), f"not for a backbone {backbone.type}")
         return
     if config.n is not None:
         backbone.n = config.n
     if config.init is not None:
         backbone.init_cfg = {"type": "Pretrained", "checkpoint": config.init}
+    if config.scratch:
+        begin_from_scratch(cfg)
     if isinstance(neck, dict) and "model.neck.in_channels" not in given:
         indices = backbone.get("out_indices", (1, 2, 3, 4))
         neck["in_channels"] = feature_channels(backbone.name, indices, backbone.get("kwargs"))
+
+
+def begin_from_scratch(cfg: Config) -> None:
+    """What the files freeze is as random as the rest, and a free attention has nothing to hold on to yet."""
+    backbone = cfg.model.backbone
+    backbone.frozen_stages, backbone.norm_eval = -1, False
+    backbone.pop("init_cfg", None)
+    if backbone.get("n") not in (None, STATIC):
+        cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": "TemperatureWarmup"}]
 
 
 def learnt_settings(cfg: Config) -> str:

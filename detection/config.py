@@ -64,6 +64,7 @@ class DetectionConfig:
     config: str = ""
     n: Any = None
     init: str | None = None
+    scratch: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -80,6 +81,8 @@ class DetectionConfig:
                 self.n = str(parse_budget(self.n))
             except ValueError as error:
                 raise ConfigError(f"{error} Or n={STATIC} for the vanilla backbone.") from None
+        both = self.scratch and self.init is not None
+        check(not both, "scratch", self.scratch, f"means to begin without a checkpoint, but init={self.init}")
         check_choice("resume", self.resume, ("auto", "never"))
         check(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
 

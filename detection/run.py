@@ -39,6 +39,11 @@ SETTINGS = "settings.json"  # in a run folder: what decides what is learnt
 RESULTS = {"coco/bbox_mAP": "box_ap", "coco/bbox_mAP_50": "box_ap50", "coco/segm_mAP": "mask_ap",
            "coco/segm_mAP_50": "mask_ap50"}  # fmt: skip
 
+AT_RANDOM = (
+    "Warning: no init=CHECKPOINT, so the backbone begins at random, but is set to be fine-tuned: frozen_stages and "
+    "norm_eval are as in the file, and the temperature is 0. Give init=..., or scratch=true to train all of it."
+)
+
 
 def launch(config: DetectionConfig, cfg: Config, folder: Path) -> None:
     """Check the data, then run: here, if it is one process or if torchrun has started this one; else in new ones.
@@ -116,6 +121,8 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, main: bool) -> Non
         runner.register_hook(EpochSeed(config.seed))
         if latest is not None:
             display.print(f"Resumed from {latest}.")
+        elif main and begins_at_random(config, cfg):
+            print(AT_RANDOM, file=sys.stderr, flush=True)
         runner.train()
         if not display.metrics:  # it went on from its end
             display.metrics = runner.val()
@@ -123,6 +130,12 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, main: bool) -> Non
         told_of = summary(config, cfg, display.metrics, runner)
         write_whole(folder / "summary.json", json.dumps(told_of, indent=2) + "\n")
         display.print(f"{config.name}: {display.line(display.metrics)}. Everything is in {folder}.")
+
+
+def begins_at_random(config: DetectionConfig, cfg: Config) -> bool:
+    """Whether a backbone of ours has no checkpoint, and nobody said that it need have none."""
+    backbone = cfg.model.backbone
+    return backbone.type == "KWBackbone" and not (config.scratch or backbone.get("init_cfg") or cfg.load_from)
 
 
 class EpochSeed(Hook):

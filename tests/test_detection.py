@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from detection.compose import compose, learnt_settings
 from detection.config import open_up, validate
 from detection.data import check_data
 from detection.loading import load
+from kw.jobs import folder as run_folder
 from kw.jobs.errors import CheckpointError, ConfigError, DataError
 from scripts.make_digits_coco import SPLITS, make_split
 from train.images import Digits
@@ -127,6 +129,10 @@ def test_a_configuration_may_leave_the_channels_out(tmp_path):
         (["logger.services=[x]"], r"logger\.services"),
         (["resume=maybe"], "resume='maybe'"),
         (["seed=-1"], "seed=-1"),
+        (["config="], "config=''"),
+        (["train_cfg.max_epochs=many"], r"train_cfg\.max_epochs='many': the file has 12"),
+        (["scratch=true", "init=weights.pt"], r"scratch=True: .*init=weights\.pt"),
+        (["scratch=true", "model.backbone.type=ResNet"], "scratch=True: not for a backbone ResNet"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_key(overrides, told):
@@ -158,8 +164,6 @@ def checked(*overrides):
 
 
 def copied(folder, to):
-    import shutil
-
     shutil.copytree(folder, to)
     return to
 
@@ -214,6 +218,15 @@ def test_classes_that_do_not_match_are_told_of_and_can_be_taken_from_the_annotat
     assert cfg.model.roi_head.bbox_head.num_classes == cfg.model.roi_head.mask_head.num_classes == 11
 
 
+@pytest.mark.parametrize(("key", "kind"), [("image_id", "images"), ("category_id", "categories")])
+def test_annotations_of_what_is_not_there_are_told_of(key, kind, digits, tmp_path):
+    """MMDetection would leave them out without a word."""
+    folder = copied(digits, tmp_path / "data")
+    change(folder, lambda content: content["annotations"][2].update({key: 1000}))
+    with pytest.raises(DataError, match=rf"{key} of 1 annotations is not among the {kind}: their ids are 3\."):
+        checked(f"data.root={folder}")
+
+
 def test_heads_that_predict_another_number_of_classes_are_told_of(digits):
     with pytest.raises(ConfigError, match=r"Shared2FCBBoxHead: num_classes=80, but the train data have 10"):
         checked(f"data.root={digits}", "model.roi_head.bbox_head.num_classes=80")
@@ -250,7 +263,8 @@ def test_a_malicious_checkpoint_is_refused_and_not_run(key, refused, digits, tmp
         (run / "settings.json").write_text(learnt_settings(config(*SMALL, f"data.root={digits}")[1]))
     said = refused(*words)
     assert not trap.exists()
-    assert "CheckpointError" in said and "posix.mkdir, which was not run" in said
+    assert said.startswith("CheckpointError: ") and "epoch_1.pth is damaged, or holds more" in said
+    assert said.endswith("it asks for posix.mkdir, which was not run.\n")
 
 
 @pytest.mark.parametrize("load_it", [load, CheckpointLoader.load_checkpoint])
@@ -297,7 +311,7 @@ def launch(*words, cwd, digits, check=True):
     return done
 
 
-def test_a_run_is_watched_goes_on_and_is_evaluated(digits, refused, tmp_path):
+def test_a_run_is_watched_goes_on_and_is_evaluated(digits, refused, tmp_path, monkeypatch):
     """Its checkpoint has what summary.json tells, and the same command again tells it too."""
     place = f"hydra.run.dir={tmp_path}/run"
     done = launch(place, "logger=both", cwd=tmp_path, digits=digits)
@@ -305,7 +319,9 @@ def test_a_run_is_watched_goes_on_and_is_evaluated(digits, refused, tmp_path):
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["backbone"], summary["n"], summary["epochs"]) == ("resnet18", "1", 2)
-    assert {"box_ap", "box_ap50", "mask_ap"} <= summary.keys()
+    assert {"box_ap", "box_ap50", "mask_ap", "commit"} <= summary.keys()
+    assert {"torch", "timm", "mmdet", "mmengine"} <= summary["versions"].keys()
+    assert "no init=CHECKPOINT" in done.stderr and "scratch=true" in done.stderr
     assert list(run.glob("tensorboard/events*"))
     (record,) = run.glob("wandb/**/*.wandb")
     assert any(item.HasField("history") for item in whole_wandb_run(record))
@@ -315,6 +331,9 @@ def test_a_run_is_watched_goes_on_and_is_evaluated(digits, refused, tmp_path):
     assert json.loads((run / "summary.json").read_text())["box_ap"] == summary["box_ap"]
     assert "other settings: optim_wrapper.optimizer.lr" in refused(place, "optim_wrapper.optimizer.lr=1")
     assert "resume=never" in refused(place, "resume=never")
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.2)
+    with run_folder.lock(run):
+        assert "Another job is at work" in refused(place)
     done = launch(f"evaluate={run}", cwd=tmp_path, digits=digits)
     found = json.loads(done.stdout)
     assert {key: summary[key] for key in ("box_ap", "mask_ap")} == {key: found[key] for key in ("box_ap", "mask_ap")}
