@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import wandb
 from mmengine.config import Config
 
 from detection.config import DetectionConfig
 from kw.jobs.errors import writing
-from kw.jobs.wandb_run import import_wandb, run_id
+from kw.jobs.wandb_run import check_login, run_id
 
 
 def watch(config: DetectionConfig, cfg: Config, folder: Path) -> None:
@@ -31,7 +32,7 @@ def watch(config: DetectionConfig, cfg: Config, folder: Path) -> None:
 def wandb_settings(config: DetectionConfig, place: Path) -> dict[str, Any]:
     """What wandb.init takes: one wandb run for a run folder, however often it is resumed; its id is kept there."""
     logger = config.logger
-    import_wandb(logger.mode)
+    check_login(wandb, logger.mode)
     with writing(place):
         place.mkdir(parents=True, exist_ok=True)
     return {

@@ -1,5 +1,7 @@
 """The backbone for MMDetection: feature maps of any timm model, what is frozen, and checkpoints that fill it."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -12,6 +14,7 @@ import detection  # noqa: F401  first, as it stands in for mmcv's operators
 import kw
 from detection.backbone import KWBackbone, feature_channels
 from detection.neck import SimplePyramid
+from detection.temperature import TemperatureWarmup
 from kw.attention import Attention
 from kw.jobs.checkpoint import FORMAT
 from kw.jobs.errors import CheckpointError, ConfigError
@@ -255,3 +258,17 @@ def test_maps_can_be_normalized():
     for feature in model(torch.randn(2, 3, 64, 64)):
         torch.testing.assert_close(feature.mean(1), torch.zeros_like(feature[:, 0]), atol=1e-4, rtol=0)
     assert all(isinstance(m, nn.LayerNorm) for m in model.out_norms)
+
+
+@pytest.mark.parametrize("part", [0.5, 1.0])
+def test_the_temperature_falls_from_one_to_zero_over_a_part_of_the_steps(part):
+    model = backbone()
+    runner = SimpleNamespace(model=SimpleNamespace(backbone=model), iter=0, max_iters=10)
+    hook, found = TemperatureWarmup(part), []
+    for step in range(10):
+        runner.iter = step
+        hook.before_train_iter(runner, 0)
+        (tau,) = {round(float(m.temperature), 4) for m in model.modules() if isinstance(m, Attention)}
+        found.append(tau)
+    steps = round(part * 10)
+    assert found == [round(1 - (k + 1) / steps, 4) if k < steps else 0.0 for k in range(10)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from kw.jobs.wandb_run import import_wandb, run_id
+from kw.jobs.wandb_run import check_login, run_id
 from train.config import ConfigError, TrainConfig, shorten, to_plain
 from train.logging import MetricsFile
 
@@ -121,3 +121,17 @@ def unseen(folder: Path, place: Path) -> list[Line]:
 
 def numbers(line: Line) -> dict[str, float]:
     return {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
+
+
+def import_wandb(mode: str) -> Any:
+    """wandb, ready to start.
+
+    Raises:
+        ConfigError: it is not installed, or nobody is logged in.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(f"logger.services: wandb cannot be imported ({error}).") from None
+    check_login(wandb, mode)
+    return wandb

@@ -1,4 +1,4 @@
-"""Weights & Biases, ready to start: logged in if need be, with one id for a run folder."""
+"""A run of Weights & Biases for a run folder. The package itself is passed in: kw stands on torch and timm alone."""
 
 from __future__ import annotations
 
@@ -17,19 +17,10 @@ def run_id(path: Path) -> str:
     return path.read_text()
 
 
-def import_wandb(mode: str) -> Any:
-    """wandb, ready to start.
-
-    Raises:
-        ConfigError: it is not installed, or nobody is logged in, which would be asked for in the midst of the start.
-    """
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(f"logger.services: wandb cannot be imported ({error}).") from None
+def check_login(wandb: Any, mode: str) -> None:
+    """Raises ConfigError: nobody is logged in, which would be asked for in the midst of the start."""
     if mode == "online" and not wandb.login(prompt=False, verify=False):  # wandb.init verifies
         raise ConfigError(
             "logger.mode=online: no wandb login is known here. Run `wandb login` or set WANDB_API_KEY; or with "
             "logger.mode=offline, `wandb sync` the run folder's wandb/ later."
         )
-    return wandb
