@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import wandb
 from mmengine.config import Config
 
 from detection.config import DetectionConfig
@@ -31,6 +30,8 @@ def watch(config: DetectionConfig, cfg: Config, folder: Path) -> None:
 
 def wandb_settings(config: DetectionConfig, place: Path) -> dict[str, Any]:
     """What wandb.init takes: one wandb run for a run folder, however often it is resumed; its id is kept there."""
+    import wandb  # takes a second, and is seldom asked for
+
     logger = config.logger
     check_login(wandb, logger.mode)
     with writing(place):
