@@ -1,4 +1,5 @@
-# make demo: from a fresh clone to a table in minutes.   make test: the suite.   make lint: ruff and mypy.   make bench: what speed there is.
+# make demo: from a fresh clone to a table in minutes; make demo-detection: to detections.   make test: the suite.
+# make lint: ruff and mypy.   make bench: what speed there is.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,14 +7,17 @@ READY := $(VENV)/ready
 # Threads that wait must not burn the core that another one needs: on a busy machine that costs several times over.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all lint bench setup clean
+.PHONY: demo demo-detection test test-all lint bench setup clean
 
 setup: $(READY)
 
 # torch and torchvision first and together: pip then takes the pair that fits.
+# The cv2 of opencv-python, which mmcv asks for by name, needs libGL. Its headless twin has the same files, and the one
+# that is installed last has laid its own.
 $(READY): requirements.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall "$$(grep ^opencv-python-headless requirements.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
@@ -41,6 +45,13 @@ table-coco: $(READY)
 report: $(READY)
 	$(BIN)/python -m scripts.report runs --all
 
+# A classifier of digits first, whose checkpoint the detector's backbone begins from.
+demo-detection: $(READY)
+	$(BIN)/python -m scripts.make_digits_coco data/digits
+	$(BIN)/python -m train n=1
+	$(BIN)/python -m detection config=mask_rcnn_kw1x_digits name=digits init=runs/digits/resnet_digits_kw1x/seed0/checkpoints/last.pt
+	$(BIN)/python -m scripts.draw_detections runs/detection/digits/seed0 report/detections.jpg
+
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
@@ -53,12 +64,14 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # What dynamic kernels cost over static ones (table and picture in report/benchmark; about half an hour at most);
-# what the trainer costs over a bare loop; with DATA=folder of train/<class>/*, how fast images load beside timm and torchvision.
+# what the trainer costs over a bare loop, and a KW backbone in a detector; with DATA=folder of train/<class>/*, how fast
+# images load beside timm and torchvision.
 bench: $(READY)
 	$(BIN)/python -m scripts.benchmark
 	$(BIN)/python -m scripts.benchmark_trainer
 	$(BIN)/python -m scripts.benchmark_trainer n=1
+	$(BIN)/python -m scripts.benchmark_detection
 	$(if $(DATA),$(BIN)/python -m scripts.benchmark_data $(DATA))
 
 clean:
-	rm -rf $(VENV) runs report *.egg-info
+	rm -rf $(VENV) runs report data *.egg-info

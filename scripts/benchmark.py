@@ -44,8 +44,8 @@ from torch.nn import functional as F
 import kw
 from kw.backbones import BACKBONES, STATIC
 from kw.config import parse_budget
+from kw.jobs.provenance import provenance
 from scripts.benchmark_table import MEASURED, Row, Sample, draw, markdown, show, write_csv
-from train.logging import provenance
 
 SMALL, SMALL_SIZE = "small", 32
 CASES = ("resnet18:1", "resnet18:4", "resnet50:4", "convnext_tiny:1", "mobilenetv2_100:4", "small:1")

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from kw.jobs.folder import write_whole
 from train.config import DataConfig
 from train.errors import ConfigError, DataError
 from train.images import SIZES, Files, list_shards, open_split, order_generator, read_sizes
-from train.logging import write_whole
 
 
 def main() -> None:

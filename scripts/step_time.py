@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
+from kw.jobs.provenance import provenance
 from scripts.report.__main__ import STEPS
 from scripts.report.published import CLASSIFICATION, published
 from train.config import TrainConfig, validate
 from train.distributed import connect
 from train.evaluate import cast
-from train.logging import provenance
 from train.model import build_model
 from train.optim import build_loss, build_mixup, build_optimizer
 

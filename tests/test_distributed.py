@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kw.jobs.checkpoint import read
 from scripts import kill_storm
 from scripts.kill_storm import differences, outcome
-from train.checkpoint import read
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -229,13 +229,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(devices, tmp_path):
 
 
 def test_a_second_job_is_kept_out_of_the_folder(tmp_path, monkeypatch):
-    from train import interrupt
+    from kw.jobs import folder
     from train.errors import ConfigError
 
-    monkeypatch.setattr(interrupt, "LOCK_SECONDS", 0.2)
-    with interrupt.lock(tmp_path), pytest.raises(ConfigError, match="Another job"):
-        interrupt.lock(tmp_path)
-    interrupt.lock(tmp_path).close()
+    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.2)
+    with folder.lock(tmp_path), pytest.raises(ConfigError, match="Another job"):
+        folder.lock(tmp_path)
+    folder.lock(tmp_path).close()
 
 
 def test_slurm_gets_the_job_back(tmp_path, monkeypatch):

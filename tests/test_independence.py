@@ -31,3 +31,12 @@ def test_source_imports_torch_timm_and_the_standard_library_alone(source):
             assert node.level == 0, "imports are absolute"
             imported.add(node.module.partition(".")[0])
     assert imported <= {"kw", "torch", "timm", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize(("package", "stranger"), [("train", "detection"), ("detection", "train")])
+def test_train_and_detection_do_not_know_each_other(package, stranger):
+    for source in (Path(kw.__file__).parents[1] / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.partition(".")[0] in (stranger, "scripts") for name in names), source

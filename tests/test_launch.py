@@ -11,7 +11,8 @@ from test_train import NARROW, ROOT, TINY, config
 from torch import nn
 
 import train.__main__ as entry
-from train import folders, interrupt
+from kw.jobs import folder as run_folder
+from train import folders
 from train.errors import ConfigError, LaunchError
 from train.launch import launch
 from train.model import build_model
@@ -75,33 +76,33 @@ def test_a_failed_start_leaves_no_lock(here, command):
 
 def test_who_waits_for_a_lock_that_is_removed_gets_one_that_others_see(here, monkeypatch):
     """Held by one, awaited by another: the first takes the file away, and a third must not get in beside the second."""
-    first = interrupt.lock(here)
+    first = run_folder.lock(here)
     got = []
-    waiting = threading.Thread(target=lambda: got.append(interrupt.lock(here)))
+    waiting = threading.Thread(target=lambda: got.append(run_folder.lock(here)))
     waiting.start()
     time.sleep(0.3)
-    (here / interrupt.LOCK).unlink()
+    (here / run_folder.LOCK).unlink()
     first.close()
     waiting.join()
-    monkeypatch.setattr(interrupt, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.2)
     with got[0], pytest.raises(ConfigError, match="Another job"):
-        interrupt.lock(here)
+        run_folder.lock(here)
 
 
 def test_a_lock_on_a_file_that_was_removed_is_none(here):
-    file = (here / interrupt.LOCK).open("w")
-    (here / interrupt.LOCK).unlink()
-    assert not interrupt._claim(file, here / interrupt.LOCK)
+    file = (here / run_folder.LOCK).open("w")
+    (here / run_folder.LOCK).unlink()
+    assert not run_folder._claim(file, here / run_folder.LOCK)
     file.close()
 
 
 def test_the_lock_of_a_job_at_work_stays(here):
-    with interrupt.lock(here):
-        interrupt.remove_lock(here)
-        assert (here / interrupt.LOCK).exists()
-    with (here / interrupt.LOCK).open() as file:  # and is free after it
+    with run_folder.lock(here):
+        run_folder.remove_lock(here)
+        assert (here / run_folder.LOCK).exists()
+    with (here / run_folder.LOCK).open() as file:  # and is free after it
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    interrupt.remove_lock(here)
+    run_folder.remove_lock(here)
     assert list(here.iterdir()) == []
 
 
@@ -157,7 +158,7 @@ def test_a_run_of_the_command_trains(here, command):
 
 
 def test_a_batch_that_cannot_be_shared_out_is_told_before_workers_start(here, monkeypatch):
-    monkeypatch.setattr("train.launch.elastic_launch", None)
+    monkeypatch.setattr("train.launch.launch_processes", None)
     with pytest.raises(ConfigError, match=r"recipe\.batch_size=127"):
         launch(config("recipe.batch_size=127", "runtime.devices=2"), here)
 

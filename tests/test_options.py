@@ -12,13 +12,14 @@ from test_train import NARROW, TINY, _environment, config
 from timm.layers import DropPath
 from torch import nn
 
+from kw.jobs.folder import write_whole
 from kw.layers import KWLayer
 from train.checkpoint import Checkpoints
 from train.data import Drawn, Substitutes
 from train.distributed import World, connect
 from train.errors import ConfigError, NonFiniteError, RunError, WriteError
 from train.images import Digits
-from train.logging import MetricsFile, write_whole
+from train.logging import MetricsFile
 from train.model import build_model
 from train.optim import build_optimizer
 from train.trainer import Trainer

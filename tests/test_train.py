@@ -17,8 +17,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 import kw
+from kw.jobs.checkpoint import FORMAT, read
 from scripts.kill_storm import differences, outcome
-from train.checkpoint import FORMAT, Checkpoints, newest, read
+from train.checkpoint import Checkpoints, newest
 from train.config import RecipeConfig, validate
 from train.data import MicroBatches, epoch_order
 from train.errors import CheckpointError, ConfigError

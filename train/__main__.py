@@ -12,9 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from train.config import COMMAND, TrainConfig, check_launched, validate
-from train.errors import ConfigError
+from train.errors import ConfigError, report
 from train.folders import make, take_back
-from train.launch import launch, report
+from train.launch import launch
 from train.slurm import in_submitit
 
 

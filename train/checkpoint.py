@@ -1,21 +1,17 @@
-"""Checkpoints that survive a kill at any moment: written whole or not at all, read as plain tensors and values only."""
+"""Checkpoints that survive a kill at any moment: written whole or not at all, the newest whole one found."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import pickle
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import torch
 
+from kw.jobs.checkpoint import FORMAT, read
 from train.errors import CheckpointError, writing
 
 State = dict[str, Any]
-FORMAT = "kernelwarehouse 1"  # what a state says under "format", to be told from foreign checkpoints
 NAMES = ("fresh.pt", "last.pt", "previous.pt")  # of a run's checkpoints, newest first
 
 
@@ -38,31 +34,6 @@ def write(path: Path, state: State) -> None:
         raise CheckpointError(
             f"{path} could not be written ({error}); earlier checkpoints are as they were."
         ) from error
-
-
-def read(path: Path) -> State:
-    """Read with `weights_only=True`: code hidden in a pickle is refused, not run.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds more than tensors and plain values.
-    """
-    try:
-        # Training scripts in timm's manner save their arguments beside the weights: plain values, too.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist.") from None
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {code[1]}, which was not run" if code else "its pickle cannot be read"
-        raise CheckpointError(f"{path} is damaged, or holds more than tensors and plain values: {reason}.") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path} is a folder, not a checkpoint.") from None
-    except (OSError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError):  # torch's words tell of its insides
-        raise CheckpointError(f"{path} is damaged, cut off, or no checkpoint.") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint.")
-    return state
 
 
 class Found(NamedTuple):

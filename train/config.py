@@ -22,17 +22,8 @@ from timm.optim import list_optimizers
 from kw import KWConfig
 from kw.backbones import STATIC
 from kw.config import format_budget, parse_budget
+from kw.jobs.errors import ConfigError, check, check_choice
 from train import slurm
-from train.errors import ConfigError
-
-
-def check(holds: bool, key: str, value: object, rule: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key}={value!r}: {rule}.")
-
-
-def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
-    check(value in choices, key, value, f"must be one of {', '.join(choices)}")
 
 
 @dataclass

@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kw.jobs.folder import write_whole
 from train.errors import DataError, writing
 from train.images import BrokenImage, Images, order_generator
-from train.logging import write_whole
 from train.transforms import Transform
 
 Order = Callable[[int, int], Tensor]  # (seed, epoch) -> indices `(N,)`

@@ -1,52 +1,28 @@
-"""Errors whose message says all that a user needs: they are printed without a traceback."""
+"""Errors whose message says all that a user needs: those of every program (kw.jobs), and the trainer's own."""
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+from kw.jobs.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LaunchError,
+    RunError,
+    WriteError,
+    report,
+    writing,
+)
 
-
-class RunError(RuntimeError):
-    """The job cannot go on. `everywhere` says whether all of its processes meet the same fault, so that one tells."""
-
-    everywhere = True
-
-
-class ConfigError(RunError, ValueError):
-    """A setting is unknown, missing or has no sense; the message names its key."""
-
-
-class CheckpointError(RunError):
-    """A checkpoint cannot be written or read, or does not fit; the message names the file."""
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LaunchError",
+    "NonFiniteError",
+    "RunError",
+    "WriteError",
+    "report",
+    "writing",
+]
 
 
 class NonFiniteError(RunError):
     """Loss or gradients are not finite; the message names step, samples and the last good checkpoint."""
-
-
-class WriteError(RunError):
-    """A file of the run folder cannot be written; the message names it."""
-
-    everywhere = False
-
-
-class DataError(RunError):
-    """An image cannot be read; the message names the file."""
-
-    everywhere = False
-
-
-class LaunchError(RunError):
-    """A worker process failed, and has said why itself."""
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Work within that fails as a full disk or a read-only folder does is told of with the file's name.
-
-    Raises:
-        WriteError: in place of any OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise WriteError(f"{path} could not be written: {error.strerror or error}.") from error

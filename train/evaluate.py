@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import kw
-from train.checkpoint import FORMAT, State, newest, read
+from kw.jobs.checkpoint import FORMAT, read
+from train.checkpoint import State, newest
 from train.config import DataConfig, TrainConfig, validate
 from train.data import Sample, Samples, eval_loader
 from train.distributed import World

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from kw.jobs.folder import write_whole
 from train.errors import writing
 
 
@@ -41,42 +38,6 @@ class MetricsFile:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file at once.
-
-    Raises:
-        WriteError: the disk is full or the folder cannot be written; what was there before stays.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            with temporary.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def provenance() -> dict[str, Any]:
-    """What decides numbers beside the configuration: versions and the commit, with "+" where the tree was changed."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
-    return {"versions": versions, "commit": _commit()}
-
-
-def _commit() -> str | None:
-    def git(*words: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None  # installed without its repository
 
 
 class Display:

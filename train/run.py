@@ -8,11 +8,10 @@ from pathlib import Path
 
 import yaml
 
+from kw.jobs.folder import lock, write_whole
 from train.config import TrainConfig, to_plain
 from train.distributed import World, connect, disconnect
 from train.evaluate import evaluate_checkpoint
-from train.interrupt import lock
-from train.logging import write_whole
 from train.trainer import Trainer
 
 

@@ -3,12 +3,12 @@ the truth: after a resume they are brought to what it says."""
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
+from kw.jobs.wandb_run import check_login, run_id
 from train.config import ConfigError, TrainConfig, shorten, to_plain
-from train.logging import MetricsFile, write_whole
+from train.logging import MetricsFile
 
 Line = dict[str, Any]
 
@@ -123,26 +123,15 @@ def numbers(line: Line) -> dict[str, float]:
     return {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
 
 
-def run_id(path: Path) -> str:
-    """The id in a file, made up where there is none."""
-    if not path.exists():
-        write_whole(path, secrets.token_hex(4))
-    return path.read_text()
-
-
 def import_wandb(mode: str) -> Any:
     """wandb, ready to start.
 
     Raises:
-        ConfigError: it is not installed, or nobody is logged in, which would be asked for in the midst of the start.
+        ConfigError: it is not installed, or nobody is logged in.
     """
     try:
         import wandb
     except ImportError as error:
         raise ConfigError(f"logger.services: wandb cannot be imported ({error}).") from None
-    if mode == "online" and not wandb.login(prompt=False, verify=False):  # wandb.init verifies
-        raise ConfigError(
-            "logger.mode=online: no wandb login is known here. Run `wandb login` or set WANDB_API_KEY; or with "
-            "logger.mode=offline, `wandb sync` the run folder's wandb/ later."
-        )
+    check_login(wandb, mode)
     return wandb

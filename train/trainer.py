@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kw
+from kw.jobs.checkpoint import FORMAT
+from kw.jobs.folder import write_whole
+from kw.jobs.provenance import provenance
 from kw.layers import KWLayer
-from train.checkpoint import FORMAT, Checkpoints, State
+from train.checkpoint import Checkpoints, State
 from train.config import TrainConfig, learnt_settings, to_plain, validate
 from train.data import MicroBatches, Sample, Samples, Substitutes, eval_loader, identity, seed_everything, train_loader
 from train.distributed import World
@@ -30,7 +33,7 @@ from train.errors import CheckpointError, ConfigError, NonFiniteError, RunError
 from train.evaluate import cast, evaluate
 from train.images import open_split
 from train.interrupt import StopRequest, first_signal, requeue
-from train.logging import Display, MetricsFile, provenance, write_whole
+from train.logging import Display, MetricsFile
 from train.model import build_model
 from train.optim import build_loss, build_mixup, build_optimizer
 from train.profiling import StepProfiler

@@ -71,11 +71,11 @@ class Backbone:
             return model
         # timm's list wrapper takes a model apart, and would leave the warehouses behind; its getter keeps it whole.
         net = FeatureGetterNet(model, **{"out_indices": self.out_indices, **features})
-        _drop_unused_warehouses(model)
+        drop_unused_warehouses(model)
         return net
 
 
-def _drop_unused_warehouses(model: nn.Module) -> None:
+def drop_unused_warehouses(model: nn.Module) -> None:
     """Warehouses whose layers timm has all cut off, behind the last feature: their cells would get no gradient."""
     drawn_from = {layer.warehouse.name for layer in model.modules() if isinstance(layer, KWLayer)}
     warehouses = getattr(model, "warehouses", {})

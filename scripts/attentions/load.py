@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import kw
+from kw.jobs.checkpoint import FORMAT, read
 from kw.layers import KWLayer
-from train.checkpoint import FORMAT, State, newest, read
+from train.checkpoint import State, newest
 from train.config import TrainConfig, validate
 from train.errors import CheckpointError, ConfigError
 from train.images import open_split

@@ -1,0 +1,28 @@
+# Mask R-CNN with FPN on COCO, for any backbone: detector, data and runtime. A configuration adds a backbone's file.
+_base_ = [
+    "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
+    "mmdet::_base_/datasets/coco_instance.py",
+    "mmdet::_base_/default_runtime.py",
+]
+custom_imports = dict(imports=["detection"], allow_failed_imports=False)
+
+model = dict(backbone=dict(_delete_=True, type="KWBackbone"))
+
+# Multi-scale, as in DETR: resized to one of eleven sizes; or to one of three, cropped, and then to one of the eleven.
+sizes = [(short, 1333) for short in range(480, 801, 32)]
+resize = dict(type="RandomChoiceResize", scales=sizes, keep_ratio=True)
+crop = [
+    dict(type="RandomChoiceResize", scales=[(400, 1333), (500, 1333), (600, 1333)], keep_ratio=True),
+    dict(type="RandomCrop", crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True),
+    resize,
+]
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="RandomChoice", transforms=[[resize], crop]),
+    dict(type="PackDetInputs"),
+]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best="auto"))
+auto_scale_lr = dict(enable=False, base_batch_size=16)  # the rate goes with 16 images a step, on all devices together

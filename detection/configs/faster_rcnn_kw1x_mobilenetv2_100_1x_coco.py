@@ -1,0 +1,3 @@
+# python -m detection config=faster_rcnn_kw1x_mobilenetv2_100_1x_coco data.root=PATH
+_base_ = ["_base_/faster_rcnn.py", "_base_/mobilenetv2_100.py"]
+model = dict(backbone=dict(n="1", **_base_.backbone), neck=_base_.neck)

@@ -1,0 +1,3 @@
+# python -m detection config=mask_rcnn_deit_tiny_1x_coco data.root=PATH
+_base_ = ["_base_/mask_rcnn.py", "_base_/deit_tiny.py"]
+model = dict(backbone=dict(n="static", **_base_.backbone), neck=dict(_delete_=True, **_base_.neck))

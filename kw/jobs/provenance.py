@@ -1,0 +1,29 @@
+"""Where a run's numbers came from."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+
+def provenance(*packages: Any) -> dict[str, Any]:
+    """What decides numbers beside the configuration: versions and the commit, with "+" where the tree was changed."""
+    versions = {package.__name__: package.__version__ for package in (torch, timm, *packages)}
+    versions = {"python": platform.python_version(), **versions}
+    return {"versions": versions, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None  # installed without its repository

@@ -1,0 +1,95 @@
+"""Detections drawn on images: python -m scripts.draw_detections RUN_FOLDER PICTURE
+
+Takes the run's configuration and newest checkpoint, detects on the first images of its evaluation set, and lays them
+out in a grid, each object with its mask, its box, and its class and score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+import detection  # noqa: F401  first, as it stands in for mmcv's operators
+from detection.data import class_names
+from detection.run import calm, quiet
+from kw.jobs.errors import RunError
+
+COLORS = [(214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207)]
+MARGIN = 4  # pixels between images
+TEXT = 12  # pixels above a box
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.draw_detections",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="a run folder of python -m detection")
+    parser.add_argument("picture", type=Path, help="the file to write")
+    parser.add_argument("--images", type=int, default=8, help="how many: 8")
+    parser.add_argument("--score", type=float, default=0.5, help="of the detections that are drawn, at least: 0.5")
+    parser.add_argument("--zoom", type=int, default=2, help="of the images: 2")
+    given = parser.parse_args()
+    calm()
+    try:
+        with quiet():
+            images = list(detected(given.run, given.images, given.score, given.zoom))
+    except RunError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    given.picture.parent.mkdir(parents=True, exist_ok=True)
+    grid(images).save(given.picture)
+    print(f"{len(images)} images in {given.picture}")
+
+
+def detected(run: Path, count: int, score: float, zoom: int) -> Any:
+    """The first images of the evaluation set, with what is detected on them."""
+    from mmdet.apis import inference_detector, init_detector
+    from mmdet.registry import DATASETS
+    from mmengine.config import Config
+    from mmengine.runner import find_latest_checkpoint
+
+    cfg = Config.fromfile(next(run.glob("*.py")))
+    detector = init_detector(cfg, find_latest_checkpoint(str(run)), device="cpu")
+    names = class_names(cfg.val_dataloader.dataset)
+    dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    for index in range(min(count, len(dataset))):
+        path = dataset.get_data_info(index)["img_path"]
+        found = inference_detector(detector, path).pred_instances
+        found = found[found.scores >= score].numpy()
+        yield draw(Image.open(path).convert("RGB"), found, names, zoom)
+
+
+def draw(image: Image.Image, found: Any, names: list[str], zoom: int) -> Image.Image:
+    """The image enlarged; on it masks, boxes, and classes with scores."""
+    pixels = np.asarray(image, float)
+    for mask, label in zip(found.get("masks", []), found.labels, strict=False):
+        pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.array(COLORS[label % len(COLORS)])
+    large = Image.fromarray(pixels.astype(np.uint8)).resize((image.width * zoom, image.height * zoom))
+    pen = ImageDraw.Draw(large)
+    for box, label, score in zip(found.bboxes * zoom, found.labels, found.scores, strict=True):
+        color = COLORS[label % len(COLORS)]
+        pen.rectangle([float(side) for side in box], outline=color)
+        above = max(float(box[1]) - TEXT, 0.0)
+        pen.text((float(box[0]), above), f"{names[label]} {score:.2f}", fill="black")
+    return large
+
+
+def grid(images: list[Image.Image]) -> Image.Image:
+    """Images in a grid twice as wide as high."""
+    columns = min(len(images), math.ceil(math.sqrt(2 * len(images))))
+    width, height = (max(getattr(image, side) for image in images) + MARGIN for side in ("width", "height"))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * width, index // columns * height))
+    return sheet
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,394 @@
+"""`python -m detection`: what it is told, what is wrong with data, and the real thing, shrunk, on real digits."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from mmengine.logging import HistoryBuffer
+from mmengine.registry import init_default_scope
+from mmengine.runner import CheckpointLoader
+from test_services import whole_wandb_run
+from test_train import ROOT, _environment
+
+import detection.__main__ as entry
+from detection.compose import compose, learnt_settings
+from detection.config import open_up, validate
+from detection.data import check_data
+from detection.loading import load
+from kw.jobs import folder as run_folder
+from kw.jobs.errors import CheckpointError, ConfigError, DataError
+from scripts.make_digits_coco import SPLITS, make_split
+from train.images import Digits
+
+SMALL = [
+    "config=mask_rcnn_kw1x_digits",
+    "train_cfg.max_epochs=2",
+    "model.backbone.kwargs.channels=[16,16,16,16]",
+    "model.backbone.kwargs.stem_width=16",
+    "model.rpn_head.anchor_generator.scales=[2]",
+    "train_dataloader.batch_size=4",
+    "runtime.device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Eight canvases to train, and the first four of them to evaluate on."""
+    folder = tmp_path_factory.mktemp("digits")
+    for split in SPLITS:
+        make_split(folder, split, Digits("train"), 8 if split == "train2017" else 4, 64, np.random.default_rng(0))
+    return folder
+
+
+def config(*overrides):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        composed = hydra_compose("detection", open_up(overrides))
+    ours = validate(composed)
+    return ours, compose(ours, composed)
+
+
+@pytest.fixture
+def refused(digits, monkeypatch, capsys):
+    """`python -m detection` in this process, which fails: what it says on stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(entry, "failed", [])
+        monkeypatch.setattr(entry, "folders", set())
+        monkeypatch.setattr(
+            sys, "argv", ["detection", f"--config-path={ROOT}/configs", *SMALL, f"data.root={digits}", *words]
+        )
+        with pytest.raises(SystemExit):
+            entry.main()
+        return capsys.readouterr().err
+
+    return run
+
+
+# What it is told
+
+
+def test_a_row_is_composed_and_any_key_of_its_file_can_be_set():
+    given, cfg = config(
+        "config=mask_rcnn_kw1x_resnet50_1x_coco",
+        "n=4",
+        "data.root=somewhere",
+        "init=weights.pt",
+        "optim_wrapper.optimizer.lr=1e-3",
+        "param_scheduler.1.milestones=[3,4]",
+        "train_dataloader.dataset.data_prefix.img=images/",
+        "+model.backbone.drop_path=0.1",
+        "runtime.workers=0",
+    )
+    assert given.n == cfg.model.backbone.n == "4"
+    assert cfg.model.backbone.init_cfg == {"type": "Pretrained", "checkpoint": "weights.pt"}
+    assert cfg.optim_wrapper.optimizer.lr == 1e-3 and cfg.param_scheduler[1].milestones == [3, 4]
+    assert cfg.model.backbone.drop_path == 0.1
+    assert cfg.train_dataloader.dataset.data_root == cfg.test_dataloader.dataset.data_root == "somewhere"
+    assert cfg.train_dataloader.dataset.data_prefix.img == "images/"
+    assert cfg.val_evaluator.ann_file == "somewhere/annotations/instances_val2017.json"
+    assert not cfg.train_dataloader.persistent_workers and cfg.train_dataloader.num_workers == 0
+
+
+def test_the_neck_follows_another_backbone():
+    _, cfg = config("config=mask_rcnn_kw1x_resnet50_1x_coco", "model.backbone.name=regnety_002", "n=1/2")
+    assert cfg.model.neck.in_channels == [24, 56, 152, 368]
+    _, cfg = config("config=mask_rcnn_resnet50_1x_coco", "model.neck.in_channels=[1,2,3,4]")
+    assert cfg.model.neck.in_channels == [1, 2, 3, 4]
+
+
+def test_a_configuration_may_leave_the_channels_out(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "model = dict(type='FasterRCNN', backbone=dict(type='KWBackbone', name='resnet18'), neck=dict(type='FPN'))"
+    )
+    _, cfg = config(f"config={tmp_path}/own.py")
+    assert cfg.model.neck.in_channels == [64, 128, 256, 512]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["config=mask_rcnn_kw1x_resnet51_1x_coco"], "near are mask_rcnn_kw1x_resnet50_1x_coco"),
+        (["train_cfg.max_epoch=1"], r"train_cfg\.max_epoch: .*near are max_epochs.*\+train_cfg\.max_epoch"),
+        (["train_cfgs.max_epochs=1"], r"no 'train_cfgs' there; near are train_cfg"),
+        (["param_scheduler.7.gamma=1"], r"param_scheduler\.7"),
+        (["n=3/2"], "n='3/2'"),
+        (["n=static", "model.backbone.name=resnet19"], "resnet19.*near are"),
+        (["model.backbone.type=ResNet", "n=1"], "n='1': not for a backbone ResNet"),
+        (["data.classes=own"], r"data\.classes='own'"),
+        (["runtime.devices=0"], r"runtime\.devices=0"),
+        (["runtime.nodes=2"], r"runtime\.rendezvous"),
+        (["runtime.device=tpu"], r"runtime\.device"),
+        (["logger.services=[x]"], r"logger\.services"),
+        (["resume=maybe"], "resume='maybe'"),
+        (["seed=-1"], "seed=-1"),
+        (["config="], "config=''"),
+        (["train_cfg.max_epochs=many"], r"train_cfg\.max_epochs='many': the file has 12"),
+        (["scratch=true", "init=weights.pt"], r"scratch=True: .*init=weights\.pt"),
+        (["scratch=true", "model.backbone.type=ResNet"], "scratch=True: not for a backbone ResNet"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_key(overrides, told):
+    with pytest.raises(ConfigError, match=told):
+        config("config=mask_rcnn_kw1x_resnet50_1x_coco", *overrides)
+
+
+def test_a_sweep_gives_each_job_a_folder_by_what_is_swept(monkeypatch, tmp_path):
+    names = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(entry, "launch", lambda config, cfg, folder: names.append(folder.relative_to(tmp_path)))
+    monkeypatch.setattr(entry, "folders", set())
+    words = ["-m", "config=mask_rcnn_kw1x_resnet18_1x_coco", "n=1,1/4,static", "train_cfg.max_epochs=3"]
+    monkeypatch.setattr(sys, "argv", ["detection", f"--config-path={ROOT}/configs", *words])
+    entry.main()
+    base = "runs/detection/mask_rcnn_kw1x_resnet18_1x_coco+n-"
+    assert [str(name) for name in names] == [
+        f"{base}{n}+train_cfg.max_epochs-3/seed0" for n in ("1x", "1d4x", "static")
+    ]
+    assert not (tmp_path / names[0]).exists()  # nothing came of it
+
+
+# Data
+
+
+def checked(*overrides):
+    init_default_scope("mmdet")
+    check_data(config("config=mask_rcnn_kw1x_digits", *overrides)[1], ["train", "val"])
+
+
+def copied(folder, to):
+    shutil.copytree(folder, to)
+    return to
+
+
+def change(folder, edit, split="val2017"):
+    path = folder / f"annotations/instances_{split}.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_data_that_are_whole_are_let_pass(digits):
+    checked(f"data.root={digits}")
+
+
+def test_a_missing_annotation_file_is_told_of(digits, tmp_path):
+    folder = copied(digits, tmp_path / "data")
+    (folder / "annotations/instances_val2017.json").unlink()
+    with pytest.raises(DataError, match=r"instances_val2017\.json is not there.*data\.root"):
+        checked(f"data.root={folder}")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"images": []}'])
+def test_a_file_that_is_no_annotation_file_is_told_of(text, digits, tmp_path):
+    folder = copied(digits, tmp_path / "data")
+    (folder / "annotations/instances_train2017.json").write_text(text)
+    with pytest.raises(DataError, match=r"instances_train2017\.json (cannot be read|is no annotation file)"):
+        checked(f"data.root={folder}")
+
+
+def test_missing_images_are_told_of_by_name_and_number(digits, tmp_path):
+    folder = copied(digits, tmp_path / "data")
+    (folder / "train2017/000003.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 8 images .*000003\.png"):
+        checked(f"data.root={folder}")
+    (folder / "train2017").rename(folder / "elsewhere")
+    with pytest.raises(DataError, match=r"train2017 is not there"):
+        checked(f"data.root={folder}")
+
+
+def test_classes_that_do_not_match_are_told_of_and_can_be_taken_from_the_annotations(digits, tmp_path):
+    folder = copied(digits, tmp_path / "data")
+    for split in SPLITS:
+        change(folder, lambda content: content["categories"][3].update(name="three"), split)
+    with pytest.raises(ConfigError, match=r"1 are not there \(3\), 1 are not asked for \(three\).*data\.classes=data"):
+        checked(f"data.root={folder}")
+    checked(f"data.root={folder}", "data.classes=data")
+    for split in SPLITS:
+        change(folder, lambda content: content["categories"].append({"id": 99, "name": "ten"}), split)
+    _, cfg = config("config=mask_rcnn_kw1x_digits", f"data.root={folder}", "data.classes=data")
+    assert cfg.train_dataloader.dataset.metainfo.classes[-1] == "ten"
+    assert cfg.model.roi_head.bbox_head.num_classes == cfg.model.roi_head.mask_head.num_classes == 11
+
+
+@pytest.mark.parametrize(("key", "kind"), [("image_id", "images"), ("category_id", "categories")])
+def test_annotations_of_what_is_not_there_are_told_of(key, kind, digits, tmp_path):
+    """MMDetection would leave them out without a word."""
+    folder = copied(digits, tmp_path / "data")
+    change(folder, lambda content: content["annotations"][2].update({key: 1000}))
+    with pytest.raises(DataError, match=rf"{key} of 1 annotations is not among the {kind}: their ids are 3\."):
+        checked(f"data.root={folder}")
+
+
+def test_heads_that_predict_another_number_of_classes_are_told_of(digits):
+    with pytest.raises(ConfigError, match=r"Shared2FCBBoxHead: num_classes=80, but the train data have 10"):
+        checked(f"data.root={digits}", "model.roi_head.bbox_head.num_classes=80")
+
+
+# Checkpoints that would run code
+
+
+class Trap:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def indirect(path):
+    """A pickle that looks a function up through `getattr`, which MMEngine's own list lets pass."""
+    head = b"\x80\x02cbuiltins\ngetattr\ncmmengine.logging.history_buffer\nHistoryBuffer\n"
+    return head + b"X\x08\x00\x00\x00__init__\x86R."
+
+
+@pytest.mark.parametrize("key", ["resume", "load_from", "init", "evaluate"])
+def test_a_malicious_checkpoint_is_refused_and_not_run(key, refused, digits, tmp_path):
+    trap, run = tmp_path / "trapped", tmp_path / "run"
+    run.mkdir()
+    torch.save({"state_dict": {}, "meta": Trap(trap)}, run / "epoch_1.pth")
+    words = [f"{key}={run}/epoch_1.pth", f"hydra.run.dir={tmp_path}/other"]
+    if key == "resume":
+        words = [f"hydra.run.dir={run}"]
+        (run / "last_checkpoint").write_text(str(run / "epoch_1.pth"))
+        (run / "settings.json").write_text(learnt_settings(config(*SMALL, f"data.root={digits}")[1]))
+    said = refused(*words)
+    assert not trap.exists()
+    assert said.startswith("CheckpointError: ") and "epoch_1.pth is damaged, or holds more" in said
+    assert said.endswith("it asks for posix.mkdir, which was not run.\n")
+
+
+@pytest.mark.parametrize("load_it", [load, CheckpointLoader.load_checkpoint])
+def test_nothing_of_a_pickle_is_run(load_it, tmp_path):
+    pickled = tmp_path / "old.pth"
+    pickled.write_bytes(pickle.dumps({"state_dict": Trap(tmp_path / "trapped")}))
+    with pytest.raises(CheckpointError, match=r"old\.pth"):
+        load_it(str(pickled))
+    saved = tmp_path / "new.pth"
+    torch.save({"hook": os.system}, saved)
+    with pytest.raises(CheckpointError, match=r"posix\.system, which was not run"):
+        load_it(str(saved))
+    (tmp_path / "indirect.pth").write_bytes(indirect(tmp_path))
+    with pytest.raises(CheckpointError, match=r"indirect\.pth"):
+        load_it(str(tmp_path / "indirect.pth"))
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_checkpoints_from_elsewhere_are_not_fetched():
+    for place in ("http://example.invalid/x.pth", "https://example.invalid/x.pth", "torchvision://resnet50"):
+        with pytest.raises(CheckpointError, match="Download it"):
+            CheckpointLoader.load_checkpoint(place)
+
+
+def test_what_mmengine_saves_is_read(tmp_path):
+    buffer = HistoryBuffer([1.0, 2.0, 3.0], [1, 1, 1])
+    torch.save(
+        {"message_hub": {"log_scalars": {"loss": buffer}}, "state_dict": {"a": torch.ones(2)}}, tmp_path / "x.pth"
+    )
+    found = load(str(tmp_path / "x.pth"))
+    assert found["message_hub"]["log_scalars"]["loss"].mean() == 2 and torch.equal(
+        found["state_dict"]["a"], torch.ones(2)
+    )
+
+
+# The real thing
+
+
+def launch(*words, cwd, digits, check=True):
+    command = [sys.executable, "-m", "detection", *SMALL, f"data.root={digits}", *words]
+    environ = {**_environment(), "COLUMNS": "200", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environ)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_run_is_watched_goes_on_and_is_evaluated(digits, refused, tmp_path, monkeypatch):
+    """Its checkpoint has what summary.json tells, and the same command again tells it too."""
+    place = f"hydra.run.dir={tmp_path}/run"
+    done = launch(place, "logger=both", cwd=tmp_path, digits=digits)
+    assert "epoch 2/2" in done.stdout and done.stdout.count("\n") == 2
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["backbone"], summary["n"], summary["epochs"]) == ("resnet18", "1", 2)
+    assert {"box_ap", "box_ap50", "mask_ap", "commit"} <= summary.keys()
+    assert {"torch", "timm", "mmdet", "mmengine"} <= summary["versions"].keys()
+    assert "no init=CHECKPOINT" in done.stderr and "scratch=true" in done.stderr
+    assert list(run.glob("tensorboard/events*"))
+    (record,) = run.glob("wandb/**/*.wandb")
+    assert any(item.HasField("history") for item in whole_wandb_run(record))
+    # a run that is done tells its figures again
+    done = launch(place, cwd=tmp_path, digits=digits)
+    assert "Resumed from" in done.stdout
+    assert json.loads((run / "summary.json").read_text())["box_ap"] == summary["box_ap"]
+    assert "other settings: optim_wrapper.optimizer.lr" in refused(place, "optim_wrapper.optimizer.lr=1")
+    assert "resume=never" in refused(place, "resume=never")
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.2)
+    with run_folder.lock(run):
+        assert "Another job is at work" in refused(place)
+    done = launch(f"evaluate={run}", cwd=tmp_path, digits=digits)
+    found = json.loads(done.stdout)
+    assert {key: summary[key] for key in ("box_ap", "mask_ap")} == {key: found[key] for key in ("box_ap", "mask_ap")}
+    other = refused(f"evaluate={run}", "n=static", f"hydra.run.dir={tmp_path}/other")
+    assert "does not fit" in other and "warehouses" in other
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(digits, tmp_path):
+    launch(f"hydra.run.dir={tmp_path}/whole", cwd=tmp_path, digits=digits)
+    (tmp_path / "part").mkdir()
+    launch(f"hydra.run.dir={tmp_path}/part", cwd=tmp_path, digits=digits)
+    (tmp_path / "part/epoch_2.pth").unlink()
+    (tmp_path / "part/last_checkpoint").write_text(str(tmp_path / "part/epoch_1.pth"))
+    done = launch(f"hydra.run.dir={tmp_path}/part", cwd=tmp_path, digits=digits)
+    assert "epoch_1.pth" in done.stdout
+    whole, part = (load(str(tmp_path / name / "epoch_2.pth"))["state_dict"] for name in ("whole", "part"))
+    assert all(torch.equal(whole[key], part[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(digits, tmp_path):
+    done = launch(f"hydra.run.dir={tmp_path}/run", "runtime.devices=2", cwd=tmp_path, digits=digits)
+    assert done.stdout.count("epoch 2/2") == 1
+    assert json.loads((tmp_path / "run/summary.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.slow
+def test_the_configurations_serve_mmdetections_own_tools(digits, tmp_path):
+    import mmdet
+
+    tool = os.path.join(os.path.dirname(mmdet.__file__), ".mim/tools/train.py")
+    options = ["train_cfg.max_epochs=1", "train_cfg.val_interval=1"]
+    options += [f"{split}_dataloader.dataset.data_root={digits}" for split in ("train", "val", "test")]
+    options += [f"{split}_evaluator.ann_file={digits}/annotations/instances_val2017.json" for split in ("val", "test")]
+    command = [sys.executable, tool, str(ROOT / "detection/configs/mask_rcnn_kw1x_digits.py"), "--work-dir", "work"]
+    done = subprocess.run([*command, "--cfg-options", *options], cwd=tmp_path, capture_output=True, text=True,
+                          env=_environment())  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "work/epoch_1.pth").exists()
+
+
+@pytest.mark.slow
+def test_a_short_training_lowers_the_loss_and_finds_the_digits(tmp_path):
+    """The quickstart, shortened: a classifier of digits, and a detector that begins from it, on digits held out."""
+    for count, (folder, split) in zip((160, 16), SPLITS.items(), strict=True):
+        make_split(tmp_path / "data", folder, Digits(split), count, 96, np.random.default_rng(count))
+    run = [sys.executable, "-m"]
+    subprocess.run([*run, "train", "n=1", "recipe.epochs=6", "hydra.run.dir=classifier"], cwd=tmp_path, check=True,
+                   env=_environment(), stdout=subprocess.DEVNULL)  # fmt: skip
+    words = ["config=mask_rcnn_kw1x_digits", "data.root=data", "init=classifier/checkpoints/last.pt"]
+    subprocess.run([*run, "detection", *words, "hydra.run.dir=run", "train_cfg.max_epochs=6"], cwd=tmp_path, check=True,
+                   env=_environment())  # fmt: skip
+    scalars = next((tmp_path / "run").glob("*/vis_data/scalars.json")).read_text().splitlines()
+    losses = [line["loss"] for line in map(json.loads, scalars) if "loss" in line]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert losses[-1] < 0.7 * losses[0]
+    assert summary["box_ap50"] > 30, summary
