@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -78,6 +78,7 @@ class KWBackbone(BaseModule):
         frozen_stages: 0 freezes the stem, k the first k stages too: no gradient, evaluation mode. Cells that a frozen
             layer draws from are frozen for all, or its kernels would change. -1 freezes nothing.
         norm_eval: keep all batch norms, those of attentions too, in evaluation mode: they are those of the checkpoint.
+            "attention": only those of attentions, for training without a checkpoint on few images a device.
         out_norm: a LayerNorm for each map, for models whose stages do not end in a norm (ConvNeXt, ViT).
         drop_path: rate at which residual branches are dropped.
         kw: settings of `kw.KWConfig` in place of the published ones.
@@ -101,7 +102,7 @@ class KWBackbone(BaseModule):
         n: Any = STATIC,
         out_indices: Sequence[int] = (1, 2, 3, 4),
         frozen_stages: int = -1,
-        norm_eval: bool = False,
+        norm_eval: bool | Literal["attention"] = False,
         out_norm: bool = False,
         drop_path: float = 0.0,
         kw: Settings = None,
@@ -144,14 +145,13 @@ class KWBackbone(BaseModule):
                 layer.warehouse.cells.requires_grad_(False)
 
     def train(self, mode: bool = True) -> KWBackbone:
-        """Training mode, but for what is frozen and, with `norm_eval`, for batch norms."""
+        """Training mode, but for what is frozen and for what `norm_eval` names."""
         super().train(mode)
-        of_attentions = self.norm_eval == "attention"
         for module in self.model.modules():
             own = [parameter.requires_grad for parameter in module.parameters()]
             if (own and not any(own)) or (self.norm_eval is True and isinstance(module, _BatchNorm)):
                 module.eval()
-            if of_attentions and isinstance(module, Attention):
+            if self.norm_eval == "attention" and isinstance(module, Attention):
                 module.norm.eval()
         return self
 

@@ -124,9 +124,10 @@ def set_backbone(cfg: Config, config: DetectionConfig, given: dict[str, Any]) ->
 
 
 def begin_from_scratch(cfg: Config) -> None:
-    """What the files freeze is as random as the rest, and a free attention has nothing to hold on to yet."""
+    """Train what the files freeze, as it is as random as the rest, and warm the temperature up. Attentions' norms get
+    no statistics: those of the few images of a device differ too much from what evaluation would take."""
     backbone = cfg.model.backbone
-    backbone.frozen_stages, backbone.norm_eval = -1, False
+    backbone.frozen_stages, backbone.norm_eval = -1, "attention"
     backbone.pop("init_cfg", None)
     if backbone.get("n") not in (None, STATIC):
         cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": "TemperatureWarmup"}]

@@ -10,23 +10,22 @@ from mmengine.model import is_model_wrapper
 
 import kw
 
+PUBLISHED = 12_500  # steps: 10 epochs of ImageNet in batches of 1,024
+
 
 @HOOKS.register_module()
 class TemperatureWarmup(Hook):
-    """`custom_hooks = [dict(type="TemperatureWarmup", part=0.5)]`: from 1 to 0 over the first half of all steps.
+    """`custom_hooks = [dict(type="TemperatureWarmup")]`: from 1 to 0 over the first `steps` steps.
 
     At 1 each mixture is a cell of its own, as a static layer has its kernel; at 0 the attention is free. A checkpoint's
-    attention has been through that, so fine-tuning begins at 0, without this hook.
+    attention has been through that, so fine-tuning begins at 0, without this hook. A run much shorter than the warm-up
+    learns as a static backbone does, and its checkpoints keep the temperature that they were learnt at.
     """
 
-    def __init__(self, part: float = 0.5):
-        self.part = part
+    def __init__(self, steps: int = PUBLISHED):
+        self.steps = steps
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        kw.set_temperature(model.backbone, temperature(runner.iter, runner.max_iters, self.part))
-
-
-def temperature(step: int, steps: int, part: float) -> float:
-    """tau for step number `step` of `steps`, counted from 0."""
-    return max(0.0, 1 - (step + 1) / (part * steps)) if part > 0 else 0.0
+        if runner.iter < self.steps:
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            kw.set_temperature(model.backbone, 1 - (runner.iter + 1) / self.steps)

@@ -97,6 +97,13 @@ def test_a_row_is_composed_and_any_key_of_its_file_can_be_set():
     assert not cfg.train_dataloader.persistent_workers and cfg.train_dataloader.num_workers == 0
 
 
+def test_from_scratch_nothing_is_frozen_and_the_temperature_is_warmed_up():
+    for n, hooks in (("4", [{"type": "TemperatureWarmup"}]), ("static", [])):
+        _, cfg = config("config=mask_rcnn_kw1x_resnet50_1x_coco", f"n={n}", "scratch=true")
+        assert (cfg.model.backbone.frozen_stages, cfg.model.backbone.norm_eval) == (-1, "attention")
+        assert list(cfg.get("custom_hooks", [])) == hooks
+
+
 def test_the_neck_follows_another_backbone():
     _, cfg = config("config=mask_rcnn_kw1x_resnet50_1x_coco", "model.backbone.name=regnety_002", "n=1/2")
     assert cfg.model.neck.in_channels == [24, 56, 152, 368]
