@@ -18,6 +18,7 @@ from kw.backbones import STATIC
 from kw.jobs.errors import ConfigError, check
 
 CONFIGS = Path(__file__).parent / "configs"
+SIZES = ("scale", "scales", "img_scale", "size", "crop_size")
 
 
 def compose(config: DetectionConfig, composed: DictConfig) -> Config:
@@ -36,7 +37,7 @@ def compose(config: DetectionConfig, composed: DictConfig) -> Config:
     for key, value in given.items():
         if not any(key == word or key.startswith(f"{word}.") for word in config.added):
             check_known(cfg, key, value)
-    cfg.merge_from_dict(given)
+    cfg.merge_from_dict({key: with_tuples(value, key.rpartition(".")[2]) for key, value in given.items()})
     if config.data.root is not None:
         move_data(cfg, Path(config.data.root).expanduser())
     if config.data.classes == "data":
@@ -76,6 +77,16 @@ def flatten(nested: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def with_tuples(value: Any, key: str) -> Any:
+    """The command line has no tuples, and mmcv takes no list for a size."""
+    if isinstance(value, dict):
+        return {name: with_tuples(one, name) for name, one in value.items()}
+    if isinstance(value, list):
+        values = [with_tuples(one, key) for one in value]
+        return tuple(values) if key in SIZES and all(isinstance(one, int | float) for one in values) else values
+    return value
 
 
 def check_known(cfg: Config, key: str, value: Any) -> None:

@@ -97,6 +97,18 @@ def test_a_row_is_composed_and_any_key_of_its_file_can_be_set():
     assert not cfg.train_dataloader.persistent_workers and cfg.train_dataloader.num_workers == 0
 
 
+def test_sizes_on_the_command_line_are_tuples_as_mmcv_wants_them():
+    _, cfg = config(
+        "config=mask_rcnn_kw1x_resnet50_1x_coco",
+        "val_dataloader.dataset.pipeline.1.scale=[384,320]",
+        "train_dataloader.dataset.pipeline.3.transforms=[[{type:RandomChoiceResize,scales:[[384,320],[300,200]]}]]",
+        "param_scheduler.1.milestones=[8]",
+    )
+    assert cfg.val_dataloader.dataset.pipeline[1].scale == (384, 320)
+    assert cfg.train_dataloader.dataset.pipeline[3].transforms[0][0].scales == [(384, 320), (300, 200)]
+    assert cfg.param_scheduler[1].milestones == [8]
+
+
 def test_from_scratch_nothing_is_frozen_and_the_temperature_is_warmed_up():
     for n, hooks in (("4", [{"type": "TemperatureWarmup"}]), ("static", [])):
         _, cfg = config("config=mask_rcnn_kw1x_resnet50_1x_coco", f"n={n}", "scratch=true")
