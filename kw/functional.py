@@ -49,10 +49,12 @@ class use:
         _way = self._previous
 
 
-def linear(x: Tensor, alpha: Tensor, cells: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """`(B, *, C_in)` with one kernel per sample to `(B, *, C_out)`."""
+def linear(
+    x: Tensor, alpha: Tensor, cells: Tensor, grid: tuple[int, int, int], bias: Tensor | None = None
+) -> Tensor:
+    """`(B, *, C_in)` with one kernel per sample and a static bias `(C_out,)` to `(B, *, C_out)`."""
     tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # (B, S, C_in)
-    out = _compute(tokens.transpose(1, 2), alpha, cells, Task(grid, (1,), (1,), (0,), (1,)))
+    out = _compute(tokens.transpose(1, 2), alpha, cells, Task(grid, (1,), (1,), (0,), (1,)), bias)
     return out.transpose(1, 2).reshape(*x.shape[:-1], out.shape[1])
 
 
@@ -66,6 +68,7 @@ def convolution(
     padding: tuple[int, ...] | str,
     dilation: tuple[int, ...],
     groups: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Convolve `(B, C_in, *space)` with one kernel per sample: attentions `(B, m, n)` over cells `(n, o, i)`.
 
@@ -77,10 +80,10 @@ def convolution(
         if any(total % 2 for total in totals):  # one more behind than in front
             x = F.pad(x, [side for total in reversed(totals) for side in (0, total % 2)])
         padding = tuple(total // 2 for total in totals)
-    return _compute(x, alpha, cells, Task(grid, kernel_size, stride, padding, dilation, groups))
+    return _compute(x, alpha, cells, Task(grid, kernel_size, stride, padding, dilation, groups), bias)
 
 
-def _compute(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
+def _compute(x: Tensor, alpha: Tensor, cells: Tensor, task: Task, bias: Tensor | None) -> Tensor:
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and cells.dtype == torch.float32:
         # Autocast does not look into functions that have a backward pass of their own.
@@ -92,4 +95,6 @@ def _compute(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
         way = cheapest(costs(x.shape, cells.shape, task, step, kind))
     elif not applies(way, x.shape, task):
         way = "grouped"
-    return FUNCTIONS[way](x, alpha, cells, task)
+    out = FUNCTIONS[way](x, alpha, cells, task)
+    # In place: new memory for a large output costs more than the sum.
+    return out if bias is None else out.add_(bias.to(out.dtype).view(-1, *(1,) * (out.dim() - 2)))

@@ -79,8 +79,7 @@ class KWLinear(KWLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = x.mean(dim=tuple(range(1, x.dim() - 1))) if x.dim() > 2 else x
-        out = functional.linear(x, self.attention(pooled), self.warehouse.cells, self.draw.grid)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        return functional.linear(x, self.attention(pooled), self.warehouse.drawn(), self.draw.grid, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, warehouse={self.warehouse.name!r}"
@@ -131,18 +130,18 @@ class _KWConvNd(KWLayer):
         padding: tuple[int, ...] | str = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._explicit_padding(), mode=self.padding_mode), (0,) * self.dims
-        out = functional.convolution(
+        return functional.convolution(
             x,
             alpha,
-            self.warehouse.cells,
+            self.warehouse.drawn(),
             self.draw.grid,
             self.kernel_size,
             self.stride,
             padding,
             self.dilation,
             self.groups,
+            self.bias,
         )
-        return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, *(1,) * self.dims)
 
     def _explicit_padding(self) -> list[int]:
         """Padding as `F.pad` wants it: last dimension first, a pair each."""

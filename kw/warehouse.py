@@ -13,9 +13,10 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kw.config import KWConfig
+from kw.ways.gathering import gathered
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Warehouse(nn.Module):
         self._check_given_out(kernels, mixtures, given, n)
 
         self.cells = nn.Parameter(torch.empty(n, o, i))
+        self._stand_in: Tensor | None = None
         self.draws: list[Draw] = []
         start = 0
         for kernel, grid, own in zip(kernels, grids, anchors, strict=True):
@@ -98,6 +100,23 @@ class Warehouse(nn.Module):
     def mixtures(self) -> int:
         """Mixtures of all layers together."""
         return sum(draw.mixtures for draw in self.draws)
+
+    def drawn(self) -> Tensor:
+        """The cells, for a layer's forward pass: gradients of all layers that draw go into one sum (ways/gathering.py).
+
+        In eager training that is a stand-in, the same for all layers and steps while the cells are the same tensor.
+        """
+        cells, stand_in = self.cells, self._stand_in
+        if not (torch.is_grad_enabled() and cells.requires_grad and type(cells) is nn.Parameter):
+            return cells
+        if torch.compiler.is_compiling():
+            return cells
+        if stand_in is None or stand_in.data_ptr() != cells.data_ptr() or stand_in.dtype != cells.dtype:
+            self._stand_in = stand_in = gathered(cells)
+        return stand_in
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stand_in": None}  # copies have cells of their own
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -83,7 +83,8 @@ def measure(call: Call, ways: list[str], repeats: int) -> dict[str, tuple[float,
         return kw.functional.FUNCTIONS[way](*tensors, call.task)
 
     def step(way: str) -> None:
-        torch.autograd.grad(forward(way).sum(), tensors)
+        out = forward(way)
+        torch.autograd.grad(out, tensors, out.detach())
 
     for _ in range(repeats + 1):
         for way in ways:

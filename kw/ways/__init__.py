@@ -5,19 +5,17 @@ and gives `(B, C_out, *out)`, without bias. Which to take is `kw.functional`'s b
 """
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor
 
 from kw.ways.grouped import assemble, grouped
 from kw.ways.inputs import inputs
-from kw.ways.operator import rebuilding
+from kw.ways.operator import multiply
 from kw.ways.task import Task
 
 WAYS: dict[str, Callable[[Tensor, Tensor, Tensor, Task], Tensor]] = {
     "grouped": grouped,
-    "convolve": partial(rebuilding, "convolve"),
-    "multiply": partial(rebuilding, "multiply"),
+    "multiply": multiply,
     "inputs": inputs,
 }
 

@@ -42,20 +42,17 @@ class Prices:
 CPU_FORWARD = {
     "grouped": Prices(apply=0.0097, mix=0.014, entry=0.84, cell=0.63, io=0.84),
     "grouped, new memory": Prices(apply=0, mix=0.016, entry=4.1),
-    "convolve": Prices(apply=0.0096, mix=0.0047, entry=1.3, cell=0.32, io=1.2, call=270_000),
     "multiply": Prices(apply=0.0075, mix=0.0054, entry=1.0, cell=0.31, io=0.53, copy=1.7, call=150_000),
     "inputs": Prices(apply=0.003, mix=0, cell=2.8, copy=2.2),
 }
 CPU_STEP = {
     "grouped": Prices(apply=0.029, mix=0.035, entry=3.4, cell=2.0, io=2.4),
     "grouped, new memory": Prices(apply=0, mix=0.053, entry=11),
-    "convolve": Prices(apply=0.027, mix=0.036, entry=3.8, cell=2.1, io=3.0, call=760_000),
     "multiply": Prices(apply=0.018, mix=0.035, entry=2.8, cell=2.1, io=3.3, copy=4.9, call=570_000),
     "inputs": Prices(apply=0.016, mix=0.2, cell=4.3, copy=6.7),
 }
 GPU = {
     "grouped": Prices(apply=2e-5, mix=2e-6, entry=0.02),  # the libraries are slow on so many groups
-    "convolve": Prices(apply=4e-6, mix=2e-6, entry=0.01, call=20_000),
     "multiply": Prices(apply=3e-6, mix=2e-6, entry=0.01, copy=0.002),
     "inputs": Prices(apply=2e-6, mix=2e-6, copy=0.004),
 }
@@ -82,10 +79,9 @@ def costs(
     batch, positions = x_shape[0], math.prod(task.out_size(tuple(x_shape[2:])))
     kernel, reads = task.mixtures * o * i, P * C
     prices = (CPU_STEP if step else CPU_FORWARD) if device == "cpu" else GPU
-    taps = 0 if task.has_one_tap else positions * reads * i
+    taps = 0 if task.grid[0]==1 else positions * reads * i
     work = {  # of one sample: apply, mix, entries, copies, calls
         "grouped": (kernel * positions, kernel * n, kernel, 0, 0),
-        "convolve": (kernel * positions, kernel * n, kernel, 0, 1),
         "multiply": (kernel * positions, kernel * n, kernel, taps, 1),
         "inputs": (kernel * positions * n / reads, kernel * positions * n / o, 0, positions * (reads + R * n) * i, 0),
     }

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kw.ways.strips import Strips
 from kw.ways.task import Task
 
 
@@ -22,11 +23,13 @@ def inputs(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
     """For `groups == 1`."""
     n, o, i = cells.shape
     P, R, C = task.grid
-    space = task.out_size(tuple(x.shape[2:]))
-    taps = task.taps(x)
+    strips = Strips(tuple(x.shape[2:]), task)
+    laid = strips.lay(x)
+    reads = [strips.outputs(strips.reads(laid, tap)).flatten(2) for tap in strips.taps]
+    taps = torch.stack(reads, dim=1).permute(0, 3, 1, 2)  # (B, S, P, C_in)
     batch, positions = taps.shape[:2]
     by_group = alpha.view(batch, 1, P, R, C, n).permute(0, 1, 3, 5, 2, 4).reshape(batch, 1, R * n, P * C)
     mixed = by_group @ taps.reshape(batch, positions, P * C, i)  # (B, S, R * n, i)
     side_by_side = cells.transpose(1, 2).reshape(n * i, o)
     out = mixed.view(batch * positions * R, n * i) @ side_by_side
-    return torch.unflatten(out.view(batch, positions, R * o).transpose(1, 2), 2, space)
+    return torch.unflatten(out.view(batch, positions, R * o).transpose(1, 2), 2, strips.out)

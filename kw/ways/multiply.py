@@ -1,42 +1,204 @@
-"""Way "multiply": a block of kernels is applied by one matrix product a sample, to the input's taps.
+"""Way "multiply": a block of kernels at a time, multiplied with runs of the input (strips.py) where they lie.
 
-Best where the taps are the input itself (pointwise convolutions and linear layers), or where there are few positions.
+A block is some rows of every cell, for all samples or, where that is too much, for some. One matrix product makes its
+mixtures: attentions `(mixtures, n)` with cells `(n, r * i)`. Its rows are in the order (tap, input group, sample, output
+group), so what comes of it is, for each tap and input group, a matrix for each sample: nothing is moved before it is
+applied. A block stays in a processor's cache, and the batch's kernels never exist at once: the backward pass makes them
+again.
+
+Shapes: `B` batch, `b` samples of a block; `P` taps, `R = C_out / o` and `C = C_in / i` cells across, `m = P * R * C`
+mixtures; `n` cells of `o` by `i`, `r` rows of each in a block; `L` length of a run.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from kw.ways.product import PerSample, pieces, products
+from kw.ways.product import product
+from kw.ways.strips import Strips, empty
 from kw.ways.task import Task
 
+# Entries of mixtures in a block. On a CPU 16 MB, which stay in the cache, where rows are cut; where samples are, 28 MB, so
+# that cells are read less often: above 32 MiB the usual allocator takes memory from the system each time anew, at the
+# price of a page fault every 4 KiB. A GPU wants larger products.
+ENTRIES = 4 << 20
+ENTRIES_OF_SAMPLES = 7 << 20
+ENTRIES_ON_GPU = 1 << 26
+ROWS = 48  # that a block's kernels should have at least: products of fewer rows are slow
+PIECE = 1 << 20  # entries of the cells' gradient at a time
 
-class Multiply:
-    """For `groups == 1`."""
 
-    def __init__(self, x: Tensor, task: Task):
-        self.x, self.task = x, task
-        self.taps = task.taps(x)  # (b, S, P * C * i)
-        self._grad_taps: PerSample | None = None
+def forward(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
+    out = task.empty_out(x, cells)
+    by_cell = out.unflatten(1, (task.grid[1], -1))  # (B, R, o, *out)
+    strips = Strips(tuple(x.shape[2:]), task)
+    samples, blocks = _kernel_blocks(x, cells, task)
+    for part in samples:
+        inputs, weights = strips.lay(x[part]), _by_tap(alpha[part], task.grid)
+        for rows in blocks:
+            kernels = _mix(weights, cells[:, rows], task.grid)
+            run = empty(x[part], kernels.shape[3], strips.run)
+            for p, tap in enumerate(strips.taps):
+                for c, read in enumerate(strips.reads(inputs, tap).split(cells.shape[2], dim=1)):
+                    _add_product(run, kernels[p, c], read, first=p == c == 0)
+            by_cell[part, :, rows] = strips.outputs(run).unflatten(1, (task.grid[1], -1))
+    return out
 
-    def forward(self, kernels: Tensor) -> PerSample:
-        if self.x.stride(1) == 1:  # channels last, as are linear layers' inputs
-            y = products(self.taps, kernels.transpose(1, 2))
-            return y.transpose(1, 2) if isinstance(y, Tensor) else [one.t() for one in y]
-        return products(kernels, self.taps.transpose(1, 2))
 
-    def backward(self, grad: Tensor, kernels: Tensor, needed: tuple[bool, bool]) -> PerSample | None:
-        if needed[0]:
-            of_taps = products(grad.transpose(1, 2), kernels)
-            if self._grad_taps is None:
-                self._grad_taps = of_taps
-            else:
-                for (_, total), (_, more) in zip(pieces(self._grad_taps), pieces(of_taps), strict=True):
-                    total.add_(more)
-        return products(grad, self.taps) if needed[1] else None
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    cells: Tensor,
+    task: Task,
+    needed: tuple[bool, bool, bool],
+    total: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `x`, `alpha` and `cells` that are needed; that of `cells` is added to `total`, if there is one."""
+    strips = Strips(tuple(x.shape[2:]), task)
+    grad_x = _grad_input(grad, x, alpha, cells, task, strips) if needed[0] else None
+    dtype = torch.promote_types(cells.dtype, torch.float32)  # of sums: half precision would lose them
+    grad_alpha = alpha.new_zeros(alpha.shape, dtype=dtype) if needed[1] else None
+    grad_cells = total
+    if needed[2] and total is None:
+        grad_cells = cells.new_zeros(cells.shape, dtype=dtype)
+    if any(needed[1:]):
+        _add_grad_mixed(grad, x, alpha, cells, task, strips, grad_alpha, grad_cells)
+    return (
+        grad_x,
+        None if grad_alpha is None else grad_alpha.to(alpha.dtype),
+        None if grad_cells is None else grad_cells.to(cells.dtype),
+    )
 
-    def grad_x(self) -> Tensor:
-        assert self._grad_taps is not None
-        whole = self._grad_taps if isinstance(self._grad_taps, Tensor) else torch.stack(self._grad_taps)
-        return self.task.untap(whole, self.x)
+
+def _grad_input(grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, task: Task, strips: Strips) -> Tensor:
+    grad_x = torch.zeros_like(x)
+    samples, blocks = _kernel_blocks(x, cells, task)
+    for part in samples:
+        strip, weights = strips.lay_out(grad[part]), _by_tap(alpha[part], task.grid)
+        grads = strips.empty_grads(x[part])
+        for rows in blocks:
+            kernels = _mix(weights, cells[:, rows], task.grid)
+            of_rows = _rows(strip, rows, cells.shape[1], task.grid[1])
+            _add_grad_inputs(grads, of_rows, kernels, strips, first=rows is blocks[0])
+        strips.put(grad_x[part], grads)
+    return grad_x
+
+
+def _add_grad_mixed(
+    grad: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    cells: Tensor,
+    task: Task,
+    strips: Strips,
+    grad_alpha: Tensor | None,
+    grad_cells: Tensor | None,
+) -> None:
+    """Add the gradients of the attentions and of the cells to what is there."""
+    samples, blocks = _mixture_blocks(x, cells, task)
+    P, R, C = task.grid
+    for part in samples:
+        inputs, strip = strips.lay(x[part]), strips.lay_out(grad[part])
+        weights = _by_tap(alpha[part], task.grid)
+        for rows in blocks:
+            piece = cells[:, rows]
+            mixtures = _grad_mixtures(_rows(strip, rows, cells.shape[1], R), inputs, strips, task.grid, piece)
+            if grad_alpha is not None:
+                of_alpha = product(mixtures, piece.flatten(1).t()).view(P, C, -1, R, len(cells))
+                grad_alpha[part].unflatten(1, task.grid).permute(1, 3, 0, 2, 4).add_(of_alpha)
+            if grad_cells is not None:
+                _add_in_pieces(grad_cells[:, rows], weights, mixtures)
+
+
+def _kernel_blocks(x: Tensor, cells: Tensor, task: Task) -> tuple[list[slice], list[slice]]:
+    """Cuts for kernels: samples, and rows of each cell. Some rows of all cells must be copied together first. So rows are
+    cut where the mixtures outnumber the cells, samples where they do not."""
+    n, o, i = cells.shape
+    if len(x) * task.mixtures > n:
+        return _mixture_blocks(x, cells, task)
+    some = max(1, _entries(x, ENTRIES_OF_SAMPLES) // (task.mixtures * o * i))
+    return _slices(len(x), some), [slice(0, o)]
+
+
+def _mixture_blocks(x: Tensor, cells: Tensor, task: Task) -> tuple[list[slice], list[slice]]:
+    """Cuts for gradients: many samples rather than many rows, for each cell and its gradient are read for all at once."""
+    _, o, i = cells.shape
+    entries = _entries(x, ENTRIES)
+    some, least = len(x), min(o, math.ceil(ROWS / task.grid[1]))
+    while some > 1 and some * task.mixtures * least * i > entries:
+        some = math.ceil(some / 2)
+    return _slices(len(x), some), _slices(o, max(least, entries // (some * task.mixtures * i)))
+
+
+def _slices(size: int, most: int) -> list[slice]:
+    """`size` in pieces of about equal length."""
+    each = math.ceil(size / math.ceil(size / most))
+    return [slice(at, min(at + each, size)) for at in range(0, size, each)]
+
+
+def _entries(x: Tensor, on_cpu: int) -> int:
+    return on_cpu if x.device.type == "cpu" else ENTRIES_ON_GPU
+
+
+def _add_grad_inputs(
+    grads: dict[tuple[int, ...], Tensor], of_rows: Tensor, kernels: Tensor, strips: Strips, first: bool
+) -> None:
+    """Add what a block's outputs `(b, R * r, length)` give to the gradients of the input's phases."""
+    seen = set() if first else set(grads)
+    for p, tap in enumerate(strips.taps):
+        read_by = strips.grad_reads(of_rows, tap)
+        for c, group in enumerate(grads[tap.phase].split(kernels.shape[4], dim=1)):
+            _add_product(group, kernels[p, c].transpose(1, 2), read_by, first=tap.phase not in seen)
+        seen.add(tap.phase)
+
+
+def _grad_mixtures(
+    of_rows: Tensor, inputs: dict[tuple[int, ...], Tensor], strips: Strips, grid: tuple[int, int, int], piece: Tensor
+) -> Tensor:
+    """The gradients of a block's mixtures, `(P * C * b * R, r * i)`, from those of its outputs."""
+    P, R, C = grid
+    _, r, i = piece.shape
+    mixtures = of_rows.new_empty(P, C, len(of_rows), R * r, i)
+    run = of_rows[:, :, strips.before : strips.before + strips.run]
+    for p, tap in enumerate(strips.taps):
+        for c, read in enumerate(strips.reads(inputs, tap).split(i, dim=1)):
+            torch.bmm(run, read.transpose(1, 2), out=mixtures[p, c])
+    return mixtures.view(-1, r * i)
+
+
+def _add_in_pieces(total: Tensor, weights: Tensor, mixtures: Tensor) -> None:
+    """`total += weights.T @ mixtures`: `(n, r, i)`, `(m, n)`, `(m, r * i)`; in pieces that stay in the cache."""
+    n, _, i = total.shape
+    few = max(1, PIECE // (n * i))
+    for rows, some in zip(total.split(few, dim=1), mixtures.split(few * i, dim=1), strict=True):
+        rows.add_(product(weights.t(), some.contiguous()).view(rows.shape))
+
+
+def _mix(weights: Tensor, cells: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Mixtures of some rows of cells `(n, r, i)`, as matrices `(P, C, b, R * r, i)`."""
+    P, R, C = grid
+    _, r, i = cells.shape
+    return product(weights, cells.flatten(1)).view(P, C, -1, R * r, i)
+
+
+def _by_tap(alpha: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Attentions `(b, m, n)` as `(P * C * b * R, n)`."""
+    return alpha.unflatten(1, grid).permute(1, 3, 0, 2, 4).reshape(-1, alpha.shape[2])
+
+
+def _rows(strip: Tensor, rows: slice, o: int, groups: int) -> Tensor:
+    """Some rows of every output group, `(b, R * o, length)` to `(b, R * r, length)`."""
+    if rows == slice(0, o):
+        return strip
+    return strip.unflatten(1, (groups, o))[:, :, rows].flatten(1, 2)
+
+
+def _add_product(total: Tensor, kernels: Tensor, read: Tensor, first: bool) -> None:
+    """`total += kernels @ read`, without the old total at first: `(b, M, L)`, `(b, M, K)`, `(b, K, L)`."""
+    if total.stride(2) != 1:  # channels last
+        total, kernels, read = total.transpose(1, 2), read.transpose(1, 2), kernels.transpose(1, 2)
+    total.baddbmm_(kernels, read, beta=0 if first else 1)

@@ -1,6 +1,6 @@
-"""The ways that rebuild their kernels in the backward pass, as an operator of torch.
+"""Way "multiply", which makes its kernels again in the backward pass, as an operator of torch.
 
-As an operator, torch.compile takes them as they are, in place of unrolling their loops over blocks and samples.
+As an operator, torch.compile takes it as it is, in place of unrolling its loops over blocks and samples.
 """
 
 from __future__ import annotations
@@ -11,28 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kw.ways import rebuild
-from kw.ways.convolve import Convolve
-from kw.ways.multiply import Multiply
+from kw.ways.gathering import sum_of
+from kw.ways.multiply import backward, forward
 from kw.ways.task import Task
 
-WAYS: dict[str, type[rebuild.Applied]] = {"convolve": Convolve, "multiply": Multiply}
 
-
-def rebuilding(way: str, x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
-    """Compute a layer the given way. Only what came in is kept for the backward pass."""
+def multiply(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
+    """Way "multiply", with gradients. Only what came in is kept for the backward pass."""
     out: Tensor = _forward(
-        x, alpha, cells, way, task.grid, task.kernel_size, task.stride, task.padding, task.dilation, task.groups
+        x, alpha, cells, task.grid, task.kernel_size, task.stride, task.padding, task.dilation, task.groups
     )
     return out
 
 
-@torch.library.custom_op("kw::rebuilding", mutates_args=())
+@torch.library.custom_op("kw::multiply", mutates_args=())
 def _forward(
     x: Tensor,
     alpha: Tensor,
     cells: Tensor,
-    way: str,
     grid: Sequence[int],
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -41,17 +37,16 @@ def _forward(
     groups: int,
 ) -> Tensor:
     task = _task(grid, kernel_size, stride, padding, dilation, groups)
-    return rebuild.forward(x, alpha, cells, task, WAYS[way])
+    return forward(x, alpha, cells, task)
 
 
-@torch.library.custom_op("kw::rebuilding_backward", mutates_args=())
+@torch.library.custom_op("kw::multiply_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     x: Tensor,
     alpha: Tensor,
     cells: Tensor,
     needed: Sequence[bool],
-    way: str,
     grid: Sequence[int],
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -60,7 +55,7 @@ def _backward(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     task = _task(grid, kernel_size, stride, padding, dilation, groups)
-    grads = rebuild.backward(grad, x, alpha, cells, task, tuple(needed), WAYS[way])  # type: ignore[arg-type]
+    grads = backward(grad, x, alpha, cells, task, tuple(needed))  # type: ignore[arg-type]
     return tuple(  # type: ignore[return-value]
         like.new_empty(0) if grad is None else grad for grad, like in zip(grads, (x, alpha, cells), strict=True)
     )
@@ -71,13 +66,13 @@ def _task(grid: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any,
 
 
 @_forward.register_fake
-def _(x: Tensor, alpha: Tensor, cells: Tensor, way: str, *task: Any) -> Tensor:
+def _(x: Tensor, alpha: Tensor, cells: Tensor, *task: Any) -> Tensor:
     return _task(*task).empty_out(x, cells)
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, needed: Sequence[bool], way: str, *task: Any
+    grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, needed: Sequence[bool], *task: Any
 ) -> tuple[Tensor, ...]:
     return tuple(
         torch.empty_like(like) if need else like.new_empty(0)
@@ -92,7 +87,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:3]
-    grads = _backward(grad, *ctx.saved_tensors, needed, *ctx.how)
+    x, alpha, cells = ctx.saved_tensors
+    total = sum_of(cells) if needed[2] else None
+    if total is None:
+        grads = _backward(grad, x, alpha, cells, needed, *ctx.how)
+    else:
+        grads = (*backward(grad, x, alpha, cells, _task(*ctx.how), needed, total)[:2], None)
     return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * len(ctx.how))
 
 

@@ -1,0 +1,55 @@
+"""One sum for the gradients of cells that many layers draw from.
+
+Each layer has a gradient for every cell of its warehouse. Left to autograd, each would be a tensor of the warehouse's
+size, made anew and then added to the sum: where the cells are many, that takes longer than all else in a training step.
+So layers draw from `gathered(cells)`, a stand-in with the same numbers. The way "multiply" adds its gradients to the
+stand-in's sum, and gives autograd none; autograd waits until all layers are done, and then takes the sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Sums = dict[int, Tensor]  # by pass of autograd, as passes may be nested (checkpointing) or end before they come here
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(cells: Tensor) -> Tensor:
+        return cells.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.sums = Sums()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        """`grad` is what came from layers that are computed in other ways, if any were."""
+        total: Tensor | None = ctx.sums.pop(_pass(), None)
+        return grad if total is None else total if grad is None else total.add_(grad)
+
+
+def gathered(cells: Tensor) -> Tensor:
+    """A stand-in for a warehouse's cells, to draw from as often as they are the same tensor."""
+    return _Gather.apply(cells)  # type: ignore[no-any-return]
+
+
+def sum_of(cells: Tensor) -> Tensor | None:
+    """Within a backward pass, where `cells` is a stand-in: the sum to add to, zeros at first. Else None."""
+    sums: Sums | None = getattr(cells.grad_fn, "sums", None)
+    if sums is None:
+        return None
+    now = _pass()
+    if now not in sums:
+        sums[now] = torch.zeros_like(cells)
+        # A pass that does not ask for gradients of the cells never comes to _Gather.
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: sums.pop(now, None))
+    return sums[now]
+
+
+def _pass() -> int:
+    return torch._C._current_graph_task_id()

@@ -1,0 +1,151 @@
+"""Inputs laid out so that a convolution is a few products of large matrices, with no copy of the input for each tap.
+
+A *tap* is one position of a kernel; at a tap, every output position reads one input position. Lay the padded rows of an
+image one behind the other, as a *strip*: what all output positions read at a tap is then one run of the strip, and what
+they read at another tap is the same run, shifted. The zeros behind a row serve as those before the next one. Positions
+between the rows are computed too, and dropped: at 3 x 3 taps one in eight for images of 7 x 7.
+
+With a stride of s, every s-th row and column make up a strip of their own, a *phase*; a tap reads from one phase.
+
+Shapes: `B` batch, `C` channels, `L` length of a run. Strips are `(B, C, length)`; in memory channels are last where they
+are so in the input. Where the only tap is the input itself (pointwise and linear layers), nothing is copied.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kw.ways.task import Task, channels_last
+
+Position = tuple[int, ...]
+
+
+class Tap(NamedTuple):
+    """A phase's strip, and where in it the run begins."""
+
+    phase: Position
+    start: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which rows, columns, ... of the input a phase has: every s-th, from `first` on, `count` of them; they lie in the
+    strip from position `at` on."""
+
+    first: Position
+    count: Position
+    at: Position
+
+
+class Strips:
+    """The layout for inputs `(B, C, *space)` of a task with `groups == 1`."""
+
+    def __init__(self, space: tuple[int, ...], task: Task):
+        self.space, self.out, self.stride = space, task.out_size(space), task.stride
+        sizes = zip(space, task.padding, self.out, self.stride, strict=True)
+        # Of a row, in positions of the strip: room for its data and the zeros behind, and for the outputs.
+        self.widths = tuple(math.ceil(max(x + pad, out * s) / s) for x, pad, out, s in sizes)
+        inner = math.prod(self.widths[1:])
+        self.run = self.out[0] * inner
+        self.taps = [self._tap(at, task.dilation) for at in product(*map(range, task.kernel_size))]
+        self.data = {tap.phase: self._data(tap.phase, task.padding) for tap in self.taps}
+        last = max(tap.start for tap in self.taps)
+        self.rows = max(
+            self.out[0] + math.ceil(last / inner), *(data.at[0] + data.count[0] for data in self.data.values())
+        )
+        # Gradients of the input read the outputs' strip, from as far before the run to as far behind it:
+        spans = [(self._flat(data.at), data.count[0] * inner) for data in self.data.values()]
+        self.before = max(0, *(last - start for start, _ in spans))
+        self.behind = max(0, *(start + length - self.run for start, length in spans))
+
+    def lay(self, x: Tensor) -> dict[Position, Tensor]:
+        """The strip of each phase that is read from."""
+        if not channels_last(x):
+            x = x.contiguous()
+        whole = (self.rows, *self.widths[1:])
+        if whole == self.space and max(self.stride) == 1:
+            return {self.taps[0].phase: x.flatten(2)}
+        strips = {}
+        for phase, data in self.data.items():
+            strip = zeros(x, x.shape[1], math.prod(whole))
+            self._interior(strip.unflatten(2, whole), data).copy_(x[self._every(data)])
+            strips[phase] = strip
+        return strips
+
+    def reads(self, strips: dict[Position, Tensor], tap: Tap) -> Tensor:
+        """What the outputs read at a tap: `(B, C, L)`, a view."""
+        return strips[tap.phase][:, :, tap.start : tap.start + self.run]
+
+    def lay_out(self, grad: Tensor) -> Tensor:
+        """A gradient of the outputs, as a strip with zeros between rows, before and behind."""
+        if not channels_last(grad):
+            grad = grad.contiguous()
+        if not self.before and not self.behind and self.widths[1:] == self.out[1:]:
+            return grad.flatten(2)
+        strip = zeros(grad, grad.shape[1], self.before + self.run + self.behind)
+        self.outputs(strip[:, :, self.before : self.before + self.run]).copy_(grad)
+        return strip
+
+    def outputs(self, run: Tensor) -> Tensor:
+        """The outputs `(B, C, *out)` in a run; a view."""
+        rows = run.unflatten(2, (self.out[0], *self.widths[1:]))
+        return rows[(..., *(slice(size) for size in self.out))]
+
+    def grad_reads(self, strip: Tensor, tap: Tap) -> Tensor:
+        """Of the outputs' strip: which output read each of a phase's inputs at a tap, for all inputs from the first one
+        on, `(B, C_out, inputs)`; a view."""
+        data = self.data[tap.phase]
+        start = self.before + self._flat(data.at) - tap.start
+        return strip[:, :, start : start + data.count[0] * math.prod(self.widths[1:])]
+
+    def empty_grads(self, x: Tensor) -> dict[Position, Tensor]:
+        """For each phase, where the gradients of as many inputs as `grad_reads` gives can be put together."""
+        inner = math.prod(self.widths[1:])
+        return {phase: empty(x, x.shape[1], data.count[0] * inner) for phase, data in self.data.items()}
+
+    def put(self, grad_x: Tensor, grads: dict[Position, Tensor]) -> None:
+        """Put the gradients of the phases where they belong in `grad_x`."""
+        for phase, grad in grads.items():
+            data = self.data[phase]
+            rows = grad.unflatten(2, (data.count[0], *self.widths[1:]))
+            grad_x[self._every(data)] = rows[(..., *(slice(count) for count in data.count))]
+
+    def _tap(self, at: Position, dilation: Position) -> Tap:
+        reads = [k * d for k, d in zip(at, dilation, strict=True)]
+        phase = tuple(read % s for read, s in zip(reads, self.stride, strict=True))
+        return Tap(phase, self._flat(tuple(read // s for read, s in zip(reads, self.stride, strict=True))))
+
+    def _data(self, phase: Position, padding: Position) -> Data:
+        sizes = list(zip(self.space, phase, padding, self.stride, strict=True))
+        first = tuple((a - pad) % s for _, a, pad, s in sizes)
+        at = tuple((f + pad - a) // s for f, (_, a, pad, s) in zip(first, sizes, strict=True))
+        count = tuple(max(0, math.ceil((x - f) / s)) for f, (x, _, _, s) in zip(first, sizes, strict=True))
+        return Data(first, count, at)
+
+    def _flat(self, position: Position) -> int:
+        flat = 0
+        for width, at in zip(self.widths, position, strict=True):
+            flat = flat * width + at
+        return flat
+
+    def _every(self, data: Data) -> tuple[slice, ...]:
+        return (..., *(slice(first, None, s) for first, s in zip(data.first, self.stride, strict=True)))
+
+    def _interior(self, strip: Tensor, data: Data) -> Tensor:
+        return strip[(..., *(slice(at, at + count) for at, count in zip(data.at, data.count, strict=True)))]
+
+
+def empty(like: Tensor, channels: int, length: int) -> Tensor:
+    """`(B, channels, length)`, channels last in memory where they are so in `like`."""
+    if channels_last(like):
+        return like.new_empty(len(like), length, channels).transpose(1, 2)
+    return like.new_empty(len(like), channels, length)
+
+
+def zeros(like: Tensor, channels: int, length: int) -> Tensor:
+    return empty(like, channels, length).zero_()
