@@ -40,11 +40,13 @@ def forward(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
         inputs, weights = strips.lay(x[part]), _by_tap(alpha[part], task.grid)
         for rows in blocks:
             kernels = _mix(weights, cells[:, rows], task.grid)
-            run = empty(x[part], kernels.shape[3], strips.run)
+            in_place = strips.tight and rows == slice(0, cells.shape[1])
+            run = out[part].flatten(2) if in_place else empty(x[part], kernels.shape[3], strips.run)
             for p, tap in enumerate(strips.taps):
                 for c, read in enumerate(strips.reads(inputs, tap).split(cells.shape[2], dim=1)):
                     _add_product(run, kernels[p, c], read, first=p == c == 0)
-            by_cell[part, :, rows] = strips.outputs(run).unflatten(1, (task.grid[1], -1))
+            if not in_place:
+                by_cell[part, :, rows] = strips.outputs(run).unflatten(1, (task.grid[1], -1))
     return out
 
 

@@ -96,6 +96,11 @@ class Strips:
         rows = run.unflatten(2, (self.out[0], *self.widths[1:]))
         return rows[(..., *(slice(size) for size in self.out))]
 
+    @property
+    def tight(self) -> bool:
+        """Whether outputs fill their run, with nothing between rows."""
+        return self.widths[1:] == self.out[1:]
+
     def grad_reads(self, strip: Tensor, tap: Tap) -> Tensor:
         """Of the outputs' strip: which output read each of a phase's inputs at a tap, for all inputs from the first one
         on, `(B, C_out, inputs)`; a view."""
