@@ -315,8 +315,8 @@ IN_THE_PATH = re.compile(r"backbone|data|dynamic|experiment|n|seed")
 
 def run_name(label: str, dynamic: str, n: Any) -> str:
     """A run folder's name: as published rows are called (`resnet18`, `resnet18_kw1d4x`, `resnet18_odconv4x`; without
-    budget `resnet18_se`), then the other settings given on the command line that decide what is learnt (`resnet18_kw1d4x+recipe.lr-0.1`). It needs no quoting in a shell
-    or in Hydra."""
+    budget `resnet18_se`), then the other settings given on the command line that decide what is learnt
+    (`resnet18_kw1d4x+recipe.lr-0.1`). It needs no quoting in a shell or in Hydra."""
     name = label if STATIC in (n, dynamic) else f"{label}_{dynamic}"
     if name != label and (dynamic not in BASELINES or BASELINES[dynamic].budget):
         with contextlib.suppress(ValueError):  # n is no budget: validate says so, once there is a run

@@ -41,7 +41,8 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     except (TypeError, ValueError) as error:
         given = config.backbone.kwargs
         source = f" backbone.kwargs={given} come from the group backbone=...; backbone=timm has none." if given else ""
-        raise ConfigError(f"backbone={name} cannot be built at n={config.n}, dynamic={config.dynamic}: {error}.{source}") from error
+        asked = f"backbone={name} cannot be built at n={config.n}, dynamic={config.dynamic}"
+        raise ConfigError(f"{asked}: {error}.{source}") from error
     if config.recipe.drop_path_rule:
         set_drop_path(model, config.recipe.drop_path, config.recipe.drop_path_rule)
     return model

@@ -4,7 +4,8 @@ residual of low rank that is mixed by sample, section 4.
     W = Lambda(x) W0 + P Phi(x) Q^T
 
 Shapes: W and W0 are `(C_out, C_in / groups * kh * kw)`, Lambda `(B, C_out)` a diagonal, P `(C_out, L)`, Phi
-`(B, L, L)`, Q^T `(L, C_in / groups * kh * kw)`. Lambda and Phi are read off `relu(fc1(pool(x)))`, `C_in / 16` wide.
+`(B, L, L)`, Q^T `(L, C_in / groups * kh * kw)`. Lambda and Phi are read off `relu(fc1(pool(x)))`, `C_in / 16` wide (at
+least 16).
 
 Without groups it is computed in parts, with convolutions that all samples share: no sample's kernel ever exists.
 
@@ -14,7 +15,8 @@ Depthwise and grouped kernels are small, and assembled.
 
 Ours: the latent width L is the root of C_in or C_out, the lesser (they are the same in the paper), and not more than
 the rank that the kernel can have. In a kernel of several positions Q has all of them, where the paper factors positions
-once more, so that ResNet18 costs 8% more multiply-adds than the static one. Lambda is a sigmoid.
+once more, so that ResNet18 costs 8% more multiply-adds than the static one. Lambda is a sigmoid and Phi a tanh: were it
+not bounded, outputs would grow with the square of inputs, and a deep network overflow until its norms have seen enough.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kw.baselines.layer import DynamicConv2d, he_normal, pool
+from kw.baselines.layer import MIN_HIDDEN, DynamicConv2d, he_normal, pool
 from kw.baselines.registry import register
 
-REDUCTION, MIN_HIDDEN = 16, 4
+REDUCTION = 16
 
 
 class Coefficients(nn.Module):
@@ -44,7 +46,7 @@ class Coefficients(nn.Module):
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         h = self.fc1(pooled).relu()
-        return self.scale(h).sigmoid(), self.phi(h).view(len(pooled), self.latent, self.latent)
+        return self.scale(h).sigmoid(), self.phi(h).tanh().view(len(pooled), self.latent, self.latent)
 
 
 @register("dcd", budget=False)
@@ -56,7 +58,7 @@ class DCDConv2d(DynamicConv2d):
         taps = self.kernel_shape[1:]
         latent = min(math.isqrt(min(self.in_channels, self.out_channels)), math.prod(taps))
         self.attention = Coefficients(self.in_channels, self.out_channels, latent)
-        self.p = nn.Parameter(torch.randn(self.out_channels, latent) / math.sqrt(latent))
+        self.p = nn.Parameter(torch.randn(self.out_channels, latent) / latent)  # a residual of the size of W0
         self.q = nn.Parameter(torch.randn(latent, *taps) / math.sqrt(math.prod(taps)))
 
     def forward(self, x: Tensor) -> Tensor:

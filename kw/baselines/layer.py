@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from kw.layers import DynamicLayer
 from kw.ways.grouped import per_sample
 
+MIN_HIDDEN = 16  # of an attention, as in ODConv and KernelWarehouse: of a few units all may be dead from the start
 HOTTEST = 30.0  # temperature of a softmax when training begins (DY-Conv, section 3.3)
 
 
@@ -48,16 +49,7 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
 
     def convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
         """The convolution without bias, with a kernel `(C_out, C_in / groups, kh, kw)` for all samples or one each,
-        `(B, C_out, C_in / groups, kh, kw)`.
-
-        Raises:
-            ValueError: the input has no batch dimension.
-        """
-        if x.dim() != 4:
-            raise ValueError(
-                f"This {type(self).__name__} takes a batch of shape (B, {self.in_channels}, H, W), "
-                f"not {tuple(x.shape)}."
-            )
+        `(B, C_out, C_in / groups, kh, kw)`."""
         if kernels.dim() == 4:
             out: Tensor = self._conv_forward(x, kernels, None)
             return out
@@ -121,7 +113,9 @@ class AnnealedSoftmax(nn.Module):
 
 
 def pool(x: Tensor) -> Tensor:
-    """The mean over space, `(B, C, H, W)` to `(B, C)`."""
+    """The mean over space, `(B, C, H, W)` to `(B, C)`. Raises ValueError for an input of another form."""
+    if x.dim() != 4:
+        raise ValueError(f"A dynamic convolution takes a batch of shape (B, C, H, W), not {tuple(x.shape)}.")
     return x.mean(dim=(2, 3))
 
 

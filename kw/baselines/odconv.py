@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kw.baselines.layer import AnnealedSoftmax, KernelBank, he_normal, pool
+from kw.baselines.layer import MIN_HIDDEN, AnnealedSoftmax, KernelBank, he_normal, pool
 from kw.baselines.registry import register
 
-REDUCTION, MIN_HIDDEN = 16, 16
+REDUCTION = 16
 
 
 class Shares(NamedTuple):
