@@ -202,7 +202,8 @@ def test_a_step_moves_every_parameter_and_samples_are_independent(name, method, 
     batch = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         together = model(batch)
-        torch.testing.assert_close(torch.cat([model(image[None]) for image in batch]), together, rtol=1e-3, atol=1e-4)
+        alone, size = torch.cat([model(image[None]) for image in batch]), together.abs().max().item()
+        torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4 * size)
         assert model(batch[:0]).shape == (0, 7)
         torch.save(model.state_dict(), tmp_path / "state.pt")
         again = timm.create_model(f"kw_{name}", dynamic=method, n=2, num_classes=7).eval()
@@ -292,7 +293,7 @@ def test_memory_formats_and_mixed_precision(method):
     with torch.no_grad():
         expected = model(images)
         model.to(memory_format=torch.channels_last)
-        torch.testing.assert_close(model(images.to(memory_format=torch.channels_last)), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model(images.to(memory_format=torch.channels_last)), expected, rtol=1e-3, atol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.train()(images).float().square().sum()
     loss.backward()
