@@ -5,9 +5,9 @@
 >>> model = kw.convert(timm.create_model("regnety_002"), config=kw.KWConfig(n="1/2"))
 """
 
-from kw import backbones, functional
+from kw import backbones, baselines, functional
 from kw.config import KWConfig
-from kw.convert import convert, set_temperature
+from kw.convert import convert, set_temperature, temperatures
 from kw.freeze import freeze
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
 from kw.profile import Profile, profile
@@ -25,6 +25,7 @@ __all__ = [
     "Profile",
     "Warehouse",
     "backbones",
+    "baselines",
     "convert",
     "default_scope",
     "freeze",
@@ -32,5 +33,6 @@ __all__ = [
     "load_released",
     "profile",
     "set_temperature",
+    "temperatures",
     "to_released",
 ]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
-from kw.attention import Attention
 from kw.config import KWConfig
 from kw.freeze import refuse_frozen
-from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
+from kw.layers import DynamicLayer, KWConv1d, KWConv2d, KWConv3d, KWLinear
+from kw.replace import chosen, convolution_arguments, like, refuse_converted, replace
 from kw.scope import default_config, default_scope
 from kw.warehouse import Draw, KernelShape, Warehouse, Warehouses
 
@@ -40,8 +40,7 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
         ValueError: the scope matches no layer, names one that does not exist or cannot be dynamic, a warehouse
             has no config, or its kernels cannot be cut and given out; the message names layer or warehouse.
     """
-    if any(isinstance(module, KWLayer) for module in model.modules()):
-        raise ValueError(f"This {type(model).__name__} has dynamic layers already; convert a vanilla model.")
+    refuse_converted(model)
     if hasattr(model, "warehouses"):
         raise ValueError(f"This {type(model).__name__} has an attribute 'warehouses' of its own, where ours would go.")
     config = KWConfig() if config is None else config
@@ -52,7 +51,7 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
 
     drawing = _drawing(model, scope)
     warehouses = Warehouses()
-    layers: dict[nn.Module, KWLayer] = {}
+    layers: dict[nn.Module, nn.Module] = {}
     for warehouse_name, names in drawing.items():
         kernels = [_kernel(model, name) for name in names]
         warehouse = Warehouse(kernels, _config_of(warehouse_name, config), name=warehouse_name)
@@ -62,66 +61,51 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
             layers[static] = _dynamic(static, draw)
 
     # Nothing was changed up to here: an error leaves the model as it was.
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # a layer may be used in several places
-        if module in layers:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layers[module])
+    replace(model, layers)
     model.warehouses = warehouses
     return model
 
 
 def set_temperature(model: nn.Module, tau: float) -> None:
-    """Set the temperature of every attention in `model`: 1 anchors each mixture to its cell, 0 leaves it free.
+    """Set the temperature of every attention in `model`, 1 when training begins and 0 once it is warmed up.
+
+    In a warehouse's layers 1 anchors each mixture to its cell and 0 leaves it free; what it means to the layers of
+    `kw.baselines` is told there.
 
     Raises:
-        ValueError: tau is not in [0, 1], or the model has no dynamic layer, or it is frozen.
+        ValueError: tau is not in [0, 1], or no attention of the model has a temperature, or it is frozen.
     """
     if not 0 <= tau <= 1:
         raise ValueError(f"temperature {tau!r} must be between 0 (trained) and 1 (start of the warm-up).")
     refuse_frozen(model, "keeps its temperature")
-    attentions = [module for module in model.modules() if isinstance(module, Attention)]
-    if not attentions:
+    found = temperatures(model)
+    if not found:
         raise ValueError(
-            f"This {type(model).__name__} has no dynamic layer to set a temperature of; kw.convert it first."
+            f"This {type(model).__name__} has no dynamic layer to set a temperature of; kw.convert it first "
+            f"(or it is of a kind without temperature)."
         )
-    for attention in attentions:
-        attention.temperature.fill_(tau)
+    for temperature in found:
+        temperature.fill_(tau)
+
+
+def temperatures(model: nn.Module) -> list[Tensor]:
+    """The temperatures `()` of a model's dynamic layers; none, if theirs is of a kind without. An attention keeps it in
+    a buffer `temperature`, itself or in a part of it, so that it is saved and moved with the model."""
+    attentions = [m.attention for m in model.modules() if isinstance(m, DynamicLayer) and m.attention is not None]
+    named = [entry for attention in attentions for entry in attention.named_buffers()]
+    return [buffer for name, buffer in named if name.rpartition(".")[2] == "temperature"]
 
 
 def _drawing(model: nn.Module, scope: Scope) -> dict[str, list[str]]:
     """Warehouse name -> names of its layers, both in module order."""
-    known = {name for name, _ in model.named_modules()}
-    if isinstance(scope, Mapping):
-        for name in scope:
-            if name not in known:
-                raise ValueError(f"The scope names layer {name!r}, which this {type(model).__name__} does not have.")
     drawing: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        warehouse = scope.get(name) if isinstance(scope, Mapping) else scope(name, module)
-        if warehouse is None:
-            continue
-        if type(module) not in CONVOLUTIONS and type(module) is not nn.Linear:
-            raise ValueError(
-                f"The scope puts {name!r}, a {type(module).__name__}, into warehouse {warehouse!r}: "
-                f"only plain nn.Conv1d, nn.Conv2d, nn.Conv3d and nn.Linear can be dynamic."
-            )
-        if not name:
-            raise ValueError(
-                f"The model is itself a {type(module).__name__}, which has no place to be replaced in: "
-                f"convert nn.Sequential(model)."
-            )
+    for name, warehouse in chosen(model, scope, (*CONVOLUTIONS, nn.Linear), "into warehouse {}").items():
         if not isinstance(warehouse, str) or not warehouse or "." in warehouse or hasattr(Warehouses, warehouse):
             raise ValueError(
                 f"The scope names a warehouse {warehouse!r} (layer {name!r}): a text is needed, "
                 f"without dots and not the name of a method of nn.ModuleDict; 'stage1' would do."
             )
         drawing.setdefault(warehouse, []).append(name)
-    if not drawing:
-        some = [name for name, module in model.named_modules() if type(module) in (*CONVOLUTIONS, nn.Linear)][:5]
-        raise ValueError(
-            f"The scope matches no layer of this {type(model).__name__}. "
-            f"Layers that could be dynamic: {', '.join(some) or 'none'}{', ...' if len(some) == 5 else ''}."
-        )
     return drawing
 
 
@@ -143,26 +127,8 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return model.get_parameter(f"{name}.weight")
 
 
-def _dynamic(layer: nn.Module, draw: Draw) -> KWLayer:
-    """The dynamic layer that takes the place of a static one, with its bias, device and precision."""
-    dynamic: KWLayer
+def _dynamic(layer: nn.Module, draw: Draw) -> DynamicLayer:
+    """The dynamic layer that takes the place of a static one."""
     if isinstance(layer, nn.Linear):
-        dynamic = KWLinear(layer.in_features, layer.out_features, layer.bias is not None, draw=draw)
-    else:
-        assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        dynamic = CONVOLUTIONS[type(layer)](
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            layer.bias is not None,
-            layer.padding_mode,
-            draw=draw,
-        )
-    dynamic.to(layer.weight).train(layer.training)
-    if isinstance(layer.bias, nn.Parameter):
-        dynamic.bias = layer.bias
-    return dynamic
+        return like(layer, KWLinear(layer.in_features, layer.out_features, layer.bias is not None, draw=draw))
+    return like(layer, CONVOLUTIONS[type(layer)](*convolution_arguments(layer), draw=draw))

@@ -36,6 +36,7 @@ from kw import functional
 from kw.attention import EPSILON, Attention
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
 from kw.profile import table
+from kw.replace import replace
 from kw.warehouse import Warehouse
 
 WORTHWHILE = 4  # cells per folded kernel
@@ -105,7 +106,9 @@ def freeze(model: nn.Module, memory: float = 1.0) -> Report:
     refuse_frozen(model, "cannot be frozen again")
     layers = {module: name for name, module in model.named_modules() if isinstance(module, KWLayer)}
     if not layers:
-        raise ValueError(f"This {type(model).__name__} has no dynamic layer to freeze; kw.convert it first.")
+        raise ValueError(
+            f"This {type(model).__name__} has no dynamic layer with a warehouse to freeze; kw.convert it first."
+        )
     if model in layers:
         raise ValueError(f"The model is itself a {type(model).__name__}: freeze nn.Sequential(model).")
     model.eval()
@@ -130,10 +133,7 @@ def freeze(model: nn.Module, memory: float = 1.0) -> Report:
             kernel, mixed = f"assembled: {reason} ({mixed} for {n} cells)", n
         weight = math.prod(layer.draw.kernel.shape)
         rows.append(FrozenLayer(name, type(layer).__name__, norm, kernel, weight * n, weight * mixed))
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # a layer may be used in several places
-        if module in frozen:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, frozen[module].eval())
+    replace(model, {layer: module.eval() for layer, module in frozen.items()})
     _drop_unused_warehouses(model)
     for module in (model, *(frozen.get(layer, layer) for layer in layers)):
         module.register_forward_pre_hook(_refuse_training)

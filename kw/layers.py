@@ -19,7 +19,21 @@ from kw.warehouse import Draw, Warehouse
 Size = int | tuple[int, ...]
 
 
-class KWLayer(nn.Module):
+class DynamicLayer(nn.Module):
+    """A layer whose kernel depends on its input, sample by sample: those below, and those of `kw.baselines`.
+
+    All that scores the input is in its `attention`, which is None where there is nothing to score.
+    """
+
+    attention: Any
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Of the static layer's kernel: `(C_out, C_in / groups, *kernel_size)`."""
+        raise NotImplementedError
+
+
+class KWLayer(DynamicLayer):
     """What convolutions and linear layers share: a draw from a warehouse, an attention, a static bias.
 
     Args:
@@ -30,6 +44,7 @@ class KWLayer(nn.Module):
     """
 
     draw: Draw
+    attention: Attention
 
     def __init__(self, channels: int, draw: Draw, bias: bool):
         super().__init__()
@@ -40,6 +55,10 @@ class KWLayer(nn.Module):
     @property
     def warehouse(self) -> Warehouse:
         return self.draw.warehouse
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        return self.draw.kernel.shape
 
     def kernels(self, pooled: Tensor) -> Tensor:
         """Pooled input `(B, C_in)` to each sample's kernel `(B, C_out, C_in / groups, P)`."""

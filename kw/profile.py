@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kw import functional
-from kw.layers import KWLayer, KWLinear
+from kw.layers import DynamicLayer, KWLayer, KWLinear
 from kw.warehouse import Warehouse
 
 STATIC = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -24,8 +24,9 @@ IMAGE = (3, 224, 224)
 class LayerCost:
     """One layer: its own parameters (cells are the warehouse's), and multiply-adds for one image.
 
-    `apply` is the convolution or matrix product itself, `assembly` the mixing of cells into this image's kernel,
-    `attention` the linear layers that score the cells. The last two are 0 for a static layer.
+    `apply` is the convolution or matrix product with a kernel of the static layer's size, `attention` what scores the
+    input, `assembly` all else: the mixing of this image's kernel, or what a method has in its place. The last two are
+    0 for a static layer.
     """
 
     name: str
@@ -155,64 +156,72 @@ def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profil
     """
     like = next(model.parameters())
     size = tuple(input_size or (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or IMAGE)
-    outputs: dict[str, int] = {}
-    hooks = [
-        module.register_forward_hook(_record_positions(outputs, name))
-        for name, module in model.named_modules()
-        if isinstance(module, (*STATIC, KWLayer))
-    ]
+    counter = FlopCounterMode(display=False)
+    meter = _Meter(counter)
+    for module in model.modules():
+        if isinstance(module, (*STATIC, DynamicLayer)):
+            meter.watch(module)
+        if isinstance(module, DynamicLayer) and module.attention is not None:
+            meter.watch(module.attention)
     training = {module: module.training for module in model.modules()}
     try:
         # The counter knows matrix products, not every fused softmax attention.
-        with FlopCounterMode(display=False) as counter, functional.use("grouped"), sdpa_kernel(SDPBackend.MATH):
+        with counter, functional.use("grouped"), sdpa_kernel(SDPBackend.MATH):
             model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
     finally:
-        for hook in hooks:
-            hook.remove()
+        meter.remove()
         for module, mode in training.items():
             module.training = mode
     return Profile(
         params=sum(parameter.numel() for parameter in model.parameters()),
         macs=counter.get_total_flops() // 2,
-        layers=tuple(_layer_costs(model, outputs)),
+        layers=tuple(_layer_costs(model, meter)),
         warehouses=tuple(_warehouse_cost(module) for module in model.modules() if isinstance(module, Warehouse)),
     )
 
 
-def _record_positions(outputs: dict[str, int], name: str) -> Any:
-    """A hook that adds up the positions at which a layer's kernel is applied, over all its calls."""
+class _Meter:
+    """What modules do in a forward pass, over all their calls: multiply-adds, and the positions of their outputs."""
 
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        channels = output.shape[-1] if isinstance(module, (nn.Linear, KWLinear)) else output.shape[1]
-        outputs[name] = outputs.get(name, 0) + output.numel() // channels
+    def __init__(self, counter: FlopCounterMode):
+        self.counter = counter
+        self.macs: dict[nn.Module, int] = {}
+        self.positions: dict[nn.Module, int] = {}
+        self.hooks: list[Any] = []
 
-    return hook
+    def watch(self, module: nn.Module) -> None:
+        self.hooks += [module.register_forward_pre_hook(self._before), module.register_forward_hook(self._after)]
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _before(self, module: nn.Module, inputs: Any) -> None:
+        self.macs[module] = self.macs.get(module, 0) - self.counter.get_total_flops() // 2
+
+    def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.macs[module] += self.counter.get_total_flops() // 2
+        if isinstance(output, Tensor):
+            channels = output.shape[-1] if isinstance(module, (nn.Linear, KWLinear)) else output.shape[1]
+            self.positions[module] = self.positions.get(module, 0) + output.numel() // channels
 
 
-def _layer_costs(model: nn.Module, positions: dict[str, int]) -> Iterable[LayerCost]:
-    attentions = {name for name, module in model.named_modules() if isinstance(module, KWLayer)}
+def _layer_costs(model: nn.Module, meter: _Meter) -> Iterable[LayerCost]:
+    inside = {part for module in model.modules() if isinstance(module, DynamicLayer) for part in module.modules()}
     for name, module in model.named_modules():
-        if name not in positions or name.rpartition(".attention.")[0] in attentions:
+        if module not in meter.macs or (module in inside and not isinstance(module, DynamicLayer)):
             continue
         params = sum(parameter.numel() for parameter in module.parameters())
-        if not isinstance(module, KWLayer):
-            weight = module.get_parameter("weight").numel()
-            yield LayerCost(name, type(module).__name__, None, 0, params, weight * positions[name], 0, 0)
+        kind, macs = type(module).__name__, meter.macs[module]
+        if not isinstance(module, DynamicLayer):
+            yield LayerCost(name, kind, None, 0, params, macs, 0, 0)
             continue
-        draw = module.draw
-        weight = math.prod(draw.kernel.shape)
-        scoring = [layer for layer in module.attention.modules() if isinstance(layer, nn.Linear)]
-        rows = {module.attention.fc3: draw.mixtures}  # fc3 maps each mixture's basis scores
-        yield LayerCost(
-            name,
-            type(module).__name__,
-            draw.warehouse.name,
-            draw.mixtures,
-            params,
-            apply=weight * positions[name],
-            assembly=weight * len(draw.warehouse.cells),
-            attention=sum(layer.weight.numel() * rows.get(layer, 1) for layer in scoring),
+        warehouse, mixtures = (
+            (module.warehouse.name, module.draw.mixtures) if isinstance(module, KWLayer) else (None, 0)
         )
+        apply = math.prod(module.kernel_shape) * meter.positions[module]
+        attention = meter.macs.get(module.attention, 0)
+        yield LayerCost(name, kind, warehouse, mixtures, params, apply, macs - apply - attention, attention)
 
 
 def _warehouse_cost(warehouse: Warehouse) -> WarehouseCost:

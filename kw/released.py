@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kw.convert import set_temperature
 from kw.freeze import refuse_frozen
-from kw.layers import KWLayer, KWLinear
+from kw.layers import DynamicLayer, KWLayer, KWLinear
 
 
 class Entry(NamedTuple):
@@ -53,9 +53,14 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         ValueError: entries are missing, left over or of another shape (they are named), or the model is of a family
-            that was not released.
+            or by a method that was not released.
     """
     refuse_frozen(model, "no longer has the parts of a released one")
+    if any(isinstance(module, DynamicLayer) and not isinstance(module, KWLayer) for module in model.modules()):
+        raise ValueError(
+            f"This {type(model).__name__} is dynamic by another method than KernelWarehouse, which alone has released "
+            f"checkpoints here: build it with dynamic='kw'."
+        )
     values = _unwrap(state_dict)
     entries = _entries(model)
     fit = "Is it of this backbone, at this n and number of classes?"

@@ -43,7 +43,7 @@ def default_scope(model: nn.Module) -> dict[str, str]:
     """
     names = [name for name, module in model.named_modules() if type(module) in KINDS]
     hidden = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
-    static = {*names[:1], *_classifier(model, names)}
+    static = {*names[:1], *classifiers(model, names)}
     stages = _stages(model, names)
     groups: dict[str, list[list[str]]] = {}
     for name in names:
@@ -100,7 +100,8 @@ def _fit(model: nn.Module, names: list[str]) -> bool:
     return mixtures <= (MAX_MIXTURES_DEPTHWISE if depthwise else MAX_MIXTURES)
 
 
-def _classifier(model: nn.Module, names: list[str]) -> set[str]:
+def classifiers(model: nn.Module, names: list[str]) -> set[str]:
+    """Names of the model's last layers: `model.get_classifier()`, or else the last of `names`."""
     get_classifier = getattr(model, "get_classifier", None)
     if get_classifier is None:
         return set(names[-1:])

@@ -2,9 +2,11 @@
 
     python -m scripts.benchmark                                   the cases of `make bench`, float32, on the CPU
     python -m scripts.benchmark resnet18:1 resnet50:4@8 --what train eval --repeats 5
+    python -m scripts.benchmark resnet18:4 resnet18:odconv4 resnet18:se    other dynamic convolutions
     python -m scripts.benchmark resnet18:1 resnet18:4 --batch 128 --device cuda --dtype bfloat16
 
-A case is BACKBONE:N or BACKBONE:N@BATCH. `small` is for small images: ResNet18 with one block a stage and a 3x3 stem of
+A case is BACKBONE:N or BACKBONE:N@BATCH; in place of N also another method with its n, which has one way of computing:
+what is told of the ways is then noise. `small` is for small images: ResNet18 with one block a stage and a 3x3 stem of
 stride 2 without max pooling, so that its last stage has 2x2 positions; it always takes images of 32 pixels.
 
     train    one step: forward, cross entropy, backward, gradients dropped; no optimizer; temperature 0
@@ -43,6 +45,7 @@ from torch.nn import functional as F
 
 import kw
 from kw.backbones import BACKBONES, STATIC
+from kw.baselines import BASELINES, check_budget
 from kw.config import parse_budget
 from kw.jobs.provenance import provenance
 from scripts.benchmark_table import MEASURED, Row, Sample, draw, markdown, show, write_csv
@@ -96,22 +99,28 @@ def parse_case(text: str) -> Case:
     if backbone not in (SMALL, *BACKBONES):
         raise argparse.ArgumentTypeError(f"No backbone {backbone!r}; there are {', '.join((SMALL, *BACKBONES))}.")
     try:
-        parse_budget(n)
+        method(n)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
     return Case(backbone, n, int(batch) if batch else None)
 
 
+def method(n: str) -> dict[str, str]:
+    """What a case's N asks of `timm.create_model`: "4", "static", "odconv4" or "se". Raises ValueError for others."""
+    word = re.match("[a-z]*", n)[0]  # type: ignore[index]
+    if word not in BASELINES:
+        return {"n": n if n == STATIC else str(parse_budget(n))}
+    return {"dynamic": word, "n": str(check_budget(word, n.removeprefix(word) or 1))}
+
+
 def create(case: Case, n: str, settings: Settings) -> nn.Module:
     torch.manual_seed(0)
     if case.backbone == SMALL:
-        model = timm.create_model("kw_resnet18", n=n, layers=(1, 1, 1, 1))
+        model = timm.create_model("kw_resnet18", **method(n), layers=(1, 1, 1, 1))
         model.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
         model.maxpool = nn.Identity()
     else:
-        model = timm.create_model(f"kw_{case.backbone}", n=n)
-    if n != STATIC:
-        kw.set_temperature(model, 0.0)
+        model = timm.create_model(f"kw_{case.backbone}", **method(n))
     return model.to(settings.device, memory_format=settings.layout)
 
 

@@ -2,6 +2,7 @@
 
     python -m scripts.profile_model backbone=resnet18 n=1/4                224 pixels, 1000 classes
     python -m scripts.profile_model experiment=resnet50_kw1d2x --out report/resnet50.png
+    python -m scripts.profile_model backbone=resnet18 dynamic=odconv n=4
     python -m scripts.profile_model backbone=timm backbone.name=regnety_002 n=1/2 kw.reduction=1/32
 
 The picture has a line for each layer. Left: the cells of its warehouse, all of which it mixes, in pale; those that are
@@ -76,7 +77,7 @@ def draw(profile: Profile, title: str, path: Path) -> None:
             ticks[y] = share.layer
         top += len(warehouse.shares) + 1.6
     if static:
-        _title(left, top, "static layers", STATIC)
+        _title(left, top, "layers without warehouse", STATIC)
     for line, layer in enumerate(static):
         _draw_cost(right, top + 1 + line, layer, STATIC)
         ticks[top + 1 + line] = layer.name
@@ -141,7 +142,7 @@ def main() -> None:
     except (ConfigError, HydraException) as error:
         sys.exit(str(error).splitlines()[0])
     print(profile)
-    draw(profile, f"{config.backbone.label}, n = {config.n}", options.out)
+    draw(profile, f"{config.backbone.label}, {config.dynamic}, n = {config.n}", options.out)
     print(f"\nThe picture is {options.out}.")
 
 

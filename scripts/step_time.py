@@ -38,8 +38,9 @@ WARM_UP = 2
 
 
 def composed(row: str, settings: list[str]) -> TrainConfig:
+    (overrides,) = [known.overrides for known in published() if known.id == row]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return validate(compose("train", [f"experiment={row}", "data.root=unused", *settings]))
+        return validate(compose("train", [*overrides, "data.root=unused", *settings]))
 
 
 def measure(row: str, settings: list[str], repeats: int) -> dict[str, Any]:

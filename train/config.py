@@ -2,6 +2,7 @@
 Hydra, values out of range here; every message names the key.
 """
 
+import contextlib
 import difflib
 import hashlib
 import math
@@ -20,7 +21,7 @@ from timm.data import create_transform
 from timm.optim import list_optimizers
 
 from kw import KWConfig
-from kw.backbones import STATIC
+from kw.baselines.registry import BASELINES, KW, STATIC, check_budget, choices
 from kw.config import format_budget, parse_budget
 from kw.jobs.errors import ConfigError, check, check_choice
 from train import slurm
@@ -230,7 +231,8 @@ class LoggerConfig:
 
 @dataclass
 class TrainConfig:
-    n: Any = 1
+    n: Any = 1  # budget; of the methods of kw.baselines, kernels in a layer
+    dynamic: str = KW  # the method: kw, static (the vanilla backbone), or one of kw.baselines
     kw: SettingsConfig = field(default_factory=SettingsConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -245,21 +247,23 @@ class TrainConfig:
     given: list[str] = field(default_factory=list)  # keys on the command line; set by the program itself
 
     def __post_init__(self) -> None:
-        if self.n != STATIC:
+        check_choice("dynamic", self.dynamic, choices())
+        if STATIC in (self.n, self.dynamic):
+            self.dynamic = self.n = STATIC
+        else:
             try:
-                self.n = str(parse_budget(self.n))
+                self.n = str(parse_budget(self.n) if self.dynamic == KW else check_budget(self.dynamic, self.n))
             except ValueError as error:
                 raise ConfigError(f"{error} Or n={STATIC} for the vanilla backbone.") from None
-        elif self.kw.given():
-            raise ConfigError(
-                f"kw.{next(iter(self.kw.given()))} is a setting of warehouses, which n={STATIC} has none of."
-            )
+        if self.kw.given() and self.dynamic != KW:
+            key, none = next(iter(self.kw.given())), f"n={STATIC}" if self.is_static else f"dynamic={self.dynamic}"
+            raise ConfigError(f"kw.{key} is a setting of warehouses, which {none} has none of.")
         check_choice("resume", self.resume, ("auto", "never"))
         check(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
 
     @property
     def is_static(self) -> bool:
-        return self.n == STATIC
+        return self.dynamic == STATIC
 
 
 def validate(composed: DictConfig) -> TrainConfig:
@@ -306,17 +310,17 @@ HOW_IT_RUNS = re.compile(
     r"name|label|given|resume|evaluate|data\.root|logger(\..+)?|runtime(\.(?!(precision|sync_norm)$).+)?"
 )
 # Beside these, what a run folder's path shows in a word of its own.
-IN_THE_PATH = re.compile(r"backbone|data|experiment|n|seed")
+IN_THE_PATH = re.compile(r"backbone|data|dynamic|experiment|n|seed")
 
 
-def run_name(label: str, n: Any) -> str:
-    """A run folder's name: as published rows are called (`resnet18`, `resnet18_kw1d4x`), then the other settings given
-    on the command line that decide what is learnt (`resnet18_kw1d4x+recipe.lr-0.1`). It needs no quoting in a shell
-    or in Hydra."""
-    try:
-        name = label if n == STATIC else f"{label}_kw{format_budget(n)}"
-    except ValueError:
-        name = f"{label}_kw"  # n is no budget: validate says so, once there is a run
+def run_name(label: str, dynamic: str, n: Any) -> str:
+    """A run folder's name: as published rows are called (`resnet18`, `resnet18_kw1d4x`, `resnet18_odconv4x`; without
+    budget `resnet18_se`), then the other settings given on the command line that decide what is learnt
+    (`resnet18_kw1d4x+recipe.lr-0.1`). It needs no quoting in a shell or in Hydra."""
+    name = label if STATIC in (n, dynamic) else f"{label}_{dynamic}"
+    if name != label and (dynamic not in BASELINES or BASELINES[dynamic].budget):
+        with contextlib.suppress(ValueError):  # n is no budget: validate says so, once there is a run
+            name += format_budget(n)
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     for override in sorted(given):
         key, _, value = override.lstrip("+~").partition("=")

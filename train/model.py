@@ -1,4 +1,4 @@
-"""The model of a run: a backbone of kw at the budget n, or any other timm model converted with the default scope."""
+"""The model of a run: a backbone of kw, or any other timm model, made dynamic as the run asks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 import kw
 from kw.backbones import BACKBONES
+from kw.baselines import BASELINES
 from train.config import TrainConfig
 from train.errors import ConfigError
 
@@ -30,15 +31,18 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     settings = config.kw.given()
     try:
         if name in BACKBONES:
-            model = timm.create_model(f"kw_{name}", n=config.n, **settings, **kwargs)
+            model = timm.create_model(f"kw_{name}", n=config.n, dynamic=config.dynamic, **settings, **kwargs)
         else:
             model = timm.create_model(name, **kwargs)
-            if not config.is_static:
+            if config.dynamic in BASELINES:
+                kw.baselines.convert(model, config.dynamic, config.n)
+            elif not config.is_static:
                 kw.convert(model, config=kw.KWConfig(n=config.n, **settings))
     except (TypeError, ValueError) as error:
         given = config.backbone.kwargs
         source = f" backbone.kwargs={given} come from the group backbone=...; backbone=timm has none." if given else ""
-        raise ConfigError(f"backbone={name} cannot be built at n={config.n}: {error}.{source}") from error
+        asked = f"backbone={name} cannot be built at n={config.n}, dynamic={config.dynamic}"
+        raise ConfigError(f"{asked}: {error}.{source}") from error
     if config.recipe.drop_path_rule:
         set_drop_path(model, config.recipe.drop_path, config.recipe.drop_path_rule)
     return model

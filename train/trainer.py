@@ -24,7 +24,6 @@ import kw
 from kw.jobs.checkpoint import FORMAT
 from kw.jobs.folder import write_whole
 from kw.jobs.provenance import provenance
-from kw.layers import KWLayer
 from train.checkpoint import Checkpoints, State
 from train.config import TrainConfig, learnt_settings, to_plain, validate
 from train.data import MicroBatches, Sample, Samples, Substitutes, eval_loader, identity, seed_everything, train_loader
@@ -85,7 +84,7 @@ class Trainer:
         if config.runtime.channels_last:
             model.to(memory_format=torch.channels_last)
         self.model = model
-        self.dynamic = any(isinstance(module, KWLayer) for module in model.modules())
+        self.warms_up = bool(kw.temperatures(model))
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
         self.optimizer = build_optimizer(model, recipe)
         self.mixup = build_mixup(recipe, num_classes)
@@ -361,7 +360,7 @@ class Trainer:
 
     def _set_temperature(self, micro_batch: int) -> None:
         """The same for the model and its average, which would otherwise be evaluated with an averaged temperature."""
-        if not self.dynamic:
+        if not self.warms_up:
             return
         tau = self._temperature(micro_batch)
         kw.set_temperature(self.model, tau)
@@ -371,7 +370,7 @@ class Trainer:
     def _warn_of_temperature(self) -> None:
         """It may be wanted, as in a trial of a few epochs: no error."""
         end = self._temperature(self.steps * self.accumulation - 1)
-        if self.dynamic and end > 0:
+        if self.warms_up and end > 0:
             recipe = self.config.recipe
             self.display.print(
                 f"Warning: recipe.temperature_epochs={recipe.temperature_epochs:g} is more than "
@@ -424,7 +423,7 @@ class Trainer:
         if self.ema:
             line |= {f"ema_{key}": value for key, value in self._evaluate(self.ema.module).items()}
         line["lr"] = learning_rate(self.step - 1, self.steps_per_epoch, self.config.recipe)
-        line["temperature"] = self._temperature(self.step * self.accumulation - 1) if self.dynamic else 0.0
+        line["temperature"] = self._temperature(self.step * self.accumulation - 1) if self.warms_up else 0.0
         line["images_per_second"] = speed
         if self.substitutes:  # by now all processes are through with the epoch: their samples were summed
             line["substituted"] = self.substitutes.count(epoch)
@@ -460,6 +459,7 @@ class Trainer:
         summary = {
             "name": self.config.name,
             "backbone": self.config.backbone.label,
+            "dynamic": self.config.dynamic,
             "n": self.config.n,
             "data": self.config.data.name,
             "top1": last["top1"],

@@ -1,7 +1,8 @@
 """The backbones of the paper: importing this package registers them with timm, as `kw_resnet18` and so on."""
 
 from kw.backbones import convnext, deit, mobilenetv2, resnet
-from kw.backbones.build import STATIC, Backbone
+from kw.backbones.build import Backbone
+from kw.baselines.registry import STATIC
 
 BACKBONES: dict[str, Backbone] = {
     backbone.base: backbone

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from kw.ways.task import Task
 
+Sizes = tuple[int, ...]
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -25,13 +26,17 @@ def assemble(alpha: Tensor, cells: Tensor, grid: tuple[int, int, int]) -> Tensor
 
 
 def grouped(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
+    kernels = assemble(alpha, cells, task.grid)
+    kernels = kernels.view(*kernels.shape[:3], *task.kernel_size)
+    return per_sample(x, kernels, task.stride, task.padding, task.dilation, task.groups)
+
+
+def per_sample(x: Tensor, kernels: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> Tensor:
+    """Convolve each sample `(C_in, *space)` of `x` with its own of `(B, C_out, C_in / groups, *kernel_size)`."""
     batch, channels = x.shape[:2]
     convolve = CONVOLUTIONS[x.dim() - 2]
-    kernel = assemble(alpha, cells, task.grid)
-    kernel = kernel.view(*kernel.shape[:3], *task.kernel_size)
     if batch == 0:  # nothing to convolve, but a result of the right shape, with gradients of zero
-        return convolve(x, kernel.sum(0), None, task.stride, task.padding, task.dilation, task.groups)
+        return convolve(x, kernels.sum(0), None, stride, padding, dilation, groups)
     wide = x.reshape(1, batch * channels, *x.shape[2:])
-    groups = batch * task.groups
-    out = convolve(wide, kernel.flatten(0, 1), None, task.stride, task.padding, task.dilation, groups)
-    return out.view(batch, kernel.shape[1], *out.shape[2:])
+    out = convolve(wide, kernels.flatten(0, 1), None, stride, padding, dilation, batch * groups)
+    return out.view(batch, kernels.shape[1], *out.shape[2:])

@@ -93,7 +93,10 @@ def load_model(options: Options) -> tuple[nn.Module, TrainConfig, State, str]:
     weights = _weights(path, state, options.ema) if ours else state
     model = build_model(config, len(state["classes"]) if ours else config.data.num_classes or 1000)
     if not any(isinstance(module, KWLayer) for module in model.modules()):
-        raise ConfigError(f"{path} is of {config.backbone.label} at n={config.n}, which has no attentions.")
+        raise ConfigError(
+            f"{path} is of {config.backbone.label} at n={config.n}, dynamic={config.dynamic}: "
+            f"it has no attentions to a warehouse's cells."
+        )
     try:
         model.load_state_dict(weights) if ours else kw.load_released(model, weights)
     except (KeyError, ValueError, RuntimeError) as error:

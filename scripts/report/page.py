@@ -6,6 +6,7 @@ import html
 from statistics import mean
 from typing import Any
 
+from kw.baselines.registry import KW, STATIC
 from scripts.report.published import CLASSIFICATION, LABELS
 from scripts.report.rows import NOT_RUN, Row, Section
 from scripts.report.tables import cells, head, left, notes
@@ -27,7 +28,7 @@ BODY = """
 def report_page(made: list[Section], remarks: list[str]) -> str:
     """The page's text: a tab for each table, and for each data set of the other runs."""
     tabs = [tab for section in made for tab in _split(section)]
-    sizes = {(row.backbone, row.n): row.params for row in _rows(made) if row.task == CLASSIFICATION}
+    sizes = {(row.backbone, row.n): row.params for row in _rows(made) if _sizes_detectors(row)}
     known = [row for row in _rows(made) if row.published]
     run = len({row.published.id for row in known if row.runs and row.published})
     total = len({row.published.id for row in known if row.published})
@@ -39,6 +40,10 @@ def report_page(made: list[Section], remarks: list[str]) -> str:
         body += f'<section class="card"><h2>Passed over or unfinished</h2><ul>{told}</ul></section>'
     data = {"labels": LABELS, "tabs": [_tab(tab, sizes) for tab in tabs]}
     return page("KernelWarehouse: measured beside published", subtitle, body, data, "report.js")
+
+
+def _sizes_detectors(row: Row) -> bool:
+    return row.task == CLASSIFICATION and row.dynamic in (KW, STATIC)
 
 
 def _rows(made: list[Section]) -> list[Row]:
@@ -74,7 +79,7 @@ def _tab(section: Section, sizes: dict[tuple[str, str], int | None]) -> dict[str
                                                     "seeds", "state", "epochs", "departures")}  # fmt: skip
         scores = {key: row.score(key) for key in section.scores}
         figures = {key: row.figure(key) for key in section.scores}
-        made = {"backbone": row.backbone, "scores": scores, "figures": figures, "curve": curve(row)}
+        made = {"backbone": row.series, "scores": scores, "figures": figures, "curve": curve(row)}
         rows.append({**plain, **made, "backbone_params": detector})
     return {"title": section.title, "scores": section.scores, "published": section.published, "rows": rows}
 

@@ -11,7 +11,7 @@ matplotlib.use("Agg")  # no screen is needed
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from kw.backbones import STATIC
+from kw.baselines.registry import KW, STATIC
 from scripts.report.page import curve
 from scripts.report.published import LABELS
 from scripts.report.rows import Section
@@ -39,7 +39,8 @@ def _draw_section(section: Section, cost: Any, curves: Any) -> None:
             place = (row.params / 1e6, score[0])
             dots = cost.errorbar(*place, score[1] or 0, marker="o", capsize=3, linestyle="none")
             color = dots.lines[0].get_color()
-            text = row.n if row.n == STATIC else f"n = {row.n}"  # the colors say of which backbone
+            method = "" if row.dynamic in (KW, STATIC) else f"{row.dynamic}, "
+            text = row.n if row.n == STATIC else f"{method}n = {row.n}"  # the colors say of which backbone
             cost.annotate(text, place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
         line = curve(row)
         if line:

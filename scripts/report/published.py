@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kw.backbones import STATIC
+from kw.baselines.registry import KW, STATIC
 from kw.config import format_budget
 
 FILE = Path(__file__).parents[1] / "published.yaml"
@@ -18,6 +19,10 @@ SCORES = {CLASSIFICATION: ("top1", "top5"), DETECTION: ("box_ap", "mask_ap")}
 LABELS = {"top1": "top-1", "top5": "top-5", "box_ap": "box AP", "mask_ap": "mask AP"}
 TRAINING_IMAGES = {CLASSIFICATION: 1_281_167, DETECTION: 117_266}  # COCO's with an object in them, which are trained on
 DETECTION_EPOCHS = 12
+IMAGENET, COCO = "ImageNet", "COCO, Mask R-CNN, 12 epochs"
+# Rows of other methods: those of ODConv's release, which trained each backbone by a recipe of its own.
+RIVALS, RIVALS_TITLE = "dynamic_convolution_baselines", "ImageNet, other dynamic convolutions (100 or 150 epochs)"
+RIVALS_RECIPES = {"resnet18": ("sgd_100e", 100), "mobilenetv2_100": ("sgd_150e", 150)}
 
 AUGMENT = ("color_jitter", "auto_augment", "interpolation", "random_erasing", "erasing_mode", "eval_resize",
            "eval_interpolation")  # fmt: skip
@@ -45,8 +50,10 @@ class Published:
 
     id: str
     task: str
+    table: str  # its title
     backbone: str  # timm's name
     label: str  # what run folders call it
+    dynamic: str  # the method: kw, static, or one of kw.baselines
     n: str
     params: int | None
     macs: int | None
@@ -64,9 +71,12 @@ class Published:
         return f"mask_rcnn_{budget}{self.backbone}_1x_coco"
 
     @property
-    def command(self) -> str:
-        program = "train experiment" if self.task == CLASSIFICATION else "detection config"
-        return f"python -m {program}={self.name} data.root=PATH"
+    def overrides(self) -> list[str]:
+        """What `python -m train` is asked for it, beside data.root."""
+        if self.dynamic in (KW, STATIC):
+            return [f"experiment={self.id}"]
+        recipe, _ = RIVALS_RECIPES[self.backbone]
+        return [f"backbone={self.label}", f"dynamic={self.dynamic}", f"n={self.n}", f"recipe={recipe}", "data=imagenet"]
 
 
 def published() -> list[Published]:
@@ -81,10 +91,22 @@ def published() -> list[Published]:
             settings = as_settings({**recipe, **(row.get("settings") or {})} if recipe else {})
             epochs = settings.get("recipe.epochs", 300) if task == CLASSIFICATION else DETECTION_EPOCHS
             scores = {key: row.get(key) for key in SCORES[task]}
-            of = (row["backbone"], labels[row["backbone"]], row["n"] or STATIC)
+            title = IMAGENET if task == CLASSIFICATION else COCO
+            method = (KW, row["n"]) if row["n"] else (STATIC, STATIC)
+            of = (task, title, row["backbone"], labels[row["backbone"]], *method)
             counted = [costs.get(row["id"], {}).get(key) for key in ("params", "macs")]
-            made.append(Published(row["id"], task, *of, *counted, scores, settings, epochs, row.get("top1_gain")))
-    return made
+            made.append(Published(row["id"], *of, *counted, scores, settings, epochs, row.get("top1_gain")))
+    return made + [_rival(row, costs[row["id"]]) for row in content[RIVALS] if row["id"] not in labels.values()]
+
+
+def _rival(row: dict[str, Any], cost: dict[str, int]) -> Published:
+    """A row of another method: its id tells the method and the budget, `resnet18_odconv4x`."""
+    backbone, _, method = row["id"].rpartition("_")
+    dynamic, n = method.rstrip("0123456789x"), re.sub(r"\D", "", method)
+    scores = {key: row[key] for key in SCORES[CLASSIFICATION]}
+    _, epochs = RIVALS_RECIPES[backbone]
+    of = (CLASSIFICATION, RIVALS_TITLE, backbone, backbone, dynamic, n)
+    return Published(row["id"], *of, cost["params"], cost["macs"], scores, {"recipe.epochs": epochs}, epochs)
 
 
 def as_settings(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
-from scripts.report.published import CLASSIFICATION, SCORES, Published, departures, published
+from kw.baselines.registry import KW, STATIC
+from scripts.report.published import CLASSIFICATION, DETECTION, SCORES, Published, departures, published
 from scripts.report.runs import Run
 from scripts.report.steps import Step, cost
 
@@ -44,6 +45,16 @@ class Row:
     @property
     def backbone(self) -> str:
         return self._row.label if self.published else self.runs[0].backbone
+
+    @property
+    def dynamic(self) -> str:
+        """The method."""
+        return self.runs[0].dynamic if self.runs else self._row.dynamic
+
+    @property
+    def series(self) -> str:
+        """What is compared over budgets: a backbone by KernelWarehouse, with the static one; or by another method."""
+        return self.backbone if self.dynamic in (KW, STATIC) else f"{self.backbone} {self.dynamic}"
 
     @property
     def n(self) -> str:
@@ -131,8 +142,7 @@ class Section:
         return not any(row.runs for row in self.rows)
 
 
-TITLES = {("imagenet", True): "ImageNet", ("coco", True): "COCO, Mask R-CNN, 12 epochs",
-          ("imagenet", False): "Other runs", ("coco", False): "Other detectors"}  # fmt: skip
+OTHERS = {CLASSIFICATION: "Other runs", DETECTION: "Other detectors"}
 
 
 def sections(runs: list[Run], steps: Iterable[Step] = ()) -> tuple[list[Section], list[str]]:
@@ -149,13 +159,13 @@ def sections(runs: list[Run], steps: Iterable[Step] = ()) -> tuple[list[Section]
         kept = [row for row in rows[known] if row.runs]
         rows[known] = [*kept, Row(members, known, timed.get(known.id))]
     made = []
-    for task in SCORES:
-        found = [row for known in rows if known.task == task for row in rows[known]]
-        made.append(Section(TITLES[task, True], task, found, True))
+    for title, task in dict.fromkeys((known.table, known.task) for known in rows):
+        found = [row for known in rows if known.table == title for row in rows[known]]
+        made.append(Section(title, task, found, True))
     for task in SCORES:
         found = [row for row in others if row.task == task]
         if found:
-            made.append(Section(TITLES[task, False], task, sorted(found, key=_order), False))
+            made.append(Section(OTHERS[task], task, sorted(found, key=_order), False))
     return made, remarks
 
 
@@ -175,12 +185,12 @@ def group(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
 
 
 def _published(run: Run, rows: Iterable[Published]) -> Published | None:
-    """The row that a run is of: backbone and n on ImageNet, the configuration's name on COCO."""
+    """The row that a run is of: backbone, method and n on ImageNet, the configuration's name on COCO."""
     for known in rows:
         if run.task != known.task:
             continue
         if run.task == CLASSIFICATION:
-            mine = run.backbone in (known.label, known.backbone) and run.n == known.n
+            mine = run.backbone in (known.label, known.backbone) and (run.dynamic, run.n) == (known.dynamic, known.n)
             if run.data == CLASSIFICATION and mine:
                 return known
         elif run.name == known.name:

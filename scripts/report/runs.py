@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from kw.baselines.registry import KW, STATIC
 from scripts.report.published import CLASSIFICATION, DETECTION, SCORES
 
 MARKS = {"config.yaml", "metrics.jsonl", "summary.json", "settings.json"}  # any of them makes a folder a run's
@@ -55,6 +56,7 @@ class Run:
     ema: float | None = None  # the first score, of the average of the weights
     curve: list[tuple[int, float]] = field(default_factory=list)  # (epoch, the first of the scores)
     config: dict[str, Any] = field(default_factory=dict)
+    dynamic: str = KW  # the method
 
 
 def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -111,6 +113,7 @@ def _finished(folder: Path, task: str, summary: Any, config: Any, lines: list[An
         it.text("n"), it.whole("seed"), scores, True, it.whole("epochs", len(lines)), None,
         it.whole("params", None), it.whole("macs", None), it.positive("images_per_second"),
         device=it.text("device", "-"), ema=it.positive(f"ema_{main}"), curve=_curve(lines, main), config=config,
+        dynamic=_method(it),
     )  # fmt: skip
     return _timed(run, lines)
 
@@ -127,8 +130,14 @@ def _unfinished(folder: Path, config: Any, lines: list[Any]) -> Run:
     run = Run(
         folder, CLASSIFICATION, it.text("name"), backbone, data, it.text("n"), it.whole("seed"), scores, False,
         len(lines), asked, images_per_second=speed, curve=_curve(lines, "top1"), config=config,
+        dynamic=_method(it),
     )  # fmt: skip
     return _timed(run, lines)
+
+
+def _method(it: Checked) -> str:
+    """Runs from before there were others, and detectors, do not tell it."""
+    return it.text("dynamic", STATIC if it.text("n") == STATIC else KW)
 
 
 def _timed(run: Run, lines: list[Any]) -> Run:

@@ -17,8 +17,8 @@ from scripts.report.rows import DONE, NOT_RUN, UNFINISHED, Row, Section
 from scripts.report.runs import Run
 
 NONE = "-"
-RUN_KEYS = ("name", "data", "backbone", "n", "seed", "params", "macs", "images_per_second", "epochs", "asked",
-            "finished", "hours", "device")  # fmt: skip
+RUN_KEYS = ("name", "data", "backbone", "dynamic", "n", "seed", "params", "macs", "images_per_second", "epochs",
+            "asked", "finished", "hours", "device")  # fmt: skip
 SCORE_KEYS = ("top1", "top5", "box_ap", "mask_ap")
 
 
@@ -196,10 +196,10 @@ def write_csv(made: list[Section], path: Path) -> None:
         writer = csv.writer(file)
         scored = [f"{key}{what}" for key in SCORE_KEYS for what in ("", "_std", "_published", "_difference")]
         ends = ("images_per_second", "epochs", "asked", "seeds", "device_hours", "device", "state", "departures")
-        writer.writerow(["table", "run", "data", "backbone", "n", "params", "macs", *scored, *ends])
+        writer.writerow(["table", "run", "data", "backbone", "dynamic", "n", "params", "macs", *scored, *ends])
         for section in made:
             for row in section.rows:
-                words = [section.title, row.name, row.data, row.backbone, row.n, row.params, row.macs]
+                words = [section.title, row.name, row.data, row.backbone, row.dynamic, row.n, row.params, row.macs]
                 scores = [value for key in SCORE_KEYS for value in _score(row, section, key)]
                 numbers = [row.images_per_second, *row.epochs, row.seeds, row.hours, row.device]
                 writer.writerow([*words, *scores, *numbers, row.state, "; ".join(row.departures)])

@@ -1,0 +1,29 @@
+"""Other dynamic convolutions, to compare with: conversions of vanilla models, as `kw.convert` is one.
+
+>>> model = kw.baselines.convert(timm.create_model("resnet18"), "odconv", n=4)
+>>> model = timm.create_model("kw_resnet18", dynamic="odconv", n=4)
+
+A method is one file of this folder: it defines a layer and registers it (registry.py). Nothing else lists it; from then
+on `python -m train dynamic=NAME`, `kw.profile`, the report, the benchmark and the tests know it.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from kw.baselines.convert import convert, default_scope
+from kw.baselines.layer import DynamicConv2d, KernelBank
+from kw.baselines.registry import BASELINES, Baseline, check_budget, register
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "DynamicConv2d",
+    "KernelBank",
+    "check_budget",
+    "convert",
+    "default_scope",
+    "register",
+]

@@ -1,0 +1,41 @@
+"""CondConv (Yang et al., NeurIPS 2019, arXiv 1904.04971): kernels mixed by a sigmoid routing, section 3.1.
+
+    W = sum_k alpha_k W_k,    alpha = sigmoid(R pool(x))
+
+Shapes: x `(B, C_in, H, W)`, alpha `(B, K)`, W_k `(C_out, C_in / groups, kh, kw)`. R is a linear layer with bias. Each
+of the K kernels ("experts") is initialized by itself, as a static one would be.
+
+Ours: the scope. The paper makes the last blocks and the classifier conditional; here all methods have the same layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kw.baselines.layer import KernelBank
+from kw.baselines.registry import register
+
+
+class Routing(nn.Module):
+    """Pooled features `(B, C)` to the shares `(B, K)` of the experts, each in (0, 1)."""
+
+    def __init__(self, channels: int, kernels: int):
+        super().__init__()
+        self.fc = nn.Linear(channels, kernels)
+        nn.init.xavier_normal_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return torch.sigmoid(self.fc(pooled))
+
+
+@register("condconv", budget=True)
+class CondConv2d(KernelBank):
+    """`nn.Conv2d` with n experts mixed by a sigmoid routing; equations above."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.attention = Routing(self.in_channels, self.n)

@@ -1,0 +1,67 @@
+"""Conversion to one of the methods to compare with: by the same mechanism as `kw.convert`, without warehouses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from kw.baselines.registry import check_budget, find
+from kw.config import BudgetLike
+from kw.replace import chosen, convolution_arguments, like, refuse_converted, replace
+from kw.scope import classifiers, kind_of
+
+Choice = Callable[[str, nn.Module], bool] | Iterable[str]
+
+
+def convert(model: nn.Module, name: str, n: BudgetLike = 1, scope: Choice | None = None) -> nn.Module:
+    """Make convolutions of `model` dynamic by the method `name`, in place, and return it.
+
+    Args:
+        model: any model built of `nn.Conv2d`, such as one of timm's. Linear layers stay static.
+        name: of `BASELINES`: "condconv", "dyconv", "odconv", "dcd", "se".
+        n: the number of kernels in a layer, whole; of no matter to methods without a budget (`dcd`, `se`).
+        scope: which layers: names, or a function of `(layer name, layer)`. Left out: `default_scope`.
+
+    Biases are kept; kernels are not: they are initialized anew.
+
+    Raises:
+        ValueError: there is no such method, n is not whole, or the scope matches no layer, or names one that does not
+            exist or cannot be dynamic. The model is then as it was.
+    """
+    refuse_converted(model)
+    method, kernels = find(name), check_budget(name, n)
+    scope = default_scope(model) if scope is None else scope
+    names = chosen(
+        model, scope if callable(scope) else dict.fromkeys(scope, True), (nn.Conv2d,), f"among {name} layers"
+    )
+    budget = {"n": kernels} if method.budget else {}
+    layers: dict[nn.Module, nn.Module] = {}
+    for layer_name in names:
+        static = model.get_submodule(layer_name)
+        layers[static] = like(static, method.layer(*convolution_arguments(static), **budget))
+    replace(model, layers)
+    return model
+
+
+def default_scope(model: nn.Module) -> list[str]:
+    """Names of all plain `nn.Conv2d` of `model` but
+
+    - the first, which reads the image, and a classifier;
+    - the pointwise one of a shortcut (below a module named `downsample` or `shortcut`);
+    - those of squeeze-and-excitation blocks (below a module named `se`), an attention of their own.
+
+    So it is in ODConv's release, by the parameters that it publishes: in ResNet18 and ResNet50 the blocks'
+    convolutions, in MobileNetV2 also the last one.
+    """
+    names = [name for name, module in model.named_modules() if type(module) is nn.Conv2d]
+    static = {*names[:1], *classifiers(model, [])}
+    return [
+        name
+        for name in names
+        if name not in static
+        and "se" not in name.split(".")
+        and not (
+            kind_of(model.get_submodule(name)) == "pointwise" and {"downsample", "shortcut"} & set(name.split("."))
+        )
+    ]

@@ -1,0 +1,48 @@
+"""DY-Conv (Chen et al., CVPR 2020, arXiv 1912.03458): kernels mixed by a softmax with annealed temperature, section 3.
+
+    W = sum_k pi_k W_k,    pi = softmax(fc2(relu(fc1(pool(x)))) / T),    T from 30 to 1
+
+Shapes: x `(B, C_in, H, W)`, pi `(B, K)`, W_k `(C_out, C_in / groups, kh, kw)`. fc1 is C_in / 4 wide (at least
+16, where the paper has no bound). T falls in the first epochs (the paper's ten): those of `recipe.temperature_epochs`.
+
+Ours: at n = 1 there is nothing to choose from, the only share would be 1: the layer is a static convolution then, and
+has no attention. The bias is static (the paper mixes it too; the convolutions of its networks have none).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kw.baselines.layer import MIN_HIDDEN, AnnealedSoftmax, KernelBank, he_normal
+from kw.baselines.registry import register
+
+REDUCTION = 4
+
+
+class KernelAttention(nn.Module):
+    """Pooled features `(B, C)` to the shares `(B, K)` of the kernels."""
+
+    def __init__(self, channels: int, kernels: int):
+        super().__init__()
+        hidden = max(channels // REDUCTION, MIN_HIDDEN)
+        self.fc1 = nn.Linear(channels, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, kernels)
+        self.softmax = AnnealedSoftmax()
+        he_normal(self)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        shares: Tensor = self.softmax(self.fc2(torch.relu(self.fc1(pooled))))
+        return shares
+
+
+@register("dyconv", budget=True)
+class DYConv2d(KernelBank):
+    """`nn.Conv2d` with n kernels mixed by an annealed softmax; equations above."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.n > 1:
+            self.attention = KernelAttention(self.in_channels, self.n)

@@ -1,0 +1,403 @@
+"""The dynamic convolutions to compare with: each against its definition, and whatever holds for all, for each."""
+
+import json
+import math
+
+import pytest
+import timm
+import torch
+import yaml
+from test_convert import assert_unchanged, snapshot
+from test_train import ROOT, config, launch
+from torch import nn
+from torch.nn import functional as F
+
+import kw
+from kw.backbones import BACKBONES, STATIC
+from kw.baselines import BASELINES, DynamicConv2d, KernelBank, register
+from kw.layers import DynamicLayer
+from scripts import benchmark
+from scripts.report.published import COSTS, RIVALS, published
+from scripts.report.rows import sections
+from scripts.report.runs import find_runs
+from scripts.step_time import composed
+from train.checkpoint import newest
+from train.config import run_name
+from train.errors import ConfigError
+from train.model import build_model
+
+METHODS = sorted(BASELINES)
+CONVOLUTIONAL = [name for name in BACKBONES if not name.startswith("deit")]
+PUBLISHED = yaml.safe_load((ROOT / "scripts/published.yaml").read_text())[RIVALS]
+LAYERS = {  # arguments of nn.Conv2d, and pixels of the input
+    "3x3": ((8, 12, 3, 1, 1), 7),
+    "stride, even kernel, bias": ((6, 4, 2, 2, 0, 1, 1, True), 8),
+    "dilation": ((6, 5, (3, 1), 1, (2, 0), (2, 1)), 9),
+    "groups": ((8, 12, 3, 1, 1, 1, 4), 6),
+    "depthwise": ((9, 9, 3, 2, 1, 1, 9), 7),
+    "depthwise, twice as many out": ((6, 12, 3, 1, 1, 1, 6), 5),
+    "pointwise": ((16, 8, 1), 5),
+    "same": ((5, 5, 4, 1, "same", 1, 1, True), 6),
+    "reflected": ((5, 6, 3, 1, 1, 1, 1, True, "reflect"), 6),
+}
+
+
+def layer(name, n=1, arguments=LAYERS["3x3"][0]):
+    method = BASELINES[name]
+    return method.layer(*arguments, **({"n": n} if method.budget else {}))
+
+
+def shaken(model):
+    """Every parameter and every running statistic its own number, so that none goes unnoticed."""
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and not key.endswith("temperature"):
+            value.copy_(torch.rand_like(value) + 0.1 if "running_var" in key else 0.3 * torch.randn_like(value))
+    return model
+
+
+def meta(name, **kwargs):
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs)
+
+
+# The definitions, one sample at a time: from the state dict, the layer's shape and a pooled input to a kernel and what
+# the output is multiplied by.
+
+
+def linear(state, name, x):
+    weight, bias = state[f"attention.{name}.weight"], state.get(f"attention.{name}.bias")
+    return torch.stack([sum(w * v for w, v in zip(row, x, strict=True)) for row in weight]) + (
+        0 if bias is None else bias
+    )
+
+
+def mixture(state, shares, shape):
+    return sum(share * kernel.reshape(shape) for share, kernel in zip(shares, state["weight"], strict=True))
+
+
+def condconv(state, shape, tau, x):
+    return mixture(state, 1 / (1 + torch.exp(-linear(state, "fc", x))), shape), 1
+
+
+def dyconv(state, shape, tau, x):
+    if len(state["weight"]) == 1:
+        return state["weight"][0].reshape(shape), 1
+    scores = torch.exp(linear(state, "fc2", linear(state, "fc1", x).clamp(min=0)) / (1 + 29 * tau))
+    return mixture(state, scores / scores.sum(), shape), 1
+
+
+def odconv(state, shape, tau, x):
+    h = linear(state, "fc", x)
+    mean, var, scale, shift = (
+        state[f"attention.norm.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
+    )
+    h = ((h - mean) / torch.sqrt(var + 1e-5) * scale + shift).clamp(min=0)
+    shares = torch.ones(1)
+    if len(state["weight"]) > 1:
+        shares = torch.exp(linear(state, "kernel.0", h) / (1 + 29 * tau))
+    kernel = mixture(state, shares / shares.sum(), shape)
+    if math.prod(shape[2:]) > 1:
+        kernel = kernel * linear(state, "space", h).sigmoid().reshape(shape[2:])
+    channel = linear(state, "channel", h).sigmoid()
+    out_per_group, groups = shape[0] * shape[1] // len(x), len(x) // shape[1]
+    for o in range(shape[0]):  # the input channels that output channel o reads
+        group = o // out_per_group
+        kernel[o] = kernel[o] * channel[group * shape[1] : (group + 1) * shape[1]].reshape(-1, 1, 1)
+    if not groups == len(x) == shape[0]:
+        kernel = kernel * linear(state, "filter", h).sigmoid().reshape(-1, 1, 1, 1)
+    return kernel, 1
+
+
+def dcd(state, shape, tau, x):
+    h = linear(state, "fc1", x).clamp(min=0)
+    latent = len(state["q"])
+    phi = linear(state, "phi", h).tanh().reshape(latent, latent)
+    residual = torch.einsum("ol,lm,mr->or", state["p"], phi, state["q"].reshape(latent, -1))
+    return linear(state, "scale", h).sigmoid().reshape(-1, 1, 1, 1) * state["weight"] + residual.reshape(shape), 1
+
+
+def se(state, shape, tau, x):
+    return state["weight"], lambda out: linear(
+        state, "fc2", linear(state, "fc1", out.mean((1, 2))).clamp(min=0)
+    ).sigmoid()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_layer_is_its_definition_sample_by_sample(name, n, kind):
+    arguments, side = LAYERS[kind]
+    made = shaken(layer(name, n, arguments).double()).eval()
+    tau = 0.4
+    if kw.temperatures(made):
+        kw.set_temperature(made, tau)
+    static = nn.Conv2d(*arguments).double()
+    state = {key: value.double() for key, value in made.state_dict().items()}
+    images = torch.randn(3, arguments[0], side, side, dtype=torch.float64)
+    found = made(images)
+    for image, out in zip(images, found, strict=True):
+        kernel, scale = globals()[name](state, tuple(static.weight.shape), tau, image.mean((1, 2)))
+        static.weight.data = kernel.reshape(static.weight.shape)
+        if static.bias is not None:
+            static.bias.data = state["bias"]
+        expected = static(image[None])[0]
+        if scale != 1:
+            expected = expected * scale(expected).reshape(-1, 1, 1)
+        torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_temperature_makes_shares_alike_and_is_saved(name):
+    cold, hot = shaken(layer(name, 4)), layer(name, 4)
+    hot.load_state_dict(cold.state_dict())
+    if name not in ("dyconv", "odconv"):
+        assert kw.temperatures(cold) == []
+        with pytest.raises(ValueError, match="without temperature"):
+            kw.set_temperature(cold, 1)
+        return
+    kw.set_temperature(hot, 1)
+    assert [float(t) for t in kw.temperatures(cold) + kw.temperatures(hot)] == [0, 1]
+    pooled = torch.randn(5, 8)
+    near, far = ((s.kernel if name == "odconv" else s) for s in (m.eval().attention(pooled) for m in (hot, cold)))
+    torch.testing.assert_close(near.sum(1), torch.ones(5))
+    assert near.std(1).mean() < far.std(1).mean() / 10
+    cold.load_state_dict(hot.state_dict())
+    assert float(kw.temperatures(cold)[0]) == 1
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_every_backbone_builds_by_every_method_and_adds_up(name, method, n):
+    model = meta(f"kw_{name}", dynamic=method, n=n)
+    assert any(isinstance(module, BASELINES[method].layer) for module in model.modules())
+    costs = kw.profile(model)
+    assert (
+        costs.params
+        == sum(p.numel() for p in model.parameters())
+        == costs.other_params + sum(c.params for c in costs.layers)
+    )
+    assert costs.other_macs == 0 and not costs.warehouses
+    static = kw.profile(meta(f"kw_{name}", n=STATIC))
+    assert costs.apply == static.macs and [c.name for c in costs.layers] == [c.name for c in static.layers]
+    dynamic = [c for c in costs.layers if isinstance(model.get_submodule(c.name), DynamicConv2d)]
+    kernels = sum(math.prod(model.get_submodule(c.name).kernel_shape) for c in dynamic)
+    if method in ("condconv", "dyconv", "odconv") and n == 4:
+        assert costs.assembly == n * kernels
+    assert not any(c.assembly or c.attention for c in costs.layers if c not in dynamic)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "convnext_tiny"])
+def test_a_step_moves_every_parameter_and_samples_are_independent(name, method, tmp_path):
+    model = timm.create_model(f"kw_{name}", dynamic=method, n=2, num_classes=7).train()
+    if kw.temperatures(model):
+        kw.set_temperature(model, 0.5)
+    F.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+
+    model.eval()
+    batch = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        together = model(batch)
+        alone, size = torch.cat([model(image[None]) for image in batch]), together.abs().max().item()
+        torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4 * size)
+        assert model(batch[:0]).shape == (0, 7)
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+        again = timm.create_model(f"kw_{name}", dynamic=method, n=2, num_classes=7).eval()
+        again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        torch.testing.assert_close(again(batch), together, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("row", [row["id"] for row in PUBLISHED])
+def test_published_parameters_to_all_digits_and_multiply_adds_to_five_percent(row):
+    known = next(known for known in PUBLISHED if known["id"] == row)
+    if row == "resnet18":
+        model = meta("kw_resnet18", dynamic=STATIC, n=4)
+    else:
+        made = composed(row, [])
+        assert (made.name, made.recipe.epochs) == (row, 150 if "mobilenet" in row else 100)
+        with torch.device("meta"):
+            model = build_model(made, 1000)
+    costs = kw.profile(model)
+    assert round(costs.params / 1e6, 2) == known["params_m"]
+    assert 0.95 * known["macs_g"] < costs.macs / 1e9 < 1.0005 * known["macs_g"]
+    if row != "resnet18":
+        assert yaml.safe_load(COSTS.read_text())[row] == {"params": costs.params, "macs": costs.macs}
+
+
+def test_the_default_scope_is_that_of_odconvs_release():
+    def scope(name):
+        return set(kw.baselines.default_scope(meta(name)))
+
+    assert scope("resnet18") == {f"layer{s}.{b}.conv{k}" for s in (1, 2, 3, 4) for b in (0, 1) for k in (1, 2)}
+    assert len(scope("resnet50")) == 48 and not any("downsample" in name for name in scope("resnet50"))
+    mobile = scope("mobilenetv2_100")
+    assert "conv_head" in mobile and "conv_stem" not in mobile and len(mobile) == 51
+    assert not any(".se." in name for name in scope("regnety_002"))
+
+
+def test_any_model_of_convolutions_is_converted_in_place_with_its_biases():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(2, 2)).double().eval()
+    bias = model[1].bias
+    assert kw.baselines.convert(model, "odconv", n="4", scope=["1"]) is model
+    assert type(model[0]) is nn.Conv2d and model[1].bias is bias and model[1].weight.dtype == torch.float64
+    assert not model[1].training and model[1].n == 4
+    with pytest.raises(ValueError, match="dynamic layers already"):
+        kw.convert(model)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"name": "odcon"}, r"'odcon'.*condconv, dcd, dyconv, odconv, se"),
+        ({"name": "odconv", "n": "1/2"}, r"n='1/2'.*whole"),
+        ({"name": "odconv", "n": 0}, r"n=0"),
+        ({"name": "se", "scope": ["2"]}, r"'2', a Linear.*nn\.Conv2d"),
+        ({"name": "se", "scope": ["7"]}, r"'7'.*does not have"),
+        ({"name": "se", "scope": lambda name, layer: False}, r"matches no layer.*0, 1"),
+    ],
+)
+def test_what_cannot_be_converted_is_named_and_left_as_it_was(arguments, words):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(2, 2))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=words):
+        kw.baselines.convert(model, **arguments)
+    assert_unchanged(model, before)
+
+
+def test_other_refusals_say_what_to_do():
+    with pytest.raises(ValueError, match=r"odcon.*condconv.*odconv"):
+        meta("kw_resnet18", dynamic="odcon")
+    with pytest.raises(ValueError, match=r"reduction.*'odconv'"):
+        meta("kw_resnet18", dynamic="odconv", reduction="1/8")
+    with pytest.raises(ValueError, match=r"matches no layer.*nn\.Conv2d"):
+        meta("kw_deit_tiny_patch16_224", dynamic="odconv")
+    model = meta("kw_resnet18", dynamic="odconv", n=4)
+    with pytest.raises(ValueError, match=r"no dynamic layer with a warehouse"):
+        kw.freeze(model)
+    with pytest.raises(ValueError, match=r"another method.*dynamic='kw'"):
+        kw.load_released(model, timm.create_model("resnet18").state_dict())
+    with pytest.raises(ValueError, match=r"batch of one"):
+        layer("odconv").train()(torch.randn(1, 8, 5, 5))
+    with pytest.raises(ValueError, match=r"batch of shape"):
+        layer("condconv")(torch.randn(8, 5, 5))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_formats_and_mixed_precision(method):
+    model = timm.create_model("kw_mobilenetv2_050", dynamic=method, n=2, num_classes=5).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+        model.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(model(images.to(memory_format=torch.channels_last)), expected, rtol=1e-3, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.train()(images).float().square().sum()
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+# The trainer
+
+
+def test_settings_are_checked_and_runs_named_like_published_rows():
+    assert config("dynamic=odconv", "n=4").name == "resnet_digits_odconv4x"
+    assert config("dynamic=se", "n=4").name == config("dynamic=se").name == "resnet_digits_se"
+    assert config("dynamic=se", "n=4") == config("dynamic=se", "n=1")
+    for static in (["dynamic=static", "n=4"], ["dynamic=odconv", "n=static"], ["n=static"]):
+        assert config(*static) == config("dynamic=static") and config(*static).name == "resnet_digits"
+    with pytest.raises(ConfigError, match=r"dynamic.*odcon.*kw, static, condconv"):
+        config("dynamic=odcon")
+    with pytest.raises(ConfigError, match=r"n='1/2'.*odconv.*whole"):
+        config("dynamic=odconv", "n=1/2")
+    with pytest.raises(ConfigError, match=r"kw\.reduction.*dynamic=odconv"):
+        config("dynamic=odconv", "kw.reduction=1/8")
+    made = config("backbone=timm", "backbone.name=regnety_002", "dynamic=dcd")
+    assert any(isinstance(module, BASELINES["dcd"].layer) for module in build_model(made, 10).modules())
+
+
+def test_one_sweep_compares_methods_and_the_report_names_them(tmp_path):
+    words = ["dynamic=static,se,dyconv,kw", "n=1,2", "label=r", "recipe.ema_decay=0.9", "recipe.temperature_epochs=2"]
+    done = launch("-m", *words, cwd=tmp_path)
+    assert done.stdout.count("Passed over, the same run") == 2 and "jobs failed" not in done.stderr
+    runs, remarks = find_runs([tmp_path / "runs"])
+    assert not remarks
+    by_name = {run.name.partition("+")[0]: run for run in runs}
+    assert by_name.keys() == {"r", "r_se", "r_dyconv1x", "r_dyconv2x", "r_kw1x", "r_kw2x"}
+    made, _ = sections(runs)
+    series = {row.name.partition("+")[0]: row.series for row in made[-1].rows}
+    assert series == {
+        "r": "resnet_digits",
+        "r_kw1x": "resnet_digits",
+        "r_kw2x": "resnet_digits",
+        "r_se": "resnet_digits se",
+        "r_dyconv1x": "resnet_digits dyconv",
+        "r_dyconv2x": "resnet_digits dyconv",
+    }
+    metrics = {name: json.loads((run.folder / "metrics.jsonl").read_text()) for name, run in by_name.items()}
+    warm = {name for name, line in metrics.items() if line["temperature"]}
+    assert warm == {"r_dyconv2x", "r_kw1x", "r_kw2x"}  # one kernel has nothing to be mixed with
+    state = newest(by_name["r_dyconv2x"].folder / "checkpoints").state
+    for weights in (state["model"], state["ema"]):
+        assert {float(value) for key, value in weights.items() if key.endswith("temperature")} == {0.5}
+    again = launch("-m", *words, "dynamic=dyconv", "n=2", cwd=tmp_path)
+    assert "Resumed" in again.stdout
+
+
+@pytest.mark.slow
+def test_the_sweep_of_the_issue_at_full_width(tmp_path):
+    every = "dynamic=static,se,condconv,dyconv,dcd,odconv,kw"
+    done = launch("-m", every, "n=1,4", "recipe.epochs=1", "recipe.warmup_epochs=0", cwd=tmp_path, shrunk=())
+    assert done.stdout.count("Passed over, the same run") == 3
+    names = {run.name.partition("+")[0] for run in find_runs([tmp_path / "runs"])[0]}
+    budgeted = {f"resnet_digits_{name}{n}x" for name in ("condconv", "dyconv", "odconv", "kw") for n in (1, 4)}
+    assert names == {"resnet_digits", "resnet_digits_se", "resnet_digits_dcd", *budgeted}
+
+
+def test_a_published_row_stands_beside_a_run_of_its_method_and_no_other(tmp_path):
+    rows = {row.id: row for row in published()}
+    assert rows["resnet18_odconv4x"].scores == {"top1": 74.19, "top5": 91.47}
+    for dynamic, top1 in (("odconv", 74.0), ("kw", 76.0), ("dyconv", 72.0)):
+        folder = tmp_path / dynamic
+        folder.mkdir()
+        summary = {"name": f"resnet18_{dynamic}4x", "backbone": "resnet18", "dynamic": dynamic, "n": "4",
+                   "data": "imagenet", "top1": top1, "top5": 90.0, "seed": 0, "epochs": 100}  # fmt: skip
+        (folder / "summary.json").write_text(json.dumps(summary))
+    made, _ = sections(find_runs([tmp_path])[0])
+    differences = {row.name: row.difference("top1") for section in made for row in section.rows if row.runs}
+    assert differences == {
+        "resnet18_odconv4x": pytest.approx(-0.19),
+        "resnet18_kw4x": pytest.approx(-0.05),
+        "resnet18_dyconv4x": None,
+    }
+
+
+def test_a_new_method_is_one_class_and_known_everywhere():
+    @register("toy", budget=True)
+    class Toy(KernelBank):
+        """All kernels alike."""
+
+        def forward(self, x):
+            return self.add_bias(self.convolve(x, self.mixed(x.new_full((len(x), self.n), 1 / self.n))))
+
+    try:
+        model = meta("kw_resnet18", dynamic="toy", n=3)
+        assert kw.profile(model).assembly == 3 * kw.profile(meta("kw_resnet18", dynamic="condconv", n=1)).assembly
+        made = config("dynamic=toy", "n=3", "backbone=resnet18")
+        assert made.name == run_name("resnet18", "toy", 3) == "resnet18_toy3x"
+        assert any(isinstance(module, Toy) for module in build_model(made, 10).modules())
+        case = benchmark.parse_case("small:toy3@2")
+        built = benchmark.create(case, case.n, benchmark.parse([])[1])
+        assert any(isinstance(module, DynamicLayer) for module in built.modules())
+        with pytest.raises(ValueError, match=r"'toy'.*toy"):
+            register("toy", budget=False)
+    finally:
+        del BASELINES["toy"]
+
+
+def test_the_folder_is_all_that_lists_the_methods():
+    files = {path.stem for path in (ROOT / "kw/baselines").glob("*.py")} - {"__init__", "layer", "registry", "convert"}
+    assert files == set(METHODS)
