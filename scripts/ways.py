@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import kw
 from kw.layers import KWLayer
 from kw.ways.cost import cheapest, costs
+from kw.ways.gathering import gathered
 from kw.ways.task import Task
 
 WAYS = [way for way in kw.functional.WAYS if way != "auto"]
@@ -75,22 +76,24 @@ def milliseconds(function: Callable[[], object]) -> float:
 
 
 def measure(call: Call, ways: list[str], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median milliseconds of a forward pass, and of one with its backward pass; the ways take turns."""
+    """Median milliseconds of a forward pass, and of one with its backward pass; the ways take turns. A step is timed for
+    two layers that draw from the same cells, as gradients of a warehouse's layers have to be added up."""
     times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     tensors = [t.clone().requires_grad_() for t in (call.x, call.alpha, call.cells)]
+    x, alpha, cells = *tensors[:2], gathered(tensors[2])
 
     def forward(way: str) -> Tensor:
-        return kw.functional.FUNCTIONS[way](*tensors, call.task)
+        return kw.functional.FUNCTIONS[way](x, alpha, cells, call.task)
 
     def step(way: str) -> None:
-        out = forward(way)
-        torch.autograd.grad(out, tensors, out.detach())
+        outs = [forward(way) for _ in range(2)]
+        torch.autograd.grad(outs, tensors, [out.detach() for out in outs])
 
     for _ in range(repeats + 1):
         for way in ways:
             with torch.no_grad():
                 one = milliseconds(lambda: forward(way))  # noqa: B023
-            times[way].append((one, milliseconds(lambda: step(way))))  # noqa: B023
+            times[way].append((one, milliseconds(lambda: step(way)) / 2))  # noqa: B023
     return {way: (median(a for a, _ in pairs[1:]), median(b for _, b in pairs[1:])) for way, pairs in times.items()}
 
 

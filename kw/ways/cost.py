@@ -2,59 +2,39 @@
 
 A way's time for a batch is the sum of what it does, each at a price:
 
-    apply    multiply-adds with the kernel: |W| * S a sample
-    mix      multiply-adds that make it of the cells: |W| * n a sample. "inputs" mixes the input's taps instead:
+    apply    multiply-adds with the kernels: |W| * S a sample
+    mix      multiply-adds that make them of the cells: |W| * n a sample. "inputs" mixes the input's taps instead:
              |W| * S * n / o, and applies |W| * S * n / T
-    entry    the kernel's |W| numbers, written, moved and read again; dearer where the batch's do not fit the allocator
-    io       the sample's inputs and outputs
-    copy     numbers copied beside: the taps for "multiply", the mixed inputs for "inputs"
-    call     calls of the library for each sample
+    entry    the kernels' |W| numbers a sample, written and read again; "grouped" also moves them
+    new      those of them that come in new memory: of "grouped", where the batch's do not fit what the allocator keeps
+    io       the samples' inputs and outputs
+    copy     numbers copied beside: the taps and the mixed inputs of "inputs"
     cell     the warehouse's numbers, read once for all samples: most of the time for a single one
+    call     products that "multiply" calls the library for: each tap and input group of each block
 
 `|W|` entries of the kernel, `S` output positions, `n` cells of `o` by `i`, `T = P * C_in / i` cells that an output
-group reads. The prices are nanoseconds; only their ratios matter. Those of a CPU are fitted (least squares of relative
-errors) to `python -m scripts.ways ... --measure` for ResNet18, ResNet50, ConvNeXt-Tiny and MobileNetV2 with batches of
-1, 8 and 16 on two cores of an AMD EPYC. Those of a GPU are guesses from what an H100 can multiply and read.
+group reads. The prices are nanoseconds; only their ratios matter. Those of a CPU are fitted by
+`python -m scripts.fit_prices`, which says how well. Those of a GPU are guesses from what an H100 can multiply and read.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from kw.ways.task import Task
 
 MARGIN = 0.9  # of the plain way's time that another must stay below: what is closer is decided by noise
 HELD = 8 << 20  # numbers (32 MiB): memory for more comes new from the system each time, page fault by page fault
+BLOCK = 4 << 20  # entries that "multiply" has in a block
 
+Prices = dict[str, dict[str, float]]
 
-@dataclass(frozen=True)
-class Prices:
-    apply: float
-    mix: float
-    entry: float = 0.0
-    cell: float = 0.0
-    io: float = 0.0
-    copy: float = 0.0
-    call: float = 0.0
-
-
-CPU_FORWARD = {
-    "grouped": Prices(apply=0.0097, mix=0.014, entry=0.84, cell=0.63, io=0.84),
-    "grouped, new memory": Prices(apply=0, mix=0.016, entry=4.1),
-    "multiply": Prices(apply=0.0075, mix=0.0054, entry=1.0, cell=0.31, io=0.53, copy=1.7, call=150_000),
-    "inputs": Prices(apply=0.003, mix=0, cell=2.8, copy=2.2),
-}
-CPU_STEP = {
-    "grouped": Prices(apply=0.029, mix=0.035, entry=3.4, cell=2.0, io=2.4),
-    "grouped, new memory": Prices(apply=0, mix=0.053, entry=11),
-    "multiply": Prices(apply=0.018, mix=0.035, entry=2.8, cell=2.1, io=3.3, copy=4.9, call=570_000),
-    "inputs": Prices(apply=0.016, mix=0.2, cell=4.3, copy=6.7),
-}
-GPU = {
-    "grouped": Prices(apply=2e-5, mix=2e-6, entry=0.02),  # the libraries are slow on so many groups
-    "multiply": Prices(apply=3e-6, mix=2e-6, entry=0.01, copy=0.002),
-    "inputs": Prices(apply=2e-6, mix=2e-6, copy=0.004),
+CPU_FORWARD: Prices = {}
+CPU_STEP: Prices = {}
+GPU: Prices = {
+    "grouped": {"apply": 2e-5, "mix": 2e-6, "entry": 0.02},  # the libraries are slow on so many groups
+    "multiply": {"apply": 3e-6, "mix": 2e-6, "entry": 0.01, "call": 10_000},
+    "inputs": {"apply": 2e-6, "mix": 2e-6, "copy": 0.004},
 }
 
 
@@ -63,44 +43,47 @@ def applies(way: str, x_shape: tuple[int, ...], task: Task) -> bool:
     return way == "grouped" or (x_shape[0] > 0 and task.groups == 1)
 
 
+def work(x_shape: tuple[int, ...], cells_shape: tuple[int, ...], task: Task) -> dict[str, dict[str, float]]:
+    """What each way that applies does for the batch, by the names above.
+
+    Args:
+        x_shape: `(B, C_in, *space)`.
+        cells_shape: `(n, o, i)`.
+    """
+    n, o, i = cells_shape
+    P, R, C = task.grid
+    batch, positions = x_shape[0], math.prod(task.out_size(tuple(x_shape[2:])))
+    kernels, reads = batch * task.mixtures * o * i, P * C
+    plain = {"apply": kernels * positions, "mix": kernels * n, "entry": kernels, "cell": n * o * i}
+    plain["io"] = batch * (math.prod(x_shape[1:]) + positions * R * o)
+    done: dict[str, dict[str, float]] = {
+        "grouped": {**plain, "new": kernels if kernels > HELD else 0},
+        "multiply": {**plain, "call": reads * math.ceil(kernels / BLOCK)},
+        "inputs": {
+            "apply": kernels * positions * n / reads,
+            "mix": kernels * positions * n / o,
+            "copy": batch * positions * (reads + R * n) * i,
+            "cell": n * o * i,
+        },
+    }
+    return {way: quantities for way, quantities in done.items() if applies(way, x_shape, task)}
+
+
 def costs(
     x_shape: tuple[int, ...], cells_shape: tuple[int, ...], task: Task, step: bool = False, device: str = "cpu"
 ) -> dict[str, float]:
     """Nanoseconds for the batch, expected of each way that applies.
 
     Args:
-        x_shape: `(B, C_in, *space)`.
-        cells_shape: `(n, o, i)`.
+        x_shape, cells_shape: as for `work`.
         step: forward and backward, not forward alone.
         device: "cpu", or anything else for a GPU.
     """
-    n, o, i = cells_shape
-    P, R, C = task.grid
-    batch, positions = x_shape[0], math.prod(task.out_size(tuple(x_shape[2:])))
-    kernel, reads = task.mixtures * o * i, P * C
     prices = (CPU_STEP if step else CPU_FORWARD) if device == "cpu" else GPU
-    taps = 0 if task.grid[0]==1 else positions * reads * i
-    work = {  # of one sample: apply, mix, entries, copies, calls
-        "grouped": (kernel * positions, kernel * n, kernel, 0, 0),
-        "multiply": (kernel * positions, kernel * n, kernel, taps, 1),
-        "inputs": (kernel * positions * n / reads, kernel * positions * n / o, 0, positions * (reads + R * n) * i, 0),
+    return {
+        way: sum(prices[way].get(name, 0.0) * quantity for name, quantity in quantities.items())
+        for way, quantities in work(x_shape, cells_shape, task).items()
     }
-    io = positions * (C * i + R * o)
-    expected = {}
-    for way, (apply, mix, entries, copies, calls) in work.items():
-        if applies(way, x_shape, task):
-            new_memory = way == "grouped" and batch * kernel > HELD and device == "cpu"
-            price = prices["grouped, new memory" if new_memory else way]
-            sample = (
-                price.apply * apply
-                + price.mix * mix
-                + price.entry * entries
-                + price.io * io
-                + price.copy * copies
-                + price.call * calls
-            )
-            expected[way] = batch * sample + price.cell * n * o * i
-    return expected
 
 
 def cheapest(expected: dict[str, float]) -> str:

@@ -1,0 +1,208 @@
+"""What the ways do beside giving the same numbers: any shape, cut into blocks, and one sum for a warehouse's gradients."""
+
+import copy
+import importlib
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import kw
+from kw import KWConfig, functional
+from kw.ways import Task
+from kw.ways.strips import Strips
+
+multiply = importlib.import_module("kw.ways.multiply")  # the package has a function of this name
+
+
+@pytest.fixture(autouse=True)
+def default_way():
+    yield
+    functional.use("auto")
+
+
+def any_task(lot):
+    """A convolution of 1 to 3 dimensions and an input that is large enough for it."""
+    dims = lot.choice((1, 2, 2, 3))
+    kernel, stride, dilation = (tuple(lot.randint(1, 3) for _ in range(dims)) for _ in range(3))
+    padding = tuple(lot.randint(0, 3) for _ in range(dims))
+    least = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    space = tuple(max(size, 1) + lot.randint(0, 4) for size in least)
+    return Task((math.prod(kernel), 2, 3), kernel, stride, padding, dilation), space
+
+
+def gradients(way, x, alpha, cells, task):
+    out = functional.FUNCTIONS[way](x, alpha, cells, task)
+    cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return [out.detach(), *torch.autograd.grad(out, (x, alpha, cells), cotangent)]
+
+
+@pytest.mark.parametrize("blocks", ["whole", "rows", "samples", "both"])
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("number", range(12))
+def test_any_shape_in_any_blocks(number, last, blocks, monkeypatch):
+    n, o, i = (5, 4, 2)
+    if blocks != "whole":  # so few entries that a block is a row of a sample, some samples, or less
+        monkeypatch.setattr(multiply, "ROWS", 1)
+        monkeypatch.setattr(multiply, "PIECE", 1 if blocks == "both" else 30)
+        monkeypatch.setattr(multiply, "ENTRIES", {"rows": 500, "samples": 1, "both": 100}[blocks])
+        monkeypatch.setattr(multiply, "ENTRIES_OF_SAMPLES", 1)
+    n = 200 if blocks == "samples" else n  # more cells than mixtures: samples are cut
+    task, space = any_task(random.Random(number))
+    x = torch.randn(3, 3 * i, *space, dtype=torch.float64)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+    alpha, cells = torch.randn(3, task.mixtures, n, dtype=torch.float64), torch.randn(n, o, i, dtype=torch.float64)
+    tensors = [tensor.requires_grad_() for tensor in (x, alpha, cells)]
+    expected = gradients("grouped", *tensors, task)
+    for way in ("multiply", "inputs"):
+        for value, other in zip(gradients(way, *tensors, task), expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_runs_of_a_strip_are_what_a_convolution_reads(number):
+    """Against torch's unfold, by its definition: for each tap, the input positions of all outputs."""
+    task, space = any_task(random.Random(number))
+    x = torch.arange(1.0, 1 + math.prod(space)).view(1, 1, *space)
+    padded = F.pad(x, [side for pad in reversed(task.padding) for side in (pad, pad)])
+    strips = Strips(space, task)
+    laid = strips.lay(x)
+    for number, tap in enumerate(strips.taps):
+        at = torch.unravel_index(torch.tensor(number), task.kernel_size)
+        reads = padded[0, 0]
+        for dim, (first, d, step, size) in enumerate(zip(at, task.dilation, task.stride, strips.out, strict=True)):
+            reads = reads.index_select(dim, first * d + step * torch.arange(size))
+        assert torch.equal(strips.outputs(strips.reads(laid, tap))[0, 0], reads)
+
+
+def test_pointwise_layers_read_their_input_where_it_lies():
+    task = Task((1, 1, 1), (1, 1), (1, 1), (0, 0), (1, 1))
+    x = torch.randn(2, 4, 5, 6)
+    (strip,) = Strips((5, 6), task).lay(x).values()
+    assert strip.data_ptr() == x.data_ptr()
+
+
+class Shared(nn.Module):
+    """Three layers of one warehouse."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Conv2d(6, 6, 3, padding=1) for _ in range(3)))
+        kw.convert(self, lambda name, layer: "w" if "layers." in name else None, KWConfig(n=2))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.fixture
+def shared():
+    torch.manual_seed(0)
+    return Shared().double(), torch.randn(4, 6, 5, 5, dtype=torch.float64)
+
+
+def grads_of(model, x, way="multiply"):
+    model.zero_grad()
+    with functional.use(way):
+        model(x).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_equal(actual, expected):
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def sums(model):
+    """What gradients of cells are waiting to be fetched."""
+    return model.warehouses["w"]._stand_in.grad_fn.sums
+
+
+def test_gradients_of_a_warehouse_are_one_sum_and_are_the_plain_ones(shared):
+    model, x = shared
+    expected = grads_of(model, x, "grouped")
+    assert_equal(grads_of(model, x), expected)
+    assert_equal(grads_of(model, x), expected)  # a second step starts from zero
+    assert not sums(model)
+
+
+def test_layers_computed_in_different_ways_add_up(shared, monkeypatch):
+    model, x = shared
+    expected = grads_of(model, x, "grouped")
+    taken = iter(("multiply", "grouped", "inputs") * 2)
+    monkeypatch.setattr(functional, "cheapest", lambda _: next(taken))
+    assert_equal(grads_of(model, x, "auto"), expected)
+
+
+def test_gradients_accumulate_over_two_backward_passes_and_over_one_of_two_forward_passes(shared):
+    model, x = shared
+    expected = {name: 2 * value for name, value in grads_of(model, x, "grouped").items()}
+    model.zero_grad()
+    with functional.use("multiply"):
+        for _ in range(2):
+            model(x).square().sum().backward()
+        twice = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        (model(x).square().sum() + model(x).square().sum()).backward()
+        at_once = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_equal(twice, expected)
+    assert_equal(at_once, expected)
+
+
+def test_a_pass_for_the_input_alone_leaves_nothing_behind(shared):
+    model, x = shared
+    with functional.use("multiply"):
+        x = x.clone().requires_grad_()
+        torch.autograd.grad(model(x).square().sum(), x)
+    assert not sums(model)
+    assert_equal(grads_of(model, x.detach()), grads_of(model, x.detach(), "grouped"))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_parts_have_the_same_sum(shared, reentrant):
+    """A reentrant checkpoint is a backward pass within a backward pass."""
+    model, x = shared
+    expected = grads_of(model, x, "grouped")
+    model.zero_grad()
+    with functional.use("multiply"):
+        first, *others = model.layers
+        out = first(x)
+        for layer in others:
+            out = checkpoint(layer, out, use_reentrant=reentrant)
+        out.square().sum().backward()
+    assert_equal({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
+
+
+def test_copies_and_moved_models_have_sums_of_their_own(shared):
+    model, x = shared
+    expected = grads_of(model, x)
+    copied = copy.deepcopy(model)
+    assert_equal(grads_of(copied, x), expected)
+    assert copied.warehouses["w"]._stand_in.data_ptr() == copied.warehouses["w"].cells.data_ptr()
+    with torch.no_grad():
+        copied.warehouses["w"].cells.mul_(2)  # in place, as an optimizer does
+    assert_equal(grads_of(copied, x), grads_of(copied, x, "grouped"))
+    moved = copied.float().double()
+    assert_equal(grads_of(moved, x), grads_of(moved, x, "grouped"))
+
+
+def test_frozen_cells_get_no_gradient_and_the_others_do(shared):
+    model, x = shared
+    model.warehouses["w"].cells.requires_grad_(False)
+    with functional.use("multiply"):
+        model(x).square().sum().backward()
+    assert model.warehouses["w"].cells.grad is None
+    assert all(p.grad is not None for name, p in model.named_parameters() if "warehouses" not in name)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("way", [way for way in functional.WAYS if way not in ("auto", "grouped")])
+def test_lower_precisions_are_exact_to_their_rounding(shared, way, dtype, tolerance):
+    model, x = shared
+    exact = model(x)
+    rounded, x = copy.deepcopy(model).to(dtype), x.to(dtype)
+    with functional.use(way):
+        assert (rounded(x).double() - exact).abs().max() <= tolerance * exact.abs().max()
