@@ -62,8 +62,9 @@ GPU = {
 
 
 def applies(way: str, x_shape: tuple[int, ...], task: Task) -> bool:
-    """Depthwise and grouped kernels are small: the plain way is good for them. So it is for an empty batch."""
-    return way == "grouped" or (x_shape[0] > 0 and task.groups == 1)
+    """Depthwise and grouped kernels are small: the plain way is good for them. So it is for an empty batch. And cells
+    that span positions, which only ablations have, are for the plain way alone."""
+    return way == "grouped" or (x_shape[0] > 0 and task.groups == 1 and not task.spans_positions)
 
 
 def costs(

@@ -28,7 +28,7 @@ def grouped(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
     batch, channels = x.shape[:2]
     convolve = CONVOLUTIONS[x.dim() - 2]
     kernel = assemble(alpha, cells, task.grid)
-    kernel = kernel.view(*kernel.shape[:3], *task.kernel_size)
+    kernel = kernel.view(*kernel.shape[:2], channels // task.groups, *task.kernel_size)  # also if cells span positions
     if batch == 0:  # nothing to convolve, but a result of the right shape, with gradients of zero
         return convolve(x, kernel.sum(0), None, task.stride, task.padding, task.dilation, task.groups)
     wide = x.reshape(1, batch * channels, *x.shape[2:])

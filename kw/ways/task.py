@@ -20,6 +20,7 @@ class Task:
     """One layer's convolution. A linear layer is one with a kernel of one position.
 
     `grid` is `(P, C_out / o, C_in / groups / i)`: the kernel's cells in the order of its mixtures, the last fastest.
+    Where cells span all positions (`i` counts them in), the grid's P is 1.
     """
 
     grid: tuple[int, int, int]
@@ -32,6 +33,11 @@ class Task:
     @property
     def mixtures(self) -> int:
         return math.prod(self.grid)
+
+    @property
+    def spans_positions(self) -> bool:
+        """Whether a cell is for several positions of the kernel."""
+        return self.grid[0] != math.prod(self.kernel_size)
 
     @property
     def has_one_tap(self) -> bool:
