@@ -179,8 +179,8 @@ class Warehouse(nn.Module):
             f"Warehouse {self.name!r} has {n} cells at n={self.config.n}, but the anchoring rule gives out "
             f"{given}. Each layer's mixtures should be a multiple of {q}; these are not: {layers}. "
             f"Smaller cells make more mixtures (cell_in={self.config.cell_in}, cell_out={self.config.cell_out}, "
-            f"partition={self.config.partition!r} now), or let the layers draw from another warehouse or a larger n, or "
-            f"be anchored otherwise (anchoring={self.config.anchoring!r} now)."
+            f"partition={self.config.partition!r} now), or let the layers draw from another warehouse or a larger n, "
+            f"or be anchored otherwise (anchoring={self.config.anchoring!r} now)."
         )
 
 

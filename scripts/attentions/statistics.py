@@ -18,7 +18,7 @@ MEANINGS = {
     "zero": "on the zero cell",
     "negative": "share of attention that is negative",
     "effective": "cells that a mixture mixes, effectively: exp of the entropy of its mean absolute attentions",
-    "anchored": "(- where nothing is anchored, as the next two) share of mixtures whose strongest cell is still the one they were anchored to",
+    "anchored": "share of mixtures whose strongest cell is still the one they were anchored to, if they were",
     "kept": "mean attention of a mixture to the cell it was anchored to: 1 at the start, when the temperature is 1",
     "moved": "half the distance (sum of absolute differences) from the anchors: 0 still there, 1 nothing left there",
     "dynamic": "standard deviation over images, relative to the mean attentions: 0 is one kernel for all images",
