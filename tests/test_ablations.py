@@ -126,13 +126,14 @@ def converted(layer, **settings):
 
 
 @pytest.mark.parametrize("partition", CHOICES["partition"])
-@pytest.mark.parametrize("function", ["caf", "softmax", "tanh"])
+@pytest.mark.parametrize("function", ["caf", "contrast", "softmax", "tanh"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_compute_their_definition(name, function, partition, each_way):
     layer, size = LAYERS[name]
     chosen = {"attention_function": function, "partition": partition, "anchoring": "all_to_one"}
     model = converted(layer, n=2, cell_out="1/2", **chosen)
     kw.set_temperature(model, 0.25)
+    tau = 0 if function == "contrast" else 0.25
     x = torch.randn(size, dtype=torch.float64)
     static, cells = layer().double(), model[0].warehouse.cells
     shape = static.weight.shape
@@ -140,7 +141,7 @@ def test_layers_compute_their_definition(name, function, partition, each_way):
     side, span = {"spatial_channel": (2, 1), "channel": (2, positions), "none": (1, positions)}[partition]
     mixtures = positions // span * side
     assert cells.shape == (2 * mixtures, shape[0] // side, shape[1] * span)
-    expected = reference.forward(model[0], static, x, [0] * mixtures, 0.25, cells, function, span)
+    expected = reference.forward(model[0], static, x, [0] * mixtures, tau, cells, function, span)
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-10)
     kernels = model[0].kernels(x.movedim(-1, 1).flatten(2).mean(2) if name == "linear" else x.flatten(2).mean(2))
     assert kernels.shape == (3, *shape[:2], positions)
@@ -257,7 +258,8 @@ def test_warehouses_of_different_settings_are_not_joined_silently():
 def test_the_default_scope_is_regrouped_too(sharing):
     with torch.device("meta"):
         model = kw.convert(
-            timm.create_model("resnet10t"), config=KWConfig(n="1/2", sharing=sharing, partition="channel")
+            timm.create_model("vit_tiny_patch16_224", img_size=64),
+            config=KWConfig(n="1/2", sharing=sharing, partition="channel"),
         )
         model.eval()(torch.empty(1, 3, 64, 64))
     layers = [module for module in model.modules() if isinstance(module, KWLayer)]
@@ -269,7 +271,7 @@ def test_the_default_scope_is_regrouped_too(sharing):
 
 SMALL = {
     "resnet": {"layers": [1, 2, 1, 1], "channels": [16, 16, 32, 32], "stem_width": 16},
-    "mobilenetv2": {"fix_stem_head": True},
+    "mobilenetv2": {},
     "convnext": {"depths": (1, 2, 1, 1), "dims": (16, 32, 32, 64)},
     "deit": {"img_size": 32, "depth": 5, "embed_dim": 48, "num_heads": 3},
 }
