@@ -1,9 +1,12 @@
-"""The contrasting-driven attention function, CAF (paper, section 3.3), with its temperature as saved state.
+"""The contrasting-driven attention function, CAF (paper, section 3.3), with its temperature as saved state; and what
+the paper's ablations put in its place.
 
 Shapes: `B` batch, `C` channels, `H` hidden width, `m` mixtures of the layer, `n` cells of its warehouse.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +18,52 @@ MIN_BASIS = 16
 EPSILON = 1e-3
 
 
+# Attentions as a product, values `(B, m, n + 1)` times a factor for each mixture `(B, m, 1)`: anchors are then mixed in
+# by the same pass over them, which are many.
+Product = tuple[Tensor, Tensor | float]
+
+
+def contrast(z: Tensor) -> Product:
+    """Attentions of either sign, whose sizes sum to nearly 1."""
+    return z, 1 / size(z)
+
+
+def size(z: Tensor) -> Tensor:
+    """`sum_j |z_j| + 1e-3` of each mixture, `(B, m, 1)`: all of `contrast` that is not linear in the scores."""
+    norm: Tensor = torch.linalg.vector_norm(z, ord=1, dim=2, keepdim=True)
+    return norm + EPSILON
+
+
+def softmax(z: Tensor) -> Product:
+    """Positive attentions that sum to 1, as in DY-Conv."""
+    return z.softmax(dim=2), 1.0
+
+
+def sigmoid(z: Tensor) -> Product:
+    """Attentions in (0, 1), each for itself, as in CondConv: the zero cell's score has no effect."""
+    return z.sigmoid(), 1.0
+
+
+def tanh(z: Tensor) -> Product:
+    """Attentions in (-1, 1), each for itself."""
+    return z.tanh(), 1.0
+
+
+# From all scores `(B, m, n + 1)`; the zero cell's attention is dropped afterwards.
+FUNCTIONS: dict[str, Callable[[Tensor], Product]] = {
+    "caf": contrast,
+    "contrast": contrast,
+    "softmax": softmax,
+    "sigmoid": sigmoid,
+    "tanh": tanh,
+}
+
+
 class Attention(nn.Module):
     """Pooled features `(B, C)` to the attentions `(B, m, n)` of a layer's mixtures over its warehouse's cells.
 
-    A score for a zero cell takes part in the normalization and is dropped, so a row sums to anything in [-1, 1].
+    A score for a zero cell takes part in the normalization and is dropped, so a row sums to anything in [-1, 1] (of
+    CAF; `FUNCTIONS` has others).
 
     Args:
         channels: input channels of the layer, all groups together.
@@ -29,14 +74,14 @@ class Attention(nn.Module):
     """
 
     temperature: Tensor
-    beta: Tensor
+    beta: Tensor | None
 
     def __init__(self, channels: int, draw: Draw):
         super().__init__()
         config = draw.warehouse.config
         n = len(draw.warehouse.cells)
         hidden = max(int(channels * config.reduction), MIN_HIDDEN)
-        self.layer_name = draw.kernel.name
+        self.layer_name, self.attention_function = draw.kernel.name, config.attention_function
         self.mixtures, self.cells = draw.mixtures, n
         self.start = draw.start
         self.local = int(config.n * draw.mixtures) if config.nonlocal_basis < 1 else n
@@ -54,9 +99,8 @@ class Attention(nn.Module):
             self.basis_bias = nn.Parameter(torch.empty(self.mixtures * (n + 1)))
 
         self.register_buffer("temperature", torch.zeros(()))
-        beta = torch.zeros(self.mixtures, n + 1)
-        beta[torch.arange(self.mixtures), torch.tensor(draw.anchors)] = 1
-        self.register_buffer("beta", beta[:, :n].clone(), persistent=False)  # follows from the draw
+        beta = None if draw.anchors is None else _one_hot(draw.anchors, n)
+        self.register_buffer("beta", beta, persistent=False)  # follows from the draw
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -99,9 +143,24 @@ class Attention(nn.Module):
         z = self.scores(pooled)
         if z.dtype in (torch.float16, torch.bfloat16):
             z = z.float()  # a sum over hundreds of cells loses too much in half precision
-        alpha = z / (z.abs().sum(dim=2, keepdim=True) + EPSILON)
-        tau = self.temperature
-        return (1 - tau) * alpha[..., : self.cells] + tau * self.beta
+        values, factor = FUNCTIONS[self.attention_function](z)
+        values = values[..., : self.cells]
+        if self.beta is None:
+            return values * factor
+        tau = self.temperature.to(z.dtype)
+        return torch.addcmul(tau * self.beta, values, (1 - tau) * factor)
+
+    @property
+    def tau(self) -> float:
+        """The temperature as far as it counts: 0 where nothing is anchored."""
+        return 0.0 if self.beta is None else float(self.temperature)
 
     def extra_repr(self) -> str:
         return f"{self.mixtures} mixtures of {self.cells} cells"
+
+
+def _one_hot(anchors: tuple[int, ...], n: int) -> Tensor:
+    """Which cell each mixture is anchored to, `(m, n)`; nothing for the zero cell, number n."""
+    beta = torch.zeros(len(anchors), n + 1)
+    beta[torch.arange(len(anchors)), torch.tensor(anchors)] = 1
+    return beta[:, :n].clone()

@@ -11,6 +11,15 @@ from typing import Any
 
 BudgetLike = str | int | float | Fraction
 
+# Switches of the paper's ablations, each with its values; the first is the published one.
+CHOICES = {
+    "attention_norm": ("batch", "layer"),
+    "attention_function": ("caf", "contrast", "softmax", "sigmoid", "tanh"),
+    "anchoring": ("one_to_one", "all_to_one", "random", "none"),
+    "sharing": ("stage", "none", "kind", "model"),
+    "partition": ("spatial_channel", "channel", "none"),
+}
+
 BUDGET_HELP = "n is a whole number of at least 1 (1, 2, 4) or one over a whole number ('1/4', 0.25)"
 
 
@@ -54,6 +63,16 @@ class KWConfig:
         nonlocal_basis: under 1, cells that are not the layer's own are scored through a basis of
             this fraction of their number (ResNet50 at n = 1/2).
         attention_norm: normalization in the attention, `"batch"` or `"layer"`.
+        attention_function: from scores to attentions (`kw.attention.FUNCTIONS`): `"caf"`, the published one;
+            `"contrast"`, the same without anchors, whatever the temperature; `"softmax"`, `"sigmoid"` or `"tanh"`.
+        anchoring: the cell that a mixture equals at temperature 1 (`kw.anchoring`): one each, `"one_to_one"`; the
+            warehouse's first, `"all_to_one"`; one drawn by lot, `"random"`; or none, `"none"`: as at temperature 0.
+        sharing: which layers share (`kw.sharing`): those of the scope's warehouse, `"stage"`; of those the ones of a
+            kind, `"kind"`; each layer alone, `"none"`; or those of all warehouses with layers of a kind, `"model"`.
+        partition: what a cell is: one position of some channels, `"spatial_channel"`; all positions of some channels,
+            `"channel"`; a whole kernel, `"none"`, for which `cell_in` and `cell_out` are 1.
+
+    The paper's ablations are the last four, `reduction`, and how long the temperature is warmed up.
 
     Raises:
         ValueError: a value is out of its range; the message names the key.
@@ -65,8 +84,17 @@ class KWConfig:
     cell_out: Any = None
     nonlocal_basis: Any = Fraction(1)
     attention_norm: str = "batch"
+    attention_function: str = "caf"
+    anchoring: str = "one_to_one"
+    sharing: str = "stage"
+    partition: str = "spatial_channel"
 
     def __post_init__(self) -> None:
+        for key, values in CHOICES.items():
+            if getattr(self, key) not in values:
+                raise ValueError(
+                    f"{key}={getattr(self, key)!r} must be {', '.join(map(repr, values[:-1]))} or {values[-1]!r}."
+                )
         n = parse_budget(self.n)
         sides = cell_sides(n)
         self._set("n", n)
@@ -77,8 +105,14 @@ class KWConfig:
             if value is None or not 0 < value <= 1:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be a number above 0 and at most 1, such as 1/16.")
             self._set(key, value)
-        if self.attention_norm not in ("batch", "layer"):
-            raise ValueError(f"attention_norm={self.attention_norm!r} must be 'batch' or 'layer'.")
+        if self.partition == "none":
+            self._set("cell_in", Fraction(1))
+            self._set("cell_out", Fraction(1))
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the temperature does anything."""
+        return self.attention_function != "contrast" and self.anchoring != "none"
 
     def _set(self, key: str, value: object) -> None:
         object.__setattr__(self, key, value)  # the dataclass is frozen for everybody else

@@ -11,6 +11,7 @@ from kw.freeze import refuse_frozen
 from kw.layers import DynamicLayer, KWConv1d, KWConv2d, KWConv3d, KWLinear
 from kw.replace import chosen, convolution_arguments, like, refuse_converted, replace
 from kw.scope import default_config, default_scope
+from kw.sharing import regroup
 from kw.warehouse import Draw, KernelShape, Warehouse, Warehouses
 
 Scope = Callable[[str, nn.Module], str | None] | Mapping[str, str]
@@ -32,6 +33,7 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
             name, or None for a layer that stays static; or a mapping from layer names to warehouse names.
             Left out: one warehouse per stage and kind of layer, stem and classifier static (`kw.default_scope`).
         config: a `KWConfig` for every warehouse, or one each: a mapping or a function from the warehouse's name.
+            Its `sharing` and `partition` join or split what the scope says (`kw.sharing`), which then renames.
 
     The warehouses are registered as `model.warehouses`, in the order in which layers first draw from them.
     Biases are kept; kernels are not: cells are initialized anew.
@@ -44,17 +46,17 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
     if hasattr(model, "warehouses"):
         raise ValueError(f"This {type(model).__name__} has an attribute 'warehouses' of its own, where ours would go.")
     config = KWConfig() if config is None else config
-    if scope is None:
-        scope = default_scope(model)
-        if isinstance(config, KWConfig):
-            config = default_config(model, scope, config)
+    drawing = _drawing(model, default_scope(model) if scope is None else scope)
+    configs = {warehouse_name: _config_of(warehouse_name, config) for warehouse_name in drawing}
+    drawing, configs = regroup(model, drawing, configs)
+    if scope is None and isinstance(config, KWConfig):
+        configs = default_config(model, drawing, config)
 
-    drawing = _drawing(model, scope)
     warehouses = Warehouses()
     layers: dict[nn.Module, nn.Module] = {}
     for warehouse_name, names in drawing.items():
         kernels = [_kernel(model, name) for name in names]
-        warehouse = Warehouse(kernels, _config_of(warehouse_name, config), name=warehouse_name)
+        warehouse = Warehouse(kernels, configs[warehouse_name], name=warehouse_name)
         warehouses[warehouse_name] = warehouse.to(_weight(model, names[0]))
         for name, draw in zip(names, warehouse.draws, strict=True):
             static = model.get_submodule(name)

@@ -7,7 +7,7 @@
    takes `|W| (H + 1)` multiply-adds an image in place of `|W| n`. They take the memory of H + 1 static layers, and
    for one image, reading them is the time. So a layer is folded where n is at least `WORTHWHILE` times H + 1 and
    `LEAST_SAVED` multiply-adds an image are saved, and only as far as a limit on memory allows, the largest savings
-   per byte first.
+   per byte first. Softmax, sigmoid and tanh, which the ablations have, are not linear: there nothing folds.
 
 The third step's rule is by `python -m scripts.benchmark_freeze` (one core of an EPYC that others used too, float32,
 224 pixels, medians of calls in turns). Layers, batch 1 / 8: from n / (H + 1) = 5 on 1.0 to 12.6 / 1.1 to 4.5 times as
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kw import functional
-from kw.attention import EPSILON, Attention
+from kw.attention import FUNCTIONS, Attention, contrast, size
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
 from kw.profile import table
 from kw.replace import replace
@@ -117,7 +117,7 @@ def freeze(model: nn.Module, memory: float = 1.0) -> Report:
     frozen: dict[nn.Module, nn.Module] = {}
     rows = []
     for layer, name in layers.items():
-        tau = float(layer.attention.temperature)
+        tau = layer.attention.tau
         norm = _fold_norm(layer.attention) if tau != 1 else "gone with the attention"
         n, mixed = len(layer.warehouse.cells), kernels_to_mix(layer)
         if tau == 1:
@@ -128,6 +128,8 @@ def freeze(model: nn.Module, memory: float = 1.0) -> Report:
             kernel = f"mixed from {mixed} in place of {n} cells"
         elif tau:
             kernel, mixed = f"assembled: folded at temperature 0 only, not {tau:g}", n
+        elif not _is_linear(layer):
+            kernel, mixed = f"assembled: {layer.attention.attention_function} does not fold", n
         else:
             reason = "over the limit on memory" if _pays(layer) else "little to save"
             kernel, mixed = f"assembled: {reason} ({mixed} for {n} cells)", n
@@ -170,13 +172,22 @@ class FoldedLayer(nn.Module):
     """A dynamic layer whose kernel is mixed from H + 1 kernels of its own. What convolutions and linear layers share.
 
     Args:
-        layer: in evaluation mode, at temperature 0; its attention and bias are taken over.
+        layer: in evaluation mode, at temperature 0, of a contrasting attention function; its attention and bias are
+            taken over.
+
+    Raises:
+        ValueError: the attention function is another.
     """
 
     def __init__(self, layer: KWLayer):
         super().__init__()
+        if not _is_linear(layer):
+            function = layer.attention.attention_function
+            raise ValueError(f"Layer {layer.draw.kernel.name!r}: attention_function={function!r} cannot be folded.")
         self.attention, self.bias = layer.attention, layer.bias
-        self.layer_name, self.grid = layer.draw.kernel.name, layer.draw.grid
+        kernel = layer.draw.kernel
+        self.layer_name, self.grid = kernel.name, layer.draw.grid
+        self.shape = (kernel.channels_out, kernel.channels_in, kernel.positions)
         self.cell = tuple(layer.warehouse.cells.shape[1:])
         # Being affine, the scores are known from those of the unit vectors and of zero. In double precision, for
         # the weights are differences of these.
@@ -193,12 +204,12 @@ class FoldedLayer(nn.Module):
         hidden = self.attention.hidden(pooled)
         z = self.attention.scores_of(hidden)
         z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z  # as the attention does
-        scale = 1 / (z.abs().sum(dim=2) + EPSILON)  # (B, m)
+        scale = 1 / size(z)  # (B, m, 1)
         kernels = torch.addmm(self.kernels[-1], hidden, self.kernels[:-1])
         (positions, rows, columns), (o, i) = self.grid, self.cell
         scale = scale.view(batch, positions, rows, columns).permute(0, 2, 3, 1).to(kernels.dtype)
         kernels = kernels.view(batch, rows, o, columns, i, positions) * scale[:, :, None, :, None]
-        return kernels.view(batch, rows * o, columns * i, positions)
+        return kernels.view(batch, *self.shape)
 
     def extra_repr(self) -> str:
         return f"{self.layer_name!r}, mixed from {len(self.kernels)} kernels"
@@ -225,7 +236,7 @@ class FoldedConv(FoldedLayer):
         if layer.padding_mode != "zeros":
             self.pad, self.padding = layer._explicit_padding(), "valid"
         unpadded = isinstance(self.padding, str) or not any(self.padding)  # "same" pads a kernel of one by nothing
-        self.pointwise = self.grid[0] == 1 and self.groups == 1 and unpadded
+        self.pointwise = self.shape[2] == 1 and self.groups == 1 and unpadded
 
     def forward(self, x: Tensor) -> Tensor:
         dims = len(self.kernel_size)
@@ -263,6 +274,11 @@ def kernels_to_mix(layer: KWLayer) -> int:
     return layer.attention.fc1.out_features + 1
 
 
+def _is_linear(layer: KWLayer) -> bool:
+    """Whether the attentions are linear in the scores, up to one normalizer per mixture."""
+    return FUNCTIONS[layer.attention.attention_function] is contrast
+
+
 def _pays(layer: KWLayer) -> bool:
     """Whether to fold the layer's assembly saves time, memory apart."""
     n, mixed, weight = len(layer.warehouse.cells), kernels_to_mix(layer), math.prod(layer.draw.kernel.shape)
@@ -274,10 +290,10 @@ def _worth_folding(layers: Iterable[KWLayer], limit: float) -> set[KWLayer]:
     chosen = set()
     for layer in sorted(layers, key=lambda layer: kernels_to_mix(layer) / len(layer.warehouse.cells)):
         weight = math.prod(layer.draw.kernel.shape)
-        size = weight * kernels_to_mix(layer) * layer.warehouse.cells.element_size()
-        if float(layer.attention.temperature) == 0 and _pays(layer) and size <= limit:
+        taken = weight * kernels_to_mix(layer) * layer.warehouse.cells.element_size()
+        if layer.attention.tau == 0 and _is_linear(layer) and _pays(layer) and taken <= limit:
             chosen.add(layer)
-            limit -= size
+            limit -= taken
     return chosen
 
 
@@ -296,6 +312,7 @@ def _fold_norm(attention: Attention) -> str:
 def _static(layer: KWLayer) -> nn.Module:
     """The plain layer that computes what `layer` computes at temperature 1."""
     cells = layer.warehouse.cells
+    assert layer.attention.beta is not None, "the temperature counts"
     weight = functional.assemble(layer.attention.beta[None], cells, layer.draw.grid).view(layer.draw.kernel.shape)
     static: nn.Module
     with torch.device("meta"):

@@ -8,6 +8,7 @@ Shapes: `B` batch, `m` mixtures, `n` cells, `o` by `i` channels of a cell.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import TracebackType
 
 import torch
@@ -49,9 +50,7 @@ class use:
         _way = self._previous
 
 
-def linear(
-    x: Tensor, alpha: Tensor, cells: Tensor, grid: tuple[int, int, int], bias: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, alpha: Tensor, cells: Tensor, grid: tuple[int, int, int], bias: Tensor | None = None) -> Tensor:
     """`(B, *, C_in)` with one kernel per sample and a static bias `(C_out,)` to `(B, *, C_out)`."""
     tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # (B, S, C_in)
     out = _compute(tokens.transpose(1, 2), alpha, cells, Task(grid, (1,), (1,), (0,), (1,)), bias)
@@ -83,6 +82,12 @@ def convolution(
     return _compute(x, alpha, cells, Task(grid, kernel_size, stride, padding, dilation, groups), bias)
 
 
+@lru_cache(maxsize=4096)
+def _chosen(x_shape: tuple[int, ...], cells_shape: tuple[int, ...], task: Task, step: bool, device: str) -> str:
+    """Remembered, as the layers of a small model are done nearly as soon as they are weighed."""
+    return cheapest(costs(x_shape, cells_shape, task, step, device))
+
+
 def _compute(x: Tensor, alpha: Tensor, cells: Tensor, task: Task, bias: Tensor | None) -> Tensor:
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and cells.dtype == torch.float32:
@@ -92,7 +97,7 @@ def _compute(x: Tensor, alpha: Tensor, cells: Tensor, task: Task, bias: Tensor |
     way = _way
     if way == "auto":
         step = torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, cells))
-        way = cheapest(costs(x.shape, cells.shape, task, step, kind))
+        way = _chosen(tuple(x.shape), tuple(cells.shape), task, step, kind)
     elif not applies(way, x.shape, task):
         way = "grouped"
     out = FUNCTIONS[way](x, alpha, cells, task)

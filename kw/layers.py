@@ -62,7 +62,8 @@ class KWLayer(DynamicLayer):
 
     def kernels(self, pooled: Tensor) -> Tensor:
         """Pooled input `(B, C_in)` to each sample's kernel `(B, C_out, C_in / groups, P)`."""
-        return functional.assemble(self.attention(pooled), self.warehouse.cells, self.draw.grid)
+        kernels = functional.assemble(self.attention(pooled), self.warehouse.cells, self.draw.grid)
+        return kernels.view(*kernels.shape[:2], self.draw.kernel.channels_in, self.draw.kernel.positions)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":

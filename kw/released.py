@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kw.config import CHOICES
 from kw.convert import set_temperature
 from kw.freeze import refuse_frozen
 from kw.layers import DynamicLayer, KWLayer, KWLinear
@@ -53,7 +54,7 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         ValueError: entries are missing, left over or of another shape (they are named), or the model is of a family
-            or by a method that was not released.
+            that was not released, or it has a method or settings of warehouses that the release has no word for.
     """
     refuse_frozen(model, "no longer has the parts of a released one")
     if any(isinstance(module, DynamicLayer) and not isinstance(module, KWLayer) for module in model.modules()):
@@ -61,6 +62,7 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
             f"This {type(model).__name__} is dynamic by another method than KernelWarehouse, which alone has released "
             f"checkpoints here: build it with dynamic='kw'."
         )
+    _refuse_unpublished(model)
     values = _unwrap(state_dict)
     entries = _entries(model)
     fit = "Is it of this backbone, at this n and number of classes?"
@@ -88,9 +90,11 @@ def to_released(model: nn.Module) -> dict[str, Tensor]:
     """The model's state dict as the release would load it; the temperature, which it does not save, is left out.
 
     Raises:
-        ValueError: the model is of a family that was not released.
+        ValueError: the model is of a family that was not released, or its warehouses have settings that the release
+            has no word for.
     """
     refuse_frozen(model, "no longer has the parts of a released one")
+    _refuse_unpublished(model)
     own = model.state_dict()
     return {released_name: own[name].reshape(shape) for name, released_name, shape in _entries(model)}
 
@@ -116,6 +120,18 @@ def _entries(model: nn.Module) -> list[Entry]:
         elif leaf != "temperature":
             entries.append(Entry(name, f"{renamed[module]}.{leaf}", shape))
     return entries
+
+
+def _refuse_unpublished(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, KWLayer):
+            for key in ("attention_function", "anchoring", "sharing", "partition"):
+                value, published = getattr(layer.warehouse.config, key), CHOICES[key][0]
+                if value != published:
+                    raise ValueError(
+                        f"Layer {layer.draw.kernel.name!r} has {key}={value!r}: released checkpoints are all of "
+                        f"{key}={published!r}. One of such a model is saved and loaded by its own state_dict."
+                    )
 
 
 def _comes_first(released_name: str, released: ReleasedFormat) -> bool:

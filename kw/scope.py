@@ -63,8 +63,8 @@ def default_scope(model: nn.Module) -> dict[str, str]:
     }
 
 
-def default_config(model: nn.Module, scope: Mapping[str, str], config: KWConfig) -> dict[str, KWConfig]:
-    """Warehouse name -> its settings, for the warehouses of the default scope. They are `config`, but
+def default_config(model: nn.Module, drawing: Mapping[str, list[str]], config: KWConfig) -> dict[str, KWConfig]:
+    """Warehouse name -> its settings, for the warehouses of the default scope with their layers. They are `config`, but
 
     - under n = 1 depthwise kernels stay at n = 1 and whole, as in the published MobileNetV2 rows: they are few
       parameters, and one position's single channel cannot be cut further;
@@ -72,11 +72,11 @@ def default_config(model: nn.Module, scope: Mapping[str, str], config: KWConfig)
       one that does.
     """
     configs = {}
-    for warehouse in dict.fromkeys(scope.values()):
-        if config.n < 1 and "depthwise" in warehouse:
+    for warehouse, names in drawing.items():
+        if config.n < 1 and kind_of(model.get_submodule(names[0])) == "depthwise":  # so are the others
             configs[warehouse] = config.replace(n=1, cell_in=1, cell_out=1)
             continue
-        shapes = [model.get_parameter(f"{name}.weight").shape for name in scope if scope[name] == warehouse]
+        shapes = [model.get_parameter(f"{name}.weight").shape for name in names]
         sides = {
             key: _dividing(math.gcd(*(shape[axis] for shape in shapes)), getattr(config, key))
             for key, axis in (("cell_out", 0), ("cell_in", 1))

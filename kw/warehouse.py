@@ -2,6 +2,9 @@
 
 Shapes: `n` cells in the warehouse, `o` by `i` channels of a cell, `m` mixtures in a layer,
 `P` spatial positions of its kernel.
+
+A cell is at one position. In two of the paper's ablations (`KWConfig.partition`) it spans all of them: then `i` counts
+the numbers of a cell for one output channel, input channels times positions, and `P` is 1 wherever kernels are cut.
 """
 
 from __future__ import annotations
@@ -15,8 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kw.anchoring import Anchors, all_to_one, by_lot, one_to_one, shares
 from kw.config import KWConfig
 from kw.ways.gathering import gathered
+
+# Of a warehouse for one image, mixtures times cells: each takes at least 16 weights, here 134 million.
+MAX_SCORES = 1 << 23
+
+NOTHING = (None, torch.empty(0))
 
 
 @dataclass(frozen=True)
@@ -44,20 +53,20 @@ class Draw:
     """One layer's share in a warehouse.
 
     `grid` is `(P, C_out / o, C_in / i)`: the kernel's cells in the order of its mixtures, the last fastest.
-    `anchors` holds, per mixture, the cell it equals at temperature 1; `n` stands for the zero cell.
+    `anchors` holds, per mixture, the cell it equals at temperature 1; `n` stands for the zero cell. None: not anchored.
     Cells `start` to `start + owned` are the layer's own.
     """
 
     warehouse: Warehouse
     kernel: KernelShape
     grid: tuple[int, int, int]
-    anchors: tuple[int, ...]
+    anchors: tuple[int, ...] | None
     start: int
     owned: int
 
     @property
     def mixtures(self) -> int:
-        return len(self.anchors)
+        return math.prod(self.grid)
 
 
 class Warehouse(nn.Module):
@@ -69,7 +78,8 @@ class Warehouse(nn.Module):
     Layers refer to their warehouse without owning it: register it once, on the model (`kw.convert` does).
 
     Raises:
-        ValueError: the kernels cannot be cut into cells of one size, or not every cell can be given out once.
+        ValueError: the kernels cannot be cut into cells of one size, not every cell can be given out once, or cells are
+            so many that the attentions would have billions of weights.
     """
 
     def __init__(self, kernels: Sequence[KernelShape], config: KWConfig, *, name: str = "warehouse"):
@@ -78,22 +88,24 @@ class Warehouse(nn.Module):
         self.config = config
         if not kernels:
             raise ValueError(f"Warehouse {name!r} has no layer to draw from it: list at least one kernel.")
+        self._check_alike(kernels)
+        self.span = 1 if config.partition == "spatial_channel" else kernels[0].positions  # of a cell, in positions
         o = _cell_side([kernel.channels_out for kernel in kernels], config.cell_out)
         i = _cell_side([kernel.channels_in for kernel in kernels], config.cell_in)
         grids = [self._grid(kernel, o, i) for kernel in kernels]
         mixtures = [math.prod(grid) for grid in grids]
         n = max(int(sum(mixtures) * config.n), 1)
-        anchors, given = anchor(mixtures, n, config.n)
-        self._check_given_out(kernels, mixtures, given, n)
+        self._check_size(kernels, sum(mixtures), n)
+        anchors, owned = self._anchor(kernels, mixtures, n)
 
-        self.cells = nn.Parameter(torch.empty(n, o, i))
-        self._stand_in: Tensor | None = None
+        self.cells = nn.Parameter(torch.empty(n, o, i * self.span))
+        self._stand_in: tuple[Tensor | None, Tensor] = NOTHING
         self.draws: list[Draw] = []
         start = 0
-        for kernel, grid, own in zip(kernels, grids, anchors, strict=True):
-            owned = sum(cell < n for cell in own) * max(int(config.n), 1)
-            self.draws.append(Draw(self, kernel, grid, tuple(own), start, owned))
-            start += owned
+        for k, kernel in enumerate(kernels):
+            own = tuple(anchors[k]) if config.is_anchored else None
+            self.draws.append(Draw(self, kernel, grids[k], own, start, owned[k]))
+            start += owned[k]
         self.reset_parameters()
 
     @property
@@ -106,25 +118,27 @@ class Warehouse(nn.Module):
 
         In eager training that is a stand-in, the same for all layers and steps while the cells are the same tensor.
         """
-        cells, stand_in = self.cells, self._stand_in
-        if not (torch.is_grad_enabled() and cells.requires_grad and type(cells) is nn.Parameter):
+        cells = self.cells
+        plain = type(cells) is nn.Parameter and not torch.compiler.is_compiling()
+        if not (plain and cells.requires_grad and torch.is_grad_enabled()):
             return cells
-        if torch.compiler.is_compiling():
-            return cells
-        if stand_in is None or stand_in.data_ptr() != cells.data_ptr() or stand_in.dtype != cells.dtype:
-            self._stand_in = stand_in = gathered(cells)
+        source, stand_in = self._stand_in
+        if source is not cells or not stand_in.is_set_to(cells):  # other cells, or moved, or of another type
+            stand_in = gathered(cells)
+            self._stand_in = cells, stand_in
         return stand_in
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stand_in": None}  # copies have cells of their own
+        return {**self.__dict__, "_stand_in": NOTHING}  # copies have cells of their own
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """He normal, fan-out, layer by layer over its own cells, stacked to one `(owned * o, i)` pointwise kernel."""
+        """He normal, fan-out, layer by layer over its own cells, stacked to a kernel of `owned * o` outputs."""
         for draw in self.draws:
             own = self.cells[draw.start : draw.start + draw.owned]
             if own.numel():
-                nn.init.kaiming_normal_(own.flatten(0, 1), mode="fan_out", nonlinearity="relu")
+                kernel = own.view(draw.owned * self.cells.shape[1], -1, self.span)
+                nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
 
     def extra_repr(self) -> str:
         n, o, i = self.cells.shape
@@ -138,7 +152,43 @@ class Warehouse(nn.Module):
                     f"do not divide (warehouse {self.name!r}, cell_{side}={getattr(self.config, 'cell_' + side)}): "
                     f"choose cell_{side} so that the cut comes out whole, such as 1."
                 )
-        return kernel.positions, kernel.channels_out // o, kernel.channels_in // i
+        return kernel.positions // self.span, kernel.channels_out // o, kernel.channels_in // i
+
+    def _anchor(self, kernels: Sequence[KernelShape], mixtures: list[int], n: int) -> tuple[Anchors, list[int]]:
+        """Each layer's anchors, and how many cells are its own."""
+        budget = self.config.n
+        if self.config.anchoring == "one_to_one":
+            anchors, given = one_to_one(mixtures, n, budget)
+            self._check_given_out(kernels, mixtures, given, n)
+            return anchors, [sum(cell < n for cell in own) * max(int(budget), 1) for own in anchors]
+        anchors = by_lot(mixtures, n, self.name) if self.config.anchoring == "random" else all_to_one(mixtures)
+        return anchors, shares(mixtures, n, budget)
+
+    def _check_alike(self, kernels: Sequence[KernelShape]) -> None:
+        """Cells that span all positions are for kernels of one size, those that are whole kernels for one shape."""
+        partition = self.config.partition
+        if partition == "spatial_channel":
+            return
+        first = kernels[0]
+        for kernel in kernels:
+            ours, theirs = (k.shape if partition == "none" else k.shape[2:] for k in (kernel, first))
+            if ours != theirs:
+                raise ValueError(
+                    f"Layers {first.name!r} and {kernel.name!r} have kernels {first.shape} and {kernel.shape}, which "
+                    f"cannot share cells at partition={partition!r}: let them draw from two warehouses, not both from "
+                    f"{self.name!r} (kw.convert sees to that)."
+                )
+
+    def _check_size(self, kernels: Sequence[KernelShape], mixtures: int, n: int) -> None:
+        if mixtures * n <= MAX_SCORES:
+            return
+        raise ValueError(
+            f"Warehouse {self.name!r} ({kernels[0].name!r} and {len(kernels) - 1} more layers) would have {n:,} cells "
+            f"for {mixtures:,} mixtures, and attentions of over {16 * n * mixtures:,} weights: its layers' channels "
+            f"have small common divisors. Let fewer layers share a warehouse (sharing={self.config.sharing!r} now), or "
+            f"cut larger cells (cell_in={self.config.cell_in}, cell_out={self.config.cell_out}, "
+            f"partition={self.config.partition!r} now)."
+        )
 
     def _check_given_out(self, kernels: Sequence[KernelShape], mixtures: list[int], given: int, n: int) -> None:
         """Every cell must be given out, and no more than there are: each goes to one mixture by construction."""
@@ -150,8 +200,9 @@ class Warehouse(nn.Module):
         raise ValueError(
             f"Warehouse {self.name!r} has {n} cells at n={self.config.n}, but the anchoring rule gives out "
             f"{given}. Each layer's mixtures should be a multiple of {q}; these are not: {layers}. "
-            f"Smaller cells make more mixtures (cell_in={self.config.cell_in}, cell_out={self.config.cell_out} now), "
-            f"or let the layers draw from another warehouse or a larger n."
+            f"Smaller cells make more mixtures (cell_in={self.config.cell_in}, cell_out={self.config.cell_out}, "
+            f"partition={self.config.partition!r} now), or let the layers draw from another warehouse or a larger n, "
+            f"or be anchored otherwise (anchoring={self.config.anchoring!r} now)."
         )
 
 
@@ -160,32 +211,6 @@ class Warehouses(nn.ModuleDict):
 
     def forward(self, x: Any) -> Any:
         return x
-
-
-def anchor(mixtures: Sequence[int], n: int, budget: Fraction) -> tuple[list[list[int]], int]:
-    """For each layer (given by its number of mixtures) the cell that each mixture is anchored to, `n` for the zero
-    cell; and how many cells were given out, which is not `n` where the rule does not come out even.
-
-    With a budget of at least 1, mixture t has cells `start + t * budget` onwards to itself and is anchored to the
-    first. Below, with q = 1 / budget, one mixture in each run of q gets the next free cell, its place in the run
-    moving on by one from run to run, and the others the zero cell.
-    """
-    layers, free = [], 0
-    q = budget.denominator
-    for m in mixtures:
-        own = []
-        for t in range(m):
-            if budget >= 1:
-                own.append(free + t * int(budget))
-            elif t % q == (t // q) % q:
-                own.append(free)
-                free += 1
-            else:
-                own.append(n)
-        if budget >= 1:
-            free += m * int(budget)
-        layers.append(own)
-    return layers, free
 
 
 def _cell_side(channels: Sequence[int], share: Fraction) -> int:

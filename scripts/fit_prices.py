@@ -30,8 +30,8 @@ Samples = dict[str, list[tuple[dict[str, float], float]]]  # by way: what it doe
 
 def hopeful(call: Call) -> list[str]:
     done = work(tuple(call.x.shape), tuple(call.cells.shape), call.task)
-    plain = done["grouped"]["apply"] + done["grouped"]["mix"]
-    return [way for way, quantities in done.items() if quantities["apply"] + quantities["mix"] <= HOPELESS * plain]
+    macs = {way: sum(q for name, q in done[way].items() if name.startswith(("apply", "mix"))) for way in done}
+    return [way for way in done if macs[way] <= HOPELESS * macs["grouped"]]
 
 
 def collect(cases: list[str], repeats: int) -> tuple[Samples, Samples]:
@@ -52,7 +52,7 @@ def collect(cases: list[str], repeats: int) -> tuple[Samples, Samples]:
 def fit(samples: list[tuple[dict[str, float], float]]) -> tuple[dict[str, float], np.ndarray]:
     """Prices, and the ratio of expected to measured time of each sample."""
     names = sorted({name for quantities, _ in samples for name in quantities})
-    matrix = np.array([[quantities[name] / time for name in names] for quantities, time in samples])
+    matrix = np.array([[quantities.get(name, 0.0) / time for name in names] for quantities, time in samples])
     scale = np.maximum(matrix.max(axis=0), 1e-30)
     prices, _ = nnls(matrix / scale, np.ones(len(samples)))
     return dict(zip(names, prices / scale, strict=True)), matrix @ (prices / scale)

@@ -76,8 +76,10 @@ def milliseconds(function: Callable[[], object]) -> float:
 
 
 def measure(call: Call, ways: list[str], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median milliseconds of a forward pass, and of one with its backward pass; the ways take turns. A step is timed for
-    two layers that draw from the same cells, as gradients of a warehouse's layers have to be added up."""
+    """Median milliseconds of a forward pass, and of one with its backward pass; the ways take turns.
+
+    A step is timed for two layers that draw from the same cells: gradients of a warehouse's layers have to be added up.
+    """
     times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     tensors = [t.clone().requires_grad_() for t in (call.x, call.alpha, call.cells)]
     x, alpha, cells = *tensors[:2], gathered(tensors[2])

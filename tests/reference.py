@@ -69,42 +69,51 @@ def scores(attention, pooled, m, n, start=0, local=None, training=False):
     return z
 
 
-def contrast(z, anchors, tau):
-    """CAF: z (B, m, n + 1) to alpha (B, m, n); `anchors` as given by `hand_out`."""
+def squash(row, function):
+    """One mixture's scores, the zero cell's last, to attentions."""
+    if function in ("caf", "contrast"):
+        return [score / (sum(abs(other) for other in row) + 1e-3) for score in row]
+    if function == "softmax":
+        return [math.exp(score) / sum(math.exp(other) for other in row) for score in row]
+    return [{"sigmoid": lambda s: 1 / (1 + math.exp(-s)), "tanh": math.tanh}[function](score) for score in row]
+
+
+def contrast(z, anchors, tau, function="caf"):
+    """CAF, or what takes its place: z (B, m, n + 1) to alpha (B, m, n); `anchors` as given by `hand_out`."""
     samples = []
     for sample in z.tolist():
         rows = []
         for row, anchor in zip(sample, anchors, strict=True):
-            total = sum(abs(score) for score in row) + 1e-3
             beta = [float(cell == anchor) for cell in range(len(row) - 1)]
-            rows.append([(1 - tau) * s / total + tau * b for s, b in zip(row[:-1], beta, strict=True)])
+            rows.append([(1 - tau) * a + tau * b for a, b in zip(squash(row, function)[:-1], beta, strict=True)])
         samples.append(rows)
     return torch.tensor(samples, dtype=z.dtype)
 
 
-def kernel(alpha, cells, shape):
-    """One sample's kernel of `shape`, as in nn.Conv*d.weight, cell by cell in the order (position, output, input)."""
-    n, o, i = cells.shape
+def kernel(alpha, cells, shape, span=1):
+    """One sample's kernel of `shape`, as in nn.Conv*d.weight, cell by cell in the order (position, output, input).
+    Cells (n, o, i * span) are of `span` positions: one, or all of the kernel's."""
+    n, o, i = cells.shape[0], cells.shape[1], cells.shape[2] // span
     out = torch.empty(shape[0], shape[1], math.prod(shape[2:]), dtype=cells.dtype)
     mixture = 0
-    for position in range(out.shape[2]):
+    for position in range(0, out.shape[2], span):
         for a in range(shape[0] // o):
             for b in range(shape[1] // i):
-                mixed = (alpha[mixture].view(n, 1, 1) * cells).sum(0)
-                out[a * o : (a + 1) * o, b * i : (b + 1) * i, position] = mixed
+                mixed = (alpha[mixture].view(n, 1, 1) * cells).sum(0).view(o, i, span)
+                out[a * o : (a + 1) * o, b * i : (b + 1) * i, position : position + span] = mixed
                 mixture += 1
     return out.view(shape)
 
 
 @torch.no_grad()
-def forward(layer, static, x, anchors, tau, cells):
+def forward(layer, static, x, anchors, tau, cells, function="caf", span=1):
     """What `layer` must give: `static`, torch's layer of the same arguments, with each sample's own kernel."""
     channels_first = x.movedim(-1, 1) if isinstance(static, torch.nn.Linear) else x
     pooled = channels_first.reshape(*channels_first.shape[:2], -1).mean(2)
     z = scores(layer.attention, pooled, len(anchors), len(cells), training=layer.training)
     out = []
-    for sample, alpha in zip(x, contrast(z, anchors, tau), strict=True):
-        static.weight.copy_(kernel(alpha, cells, static.weight.shape))
+    for sample, alpha in zip(x, contrast(z, anchors, tau, function), strict=True):
+        static.weight.copy_(kernel(alpha, cells, static.weight.shape, span))
         if static.bias is not None:
             static.bias.copy_(layer.bias)
         out.append(static(sample[None]))

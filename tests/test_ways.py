@@ -1,4 +1,4 @@
-"""What the ways do beside giving the same numbers: any shape, cut into blocks, and one sum for a warehouse's gradients."""
+"""The ways from within: any shape, cut into blocks, runs of strips, and one sum for the gradients of a warehouse."""
 
 import copy
 import importlib
@@ -118,7 +118,7 @@ def assert_equal(actual, expected):
 
 def sums(model):
     """What gradients of cells are waiting to be fetched."""
-    return model.warehouses["w"]._stand_in.grad_fn.sums
+    return model.warehouses["w"].drawn().grad_fn.sums
 
 
 def test_gradients_of_a_warehouse_are_one_sum_and_are_the_plain_ones(shared):
@@ -133,7 +133,7 @@ def test_layers_computed_in_different_ways_add_up(shared, monkeypatch):
     model, x = shared
     expected = grads_of(model, x, "grouped")
     taken = iter(("multiply", "grouped", "inputs") * 2)
-    monkeypatch.setattr(functional, "cheapest", lambda _: next(taken))
+    monkeypatch.setattr(functional, "_chosen", lambda *_: next(taken))
     assert_equal(grads_of(model, x, "auto"), expected)
 
 
@@ -181,11 +181,15 @@ def test_copies_and_moved_models_have_sums_of_their_own(shared):
     expected = grads_of(model, x)
     copied = copy.deepcopy(model)
     assert_equal(grads_of(copied, x), expected)
-    assert copied.warehouses["w"]._stand_in.data_ptr() == copied.warehouses["w"].cells.data_ptr()
+    assert copied.warehouses["w"].drawn().is_set_to(copied.warehouses["w"].cells)
     with torch.no_grad():
         copied.warehouses["w"].cells.mul_(2)  # in place, as an optimizer does
     assert_equal(grads_of(copied, x), grads_of(copied, x, "grouped"))
     moved = copied.float().double()
+    assert_equal(grads_of(moved, x), grads_of(moved, x, "grouped"))
+    moved.warehouses["w"].cells = nn.Parameter(
+        moved.warehouses["w"].cells.detach()
+    )  # another parameter, of old numbers
     assert_equal(grads_of(moved, x), grads_of(moved, x, "grouped"))
 
 

@@ -50,6 +50,11 @@ class SettingsConfig:
     cell_out: Any = None
     nonlocal_basis: Any = None
     attention_norm: str | None = None
+    # The paper's ablations (what each value means: kw/config.py).
+    attention_function: str | None = None  # caf (published), contrast, softmax, sigmoid, tanh
+    anchoring: str | None = None  # one_to_one (published), all_to_one, random, none
+    sharing: str | None = None  # stage (published), none, kind, model
+    partition: str | None = None  # spatial_channel (published), channel, none
 
     def given(self) -> dict[str, Any]:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
@@ -310,7 +315,7 @@ HOW_IT_RUNS = re.compile(
     r"name|label|given|resume|evaluate|data\.root|logger(\..+)?|runtime(\.(?!(precision|sync_norm)$).+)?"
 )
 # Beside these, what a run folder's path shows in a word of its own.
-IN_THE_PATH = re.compile(r"backbone|data|dynamic|experiment|n|seed")
+IN_THE_PATH = re.compile(r"backbone|data|dynamic|experiment(/ablation)?|n|seed")
 
 
 def run_name(label: str, dynamic: str, n: Any) -> str:

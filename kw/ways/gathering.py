@@ -8,6 +8,7 @@ stand-in's sum, and gives autograd none; autograd waits until all layers are don
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class _Gather(torch.autograd.Function):
 
 def gathered(cells: Tensor) -> Tensor:
     """A stand-in for a warehouse's cells, to draw from as often as they are the same tensor."""
-    return _Gather.apply(cells)  # type: ignore[no-any-return]
+    stand_in: Tensor = _Gather.apply(cells)  # type: ignore[no-untyped-call]
+    return stand_in
 
 
 def sum_of(cells: Tensor) -> Tensor | None:
@@ -47,8 +49,12 @@ def sum_of(cells: Tensor) -> Tensor | None:
     if now not in sums:
         sums[now] = torch.zeros_like(cells)
         # A pass that does not ask for gradients of the cells never comes to _Gather.
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: sums.pop(now, None))
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, sums, now))
     return sums[now]
+
+
+def _forget(sums: Sums, of: int) -> None:
+    sums.pop(of, None)
 
 
 def _pass() -> int:

@@ -27,7 +27,9 @@ def assemble(alpha: Tensor, cells: Tensor, grid: tuple[int, int, int]) -> Tensor
 
 def grouped(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
     kernels = assemble(alpha, cells, task.grid)
-    kernels = kernels.view(*kernels.shape[:3], *task.kernel_size)
+    kernels = kernels.view(
+        *kernels.shape[:2], x.shape[1] // task.groups, *task.kernel_size
+    )  # also if cells span positions
     return per_sample(x, kernels, task.stride, task.padding, task.dilation, task.groups)
 
 

@@ -1,10 +1,9 @@
 """Way "multiply": a block of kernels at a time, multiplied with runs of the input (strips.py) where they lie.
 
 A block is some rows of every cell, for all samples or, where that is too much, for some. One matrix product makes its
-mixtures: attentions `(mixtures, n)` with cells `(n, r * i)`. Its rows are in the order (tap, input group, sample, output
-group), so what comes of it is, for each tap and input group, a matrix for each sample: nothing is moved before it is
-applied. A block stays in a processor's cache, and the batch's kernels never exist at once: the backward pass makes them
-again.
+mixtures: attentions `(mixtures, n)` with cells `(n, r * i)`. They come in the order (tap, input group, sample, output
+group), that is as a matrix for each sample at each tap and input group: nothing is moved before it is applied. A block
+stays in a processor's cache, and the batch's kernels never exist at once: the backward pass makes them again.
 
 Shapes: `B` batch, `b` samples of a block; `P` taps, `R = C_out / o` and `C = C_in / i` cells across, `m = P * R * C`
 mixtures; `n` cells of `o` by `i`, `r` rows of each in a block; `L` length of a run.
@@ -21,9 +20,9 @@ from kw.ways.product import product
 from kw.ways.strips import Strips, empty
 from kw.ways.task import Task
 
-# Entries of mixtures in a block. On a CPU 16 MB, which stay in the cache, where rows are cut; where samples are, 28 MB, so
-# that cells are read less often: above 32 MiB the usual allocator takes memory from the system each time anew, at the
-# price of a page fault every 4 KiB. A GPU wants larger products.
+# Entries of mixtures in a block. On a CPU, where rows are cut, 16 MB, which stay in the cache; where samples are, 28
+# MB, so that cells are read less often: above 32 MiB the usual allocator takes memory from the system each time anew,
+# at the price of a page fault every 4 KiB. A GPU wants larger products.
 ENTRIES = 4 << 20
 ENTRIES_OF_SAMPLES = 7 << 20
 ENTRIES_ON_GPU = 1 << 26
@@ -33,7 +32,7 @@ PIECE = 1 << 20  # entries of the cells' gradient at a time
 
 def forward(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
     out = task.empty_out(x, cells)
-    by_cell = out.unflatten(1, (task.grid[1], -1))  # (B, R, o, *out)
+    by_cell = torch.unflatten(out, 1, (task.grid[1], -1))  # (B, R, o, *out)
     strips = Strips(tuple(x.shape[2:]), task)
     samples, blocks = _kernel_blocks(x, cells, task)
     for part in samples:
@@ -43,10 +42,10 @@ def forward(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
             in_place = strips.tight and rows == slice(0, cells.shape[1])
             run = out[part].flatten(2) if in_place else empty(x[part], kernels.shape[3], strips.run)
             for p, tap in enumerate(strips.taps):
-                for c, read in enumerate(strips.reads(inputs, tap).split(cells.shape[2], dim=1)):
+                for c, read in enumerate(torch.split(strips.reads(inputs, tap), cells.shape[2], dim=1)):
                     _add_product(run, kernels[p, c], read, first=p == c == 0)
             if not in_place:
-                by_cell[part, :, rows] = strips.outputs(run).unflatten(1, (task.grid[1], -1))
+                by_cell[part, :, rows] = torch.unflatten(strips.outputs(run), 1, (task.grid[1], -1))
     return out
 
 
@@ -59,16 +58,15 @@ def backward(
     needed: tuple[bool, bool, bool],
     total: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of `x`, `alpha` and `cells` that are needed; that of `cells` is added to `total`, if there is one."""
-    strips = Strips(tuple(x.shape[2:]), task)
-    grad_x = _grad_input(grad, x, alpha, cells, task, strips) if needed[0] else None
+    """The gradients of `x`, `alpha` and `cells`, where needed; that of `cells` is added to `total` if there is one."""
+    grad_x = _grad_input(grad, x, alpha, cells, task) if needed[0] else None
     dtype = torch.promote_types(cells.dtype, torch.float32)  # of sums: half precision would lose them
     grad_alpha = alpha.new_zeros(alpha.shape, dtype=dtype) if needed[1] else None
     grad_cells = total
     if needed[2] and total is None:
         grad_cells = cells.new_zeros(cells.shape, dtype=dtype)
     if any(needed[1:]):
-        _add_grad_mixed(grad, x, alpha, cells, task, strips, grad_alpha, grad_cells)
+        _add_grad_mixed(grad, x, alpha, cells, task, grad_alpha, grad_cells)
     return (
         grad_x,
         None if grad_alpha is None else grad_alpha.to(alpha.dtype),
@@ -76,8 +74,9 @@ def backward(
     )
 
 
-def _grad_input(grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, task: Task, strips: Strips) -> Tensor:
+def _grad_input(grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
     grad_x = torch.zeros_like(x)
+    strips = Strips(tuple(x.shape[2:]), task)
     samples, blocks = _kernel_blocks(x, cells, task)
     for part in samples:
         strip, weights = strips.lay_out(grad[part]), _by_tap(alpha[part], task.grid)
@@ -96,11 +95,11 @@ def _add_grad_mixed(
     alpha: Tensor,
     cells: Tensor,
     task: Task,
-    strips: Strips,
     grad_alpha: Tensor | None,
     grad_cells: Tensor | None,
 ) -> None:
     """Add the gradients of the attentions and of the cells to what is there."""
+    strips = Strips(tuple(x.shape[2:]), task)
     samples, blocks = _mixture_blocks(x, cells, task)
     P, R, C = task.grid
     for part in samples:
@@ -111,14 +110,14 @@ def _add_grad_mixed(
             mixtures = _grad_mixtures(_rows(strip, rows, cells.shape[1], R), inputs, strips, task.grid, piece)
             if grad_alpha is not None:
                 of_alpha = product(mixtures, piece.flatten(1).t()).view(P, C, -1, R, len(cells))
-                grad_alpha[part].unflatten(1, task.grid).permute(1, 3, 0, 2, 4).add_(of_alpha)
+                torch.unflatten(grad_alpha[part], 1, task.grid).permute(1, 3, 0, 2, 4).add_(of_alpha)
             if grad_cells is not None:
                 _add_in_pieces(grad_cells[:, rows], weights, mixtures)
 
 
 def _kernel_blocks(x: Tensor, cells: Tensor, task: Task) -> tuple[list[slice], list[slice]]:
-    """Cuts for kernels: samples, and rows of each cell. Some rows of all cells must be copied together first. So rows are
-    cut where the mixtures outnumber the cells, samples where they do not."""
+    """Cuts for kernels: samples, and rows of each cell. Some rows of all cells have to be copied together first; so
+    rows are cut where the mixtures outnumber the cells, samples where they do not."""
     n, o, i = cells.shape
     if len(x) * task.mixtures > n:
         return _mixture_blocks(x, cells, task)
@@ -127,7 +126,7 @@ def _kernel_blocks(x: Tensor, cells: Tensor, task: Task) -> tuple[list[slice], l
 
 
 def _mixture_blocks(x: Tensor, cells: Tensor, task: Task) -> tuple[list[slice], list[slice]]:
-    """Cuts for gradients: many samples rather than many rows, for each cell and its gradient are read for all at once."""
+    """Cuts for gradients: many samples rather than many rows, for a cell and its gradient are read for all at once."""
     _, o, i = cells.shape
     entries = _entries(x, ENTRIES)
     some, least = len(x), min(o, math.ceil(ROWS / task.grid[1]))
@@ -153,7 +152,7 @@ def _add_grad_inputs(
     seen = set() if first else set(grads)
     for p, tap in enumerate(strips.taps):
         read_by = strips.grad_reads(of_rows, tap)
-        for c, group in enumerate(grads[tap.phase].split(kernels.shape[4], dim=1)):
+        for c, group in enumerate(torch.split(grads[tap.phase], kernels.shape[4], dim=1)):
             _add_product(group, kernels[p, c].transpose(1, 2), read_by, first=tap.phase not in seen)
         seen.add(tap.phase)
 
@@ -167,7 +166,7 @@ def _grad_mixtures(
     mixtures = of_rows.new_empty(P, C, len(of_rows), R * r, i)
     run = of_rows[:, :, strips.before : strips.before + strips.run]
     for p, tap in enumerate(strips.taps):
-        for c, read in enumerate(strips.reads(inputs, tap).split(i, dim=1)):
+        for c, read in enumerate(torch.split(strips.reads(inputs, tap), i, dim=1)):
             torch.bmm(run, read.transpose(1, 2), out=mixtures[p, c])
     return mixtures.view(-1, r * i)
 
@@ -176,7 +175,7 @@ def _add_in_pieces(total: Tensor, weights: Tensor, mixtures: Tensor) -> None:
     """`total += weights.T @ mixtures`: `(n, r, i)`, `(m, n)`, `(m, r * i)`; in pieces that stay in the cache."""
     n, _, i = total.shape
     few = max(1, PIECE // (n * i))
-    for rows, some in zip(total.split(few, dim=1), mixtures.split(few * i, dim=1), strict=True):
+    for rows, some in zip(torch.split(total, few, dim=1), torch.split(mixtures, few * i, dim=1), strict=True):
         rows.add_(product(weights.t(), some.contiguous()).view(rows.shape))
 
 
@@ -189,14 +188,14 @@ def _mix(weights: Tensor, cells: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 def _by_tap(alpha: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Attentions `(b, m, n)` as `(P * C * b * R, n)`."""
-    return alpha.unflatten(1, grid).permute(1, 3, 0, 2, 4).reshape(-1, alpha.shape[2])
+    return torch.unflatten(alpha, 1, grid).permute(1, 3, 0, 2, 4).reshape(-1, alpha.shape[2])
 
 
 def _rows(strip: Tensor, rows: slice, o: int, groups: int) -> Tensor:
     """Some rows of every output group, `(b, R * o, length)` to `(b, R * r, length)`."""
     if rows == slice(0, o):
         return strip
-    return strip.unflatten(1, (groups, o))[:, :, rows].flatten(1, 2)
+    return torch.unflatten(strip, 1, (groups, o))[:, :, rows].flatten(1, 2)
 
 
 def _add_product(total: Tensor, kernels: Tensor, read: Tensor, first: bool) -> None:

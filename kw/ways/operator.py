@@ -18,6 +18,8 @@ from kw.ways.task import Task
 
 def multiply(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
     """Way "multiply", with gradients. Only what came in is kept for the backward pass."""
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return forward(x, alpha, cells, task)  # the operator's own costs are as much as a small layer's
     out: Tensor = _forward(
         x, alpha, cells, task.grid, task.kernel_size, task.stride, task.padding, task.dilation, task.groups
     )
@@ -71,9 +73,7 @@ def _(x: Tensor, alpha: Tensor, cells: Tensor, *task: Any) -> Tensor:
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, needed: Sequence[bool], *task: Any
-) -> tuple[Tensor, ...]:
+def _(grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, needed: Sequence[bool], *task: Any) -> tuple[Tensor, ...]:
     return tuple(
         torch.empty_like(like) if need else like.new_empty(0)
         for like, need in zip((x, alpha, cells), needed, strict=True)

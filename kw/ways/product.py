@@ -20,7 +20,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if not _is_dense(b) and b.numel() > max(a.numel(), len(a) * b.shape[1]):
         return a @ b
     # oneDNN is slow beyond use on rows (or columns) with gaps between them; so they are copied together.
-    out: Tensor = _onednn(_dense(a), _dense(b).t(), None, "none", [], "")  # type: ignore[misc]
+    out: Tensor = _onednn(_dense(a), _dense(b).t(), None, "none", [], "")
     return out
 
 

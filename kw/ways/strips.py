@@ -7,8 +7,8 @@ between the rows are computed too, and dropped: at 3 x 3 taps one in eight for i
 
 With a stride of s, every s-th row and column make up a strip of their own, a *phase*; a tap reads from one phase.
 
-Shapes: `B` batch, `C` channels, `L` length of a run. Strips are `(B, C, length)`; in memory channels are last where they
-are so in the input. Where the only tap is the input itself (pointwise and linear layers), nothing is copied.
+Shapes: `B` batch, `C` channels, `L` length of a run. Strips are `(B, C, length)`; in memory channels are last where
+they are so in the input. Where the only tap is the input itself (pointwise and linear layers), nothing is copied.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kw.ways.task import Task, channels_last
@@ -73,7 +74,7 @@ class Strips:
         strips = {}
         for phase, data in self.data.items():
             strip = zeros(x, x.shape[1], math.prod(whole))
-            self._interior(strip.unflatten(2, whole), data).copy_(x[self._every(data)])
+            torch.unflatten(strip, 2, whole)[self._block(data.at, data.count)] = x[self._every(data)]
             strips[phase] = strip
         return strips
 
@@ -93,8 +94,8 @@ class Strips:
 
     def outputs(self, run: Tensor) -> Tensor:
         """The outputs `(B, C, *out)` in a run; a view."""
-        rows = run.unflatten(2, (self.out[0], *self.widths[1:]))
-        return rows[(..., *(slice(size) for size in self.out))]
+        rows: Tensor = torch.unflatten(run, 2, (self.out[0], *self.widths[1:]))
+        return rows[self._block((0,) * len(self.out), self.out)]
 
     @property
     def tight(self) -> bool:
@@ -117,8 +118,8 @@ class Strips:
         """Put the gradients of the phases where they belong in `grad_x`."""
         for phase, grad in grads.items():
             data = self.data[phase]
-            rows = grad.unflatten(2, (data.count[0], *self.widths[1:]))
-            grad_x[self._every(data)] = rows[(..., *(slice(count) for count in data.count))]
+            rows = torch.unflatten(grad, 2, (data.count[0], *self.widths[1:]))
+            grad_x[self._every(data)] = rows[self._block((0,) * len(data.count), data.count)]
 
     def _tap(self, at: Position, dilation: Position) -> Tap:
         reads = [k * d for k, d in zip(at, dilation, strict=True)]
@@ -139,10 +140,13 @@ class Strips:
         return flat
 
     def _every(self, data: Data) -> tuple[slice, ...]:
-        return (..., *(slice(first, None, s) for first, s in zip(data.first, self.stride, strict=True)))
+        """What a phase has of `(B, C, *space)`."""
+        steps = (slice(first, None, s) for first, s in zip(data.first, self.stride, strict=True))
+        return (slice(None), slice(None), *steps)
 
-    def _interior(self, strip: Tensor, data: Data) -> Tensor:
-        return strip[(..., *(slice(at, at + count) for at, count in zip(data.at, data.count, strict=True)))]
+    def _block(self, at: Position, count: Position) -> tuple[slice, ...]:
+        """Of `(B, C, *positions)`, so many positions of each dimension."""
+        return (slice(None), slice(None), *(slice(a, a + c) for a, c in zip(at, count, strict=True)))
 
 
 def empty(like: Tensor, channels: int, length: int) -> Tensor:

@@ -17,6 +17,7 @@ class Task:
     """One layer's convolution. A linear layer is one with a kernel of one position.
 
     `grid` is `(P, C_out / o, C_in / groups / i)`: the kernel's cells in the order of its mixtures, the last fastest.
+    Where cells span all positions (`i` counts them in), the grid's P is 1.
     """
 
     grid: tuple[int, int, int]
@@ -29,6 +30,11 @@ class Task:
     @property
     def mixtures(self) -> int:
         return math.prod(self.grid)
+
+    @property
+    def spans_positions(self) -> bool:
+        """Whether a cell is for several positions of the kernel."""
+        return self.grid[0] != math.prod(self.kernel_size)
 
     def out_size(self, space: tuple[int, ...]) -> tuple[int, ...]:
         sizes = zip(space, self.padding, self.dilation, self.kernel_size, self.stride, strict=True)

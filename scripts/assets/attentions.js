@@ -51,7 +51,7 @@ function drawHeat() {
     const layer = layers.find((each) => row < first + each.mixtures || (first += each.mixtures, false));
     const owner = layers.find((each) => cell >= each.start && cell < each.start + each.owned), mixture = row - first;
     const lines = [["cell", `${cell}, of ${owner?.name ?? "nobody"}`], ["shown", shown[row * cells + cell].toPrecision(2)],
-      ["anchored to", layer.anchors[mixture] < cells ? `cell ${layer.anchors[mixture]}` : "the zero cell"], ["moved", layer.shift[mixture].toFixed(2)]];
+      ["anchored to", !layer.anchors.length ? "nothing" : layer.anchors[mixture] < cells ? `cell ${layer.anchors[mixture]}` : "the zero cell"], ["moved", layer.shift[mixture].toFixed(2)]];
     tip(event, `<b>${escape(layer.name)}, mixture ${mixture}</b><table>${lines.map(([a, b]) => `<tr><td>${a}</td><td>${escape(b)}</td></tr>`).join("")}</table>`);
   };
 }

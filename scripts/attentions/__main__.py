@@ -73,7 +73,7 @@ def write_csv(layers: list[LayerStatistics], classes: list[str], folder: Path) -
             counts = layer.sums.counts
             moved = layer.sums.moved.mean(dim=1) / counts.clamp(min=1)
             for k, name in enumerate(classes):
-                values = (int(counts[k]), float(moved[k]), float(layer.classes[k]))
+                values = (int(counts[k]), None if layer.moved is None else float(moved[k]), float(layer.classes[k]))
                 writer.writerow([layer.name, layer.warehouse, name, *values])
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kw.attention import EPSILON, Attention
+from kw.attention import FUNCTIONS, Attention
 from kw.layers import KWLayer
 from kw.warehouse import Draw
 from train.errors import DataError
@@ -19,14 +19,16 @@ from train.errors import DataError
 
 def attend(attention: Attention, pooled: Tensor) -> Tensor:
     """The attentions `(B, m, n + 1)` that `attention` computes from `(B, C)`, with that of the zero cell, which it
-    drops: only with it do a row's absolute values add up to 1."""
-    z = attention.scores(pooled).double()
-    alpha = z / (z.abs().sum(dim=2, keepdim=True) + EPSILON)
-    return (1 - attention.temperature) * alpha + attention.temperature * anchors(attention)
+    drops: only with it do a row's absolute values add up to 1 (where the attention function sees to that at all)."""
+    alpha = FUNCTIONS[attention.attention_function](attention.scores(pooled).double())
+    return (1 - attention.tau) * alpha + attention.tau * anchors(attention)
 
 
 def anchors(attention: Attention) -> Tensor:
-    """Where the temperature starts from, one-hot `(m, n + 1)`."""
+    """Where the temperature starts from, one-hot `(m, n + 1)`; zeros where nothing is anchored."""
+    if attention.beta is None:
+        weight = attention.fc1.weight
+        return weight.new_zeros(attention.mixtures, attention.cells + 1, dtype=torch.float64)
     beta = attention.beta.double()
     return torch.cat([beta, 1 - beta.sum(dim=1, keepdim=True)], dim=1)
 
@@ -41,7 +43,7 @@ class Sums:
     by_class: Tensor  # (K, m, n + 1), of alpha
     absolute: Tensor  # (m, n + 1), of |alpha|
     square: Tensor  # (m, n + 1), of alpha squared
-    moved: Tensor  # (K, m), of half the distance in absolute value from the anchors
+    moved: Tensor  # (K, m), of half the distance in absolute value from the anchors; zeros where there are none
 
     @classmethod
     def empty(cls, layer: KWLayer, classes: int) -> Sums:
@@ -59,7 +61,8 @@ class Sums:
         self.by_class.index_add_(0, targets, alpha)
         self.absolute += alpha.abs().sum(dim=0)
         self.square += alpha.square().sum(dim=0)
-        self.moved.index_add_(0, targets, (alpha - self.anchors).abs().sum(dim=2) / 2)
+        if self.draw.anchors is not None:
+            self.moved.index_add_(0, targets, (alpha - self.anchors).abs().sum(dim=2) / 2)
 
 
 @dataclass

@@ -57,7 +57,7 @@ def _warehouse(name: str, drawing: list[LayerStatistics], classes: int) -> dict[
     layers = []
     for layer in drawing:
         draw = layer.sums.draw
-        own = {"start": draw.start, "owned": draw.owned, "mixtures": draw.mixtures, "anchors": draw.anchors}
+        own = {"start": draw.start, "owned": draw.owned, "mixtures": draw.mixtures, "anchors": draw.anchors or []}
         layers.append({"name": layer.name, **own, "drawn": _rounded(layer.drawn), "shift": _rounded(layer.shift)})
     packed = {key: _packed(values) for key, values in maps.items()}
     return {"name": name, "cells": mean.shape[1], "layers": layers, "maps": packed, "usage": _rounded(usage(drawing))}

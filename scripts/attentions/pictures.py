@@ -66,7 +66,7 @@ def _mark(axes: Any, layer: LayerStatistics, top: int, dots: bool) -> None:
     draw, rows = layer.sums.draw, len(layer.shift)
     frame = (draw.start - 0.5, top - 0.5)
     axes.add_patch(Rectangle(frame, draw.owned, rows, fill=False, edgecolor="black", linewidth=1.1, clip_on=False))
-    own = [(cell, top + row) for row, cell in enumerate(draw.anchors) if cell < layer.mean.shape[1]]
+    own = [(cell, top + row) for row, cell in enumerate(draw.anchors or ()) if cell < layer.mean.shape[1]]
     if own and dots:
         axes.scatter(*zip(*own, strict=True), s=4, color="black", linewidths=0)
 
@@ -114,7 +114,9 @@ def draw_layers(layers: list[LayerStatistics], path: Path) -> None:
         bottom += values
     shares.set(ylabel="share of attention", title="Where the attention of a layer's mixtures goes", ylim=(0, 1))
     shares.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    lines.plot(places, [layer.moved for layer in layers], "o-", color=OTHERS, label="moved from the anchors (0 to 1)")
+    if all(layer.moved is not None for layer in layers):
+        moved = [layer.moved for layer in layers]
+        lines.plot(places, moved, "o-", color=OTHERS, label="moved from the anchors (0 to 1)")
     lines.plot(places, [layer.dynamic for layer in layers], "s-", color=OWN, label="dynamic: deviation over images")
     if all(layer.by_class is not None for layer in layers):
         lines.plot(

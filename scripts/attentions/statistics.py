@@ -18,7 +18,7 @@ MEANINGS = {
     "zero": "on the zero cell",
     "negative": "share of attention that is negative",
     "effective": "cells that a mixture mixes, effectively: exp of the entropy of its mean absolute attentions",
-    "anchored": "share of mixtures whose strongest cell is still the one they were anchored to",
+    "anchored": "share of mixtures whose strongest cell is still the one they were anchored to, if they were",
     "kept": "mean attention of a mixture to the cell it was anchored to: 1 at the start, when the temperature is 1",
     "moved": "half the distance (sum of absolute differences) from the anchors: 0 still there, 1 nothing left there",
     "dynamic": "standard deviation over images, relative to the mean attentions: 0 is one kernel for all images",
@@ -43,9 +43,9 @@ class LayerStatistics:
     zero: float
     negative: float
     effective: float
-    anchored: float
-    kept: float
-    moved: float
+    anchored: float | None  # None, as the next two, where nothing is anchored
+    kept: float | None
+    moved: float | None
     dynamic: float
     by_class: float | None  # None where there is one class
     mean: Tensor
@@ -67,6 +67,7 @@ def layer_statistics(name: str, sums: Sums) -> LayerStatistics:
     drawn = _by_owner(shares.mean(dim=0), sums)
     here = [draw.kernel.name for draw in sums.draw.warehouse.draws].index(name)
     own, zero = float(drawn[here]), float(drawn[-1])
+    is_anchored = sums.draw.anchors is not None
     entropy = -torch.special.xlogy(shares, shares).sum(dim=1)
     shift = sums.moved.sum(dim=0) / images
     of_class = sums.by_class / counts.clamp(min=1).view(-1, 1, 1)
@@ -80,9 +81,9 @@ def layer_statistics(name: str, sums: Sums) -> LayerStatistics:
         zero=zero,
         negative=float(((absolute - mean) / 2).sum(dim=1).mean()),
         effective=float(entropy.exp().mean()),
-        anchored=float((absolute.argmax(dim=1) == sums.anchors.argmax(dim=1)).double().mean()),
-        kept=float((mean * sums.anchors).sum(dim=1).mean()),
-        moved=float(shift.mean()),
+        anchored=float((absolute.argmax(1) == sums.anchors.argmax(1)).double().mean()) if is_anchored else None,
+        kept=float((mean * sums.anchors).sum(dim=1).mean()) if is_anchored else None,
+        moved=float(shift.mean()) if is_anchored else None,
         dynamic=float((variance.sum() / mean.square().sum().clamp(min=1e-12)).sqrt()),
         by_class=_between(of_class, mean, variance, counts),
         mean=mean[:, :-1],

@@ -185,13 +185,14 @@ def group(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
 
 
 def _published(run: Run, rows: Iterable[Published]) -> Published | None:
-    """The row that a run is of: backbone, method and n on ImageNet, the configuration's name on COCO."""
+    """The row that a run is of: backbone, method and n on ImageNet, unless it has a label of its own, as ablations
+    have; the configuration's name on COCO."""
     for known in rows:
         if run.task != known.task:
             continue
         if run.task == CLASSIFICATION:
             mine = run.backbone in (known.label, known.backbone) and (run.dynamic, run.n) == (known.dynamic, known.n)
-            if run.data == CLASSIFICATION and mine:
+            if run.data == CLASSIFICATION and mine and run.config.get("label", run.backbone) == run.backbone:
                 return known
         elif run.name == known.name:
             return known
