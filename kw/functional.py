@@ -82,10 +82,11 @@ def convolution(
     return _compute(x, alpha, cells, Task(grid, kernel_size, stride, padding, dilation, groups), bias)
 
 
-@lru_cache(maxsize=4096)
-def _chosen(x_shape: tuple[int, ...], cells_shape: tuple[int, ...], task: Task, step: bool, device: str) -> str:
-    """Remembered, as the layers of a small model are done nearly as soon as they are weighed."""
+def _choose(x_shape: tuple[int, ...], cells_shape: tuple[int, ...], task: Task, step: bool, device: str) -> str:
     return cheapest(costs(x_shape, cells_shape, task, step, device))
+
+
+_remembered = lru_cache(maxsize=4096)(_choose)  # to weigh the ways of a small layer takes as long as to compute it
 
 
 def _compute(x: Tensor, alpha: Tensor, cells: Tensor, task: Task, bias: Tensor | None) -> Tensor:
@@ -97,7 +98,8 @@ def _compute(x: Tensor, alpha: Tensor, cells: Tensor, task: Task, bias: Tensor |
     way = _way
     if way == "auto":
         step = torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, cells))
-        way = _chosen(tuple(x.shape), tuple(cells.shape), task, step, kind)
+        choose = _choose if torch.compiler.is_compiling() else _remembered  # torch.compile cannot look into caches
+        way = choose(tuple(x.shape), tuple(cells.shape), task, step, kind)
     elif not applies(way, x.shape, task):
         way = "grouped"
     out = FUNCTIONS[way](x, alpha, cells, task)

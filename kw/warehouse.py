@@ -123,7 +123,8 @@ class Warehouse(nn.Module):
         if not (plain and cells.requires_grad and torch.is_grad_enabled()):
             return cells
         source, stand_in = self._stand_in
-        if source is not cells or not stand_in.is_set_to(cells):  # other cells, or moved, or of another type
+        same = source is cells and stand_in.data_ptr() == cells.data_ptr() and stand_in.dtype == cells.dtype
+        if not same:  # other cells, or moved, or made another type
             stand_in = gathered(cells)
             self._stand_in = cells, stand_in
         return stand_in

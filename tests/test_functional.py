@@ -135,7 +135,7 @@ def plain():
 @pytest.fixture
 def auto_multiplies(monkeypatch):
     """The small layers here are best computed the plain way; so that the way taken shows, "auto" has another."""
-    monkeypatch.setattr(functional, "_chosen", lambda *_: "multiply")
+    monkeypatch.setattr(functional, "_remembered", lambda *_: "multiply")
 
 
 def test_auto_is_the_default(auto_multiplies):

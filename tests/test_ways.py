@@ -133,7 +133,7 @@ def test_layers_computed_in_different_ways_add_up(shared, monkeypatch):
     model, x = shared
     expected = grads_of(model, x, "grouped")
     taken = iter(("multiply", "grouped", "inputs") * 2)
-    monkeypatch.setattr(functional, "_chosen", lambda *_: next(taken))
+    monkeypatch.setattr(functional, "_remembered", lambda *_: next(taken))
     assert_equal(grads_of(model, x, "auto"), expected)
 
 
