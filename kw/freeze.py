@@ -34,10 +34,9 @@ from torch.nn import functional as F
 
 from kw import functional
 from kw.attention import FUNCTIONS, Attention, contrast, size
-from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
+from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear, drop_unused_warehouses
 from kw.profile import table
 from kw.replace import replace
-from kw.warehouse import Warehouse
 
 WORTHWHILE = 4  # cells per folded kernel
 LEAST_SAVED = 1_000_000  # multiply-adds an image, about 0.05 ms: less is lost in what every call costs
@@ -136,7 +135,7 @@ def freeze(model: nn.Module, memory: float = 1.0) -> Report:
         weight = math.prod(layer.draw.kernel.shape)
         rows.append(FrozenLayer(name, type(layer).__name__, norm, kernel, weight * n, weight * mixed))
     replace(model, {layer: module.eval() for layer, module in frozen.items()})
-    _drop_unused_warehouses(model)
+    drop_unused_warehouses(model)
     for module in (model, *(frozen.get(layer, layer) for layer in layers)):
         module.register_forward_pre_hook(_refuse_training)
     return Report(
@@ -334,14 +333,6 @@ def _static(layer: KWLayer) -> nn.Module:
     static.register_parameter("weight", nn.Parameter(weight))
     static.register_parameter("bias", layer.bias)
     return static
-
-
-def _drop_unused_warehouses(model: nn.Module) -> None:
-    used = {layer.warehouse for layer in model.modules() if isinstance(layer, KWLayer)}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Warehouse) and child not in used:
-                delattr(parent, name)
 
 
 def _bytes(model: nn.Module) -> int:

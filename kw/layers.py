@@ -195,3 +195,12 @@ class KWConv3d(_KWConvNd):
 
 for _layer in (KWConv1d, KWConv2d, KWConv3d):
     _layer.__doc__ = _KWConvNd.__doc__
+
+
+def drop_unused_warehouses(model: nn.Module) -> None:
+    """Take warehouses out of `model` that no layer draws from any longer: their cells would get no gradient."""
+    used = {layer.warehouse for layer in model.modules() if isinstance(layer, KWLayer)}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Warehouse) and child not in used:
+                delattr(parent, name)

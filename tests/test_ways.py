@@ -202,6 +202,17 @@ def test_frozen_cells_get_no_gradient_and_the_others_do(shared):
     assert all(p.grad is not None for name, p in model.named_parameters() if "warehouses" not in name)
 
 
+def test_a_gradient_of_a_gradient_is_refused_or_taken_the_plain_way(shared):
+    model, x = shared
+    x = x.clone().requires_grad_()
+    with functional.use("multiply"), pytest.raises(RuntimeError, match=r'use\("grouped"\)'):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with functional.use("grouped"):
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("way", [way for way in functional.WAYS if way not in ("auto", "grouped")])
 def test_lower_precisions_are_exact_to_their_rounding(shared, way, dtype, tolerance):

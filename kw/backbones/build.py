@@ -16,7 +16,7 @@ from kw.baselines.convert import convert as convert_to_baseline
 from kw.baselines.registry import KW, STATIC, choices
 from kw.config import BudgetLike, KWConfig, parse_budget
 from kw.convert import Scope, convert
-from kw.layers import KWLayer
+from kw.layers import drop_unused_warehouses
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(KWConfig) if field.name != "n")
 
@@ -80,11 +80,3 @@ class Backbone:
         net = FeatureGetterNet(model, **{"out_indices": self.out_indices, **features})
         drop_unused_warehouses(model)
         return net
-
-
-def drop_unused_warehouses(model: nn.Module) -> None:
-    """Warehouses whose layers timm has all cut off, behind the last feature: their cells would get no gradient."""
-    drawn_from = {layer.warehouse.name for layer in model.modules() if isinstance(layer, KWLayer)}
-    warehouses = getattr(model, "warehouses", {})
-    for name in [name for name in warehouses if name not in drawn_from]:
-        del warehouses[name]
