@@ -21,20 +21,13 @@ from scipy.optimize import nnls
 
 from kw.ways.cost import Prices, cheapest, work
 from scripts.benchmark import Settings, create, parse_case
-from scripts.ways import WAYS, Call, measure, record
+from scripts.ways import WAYS, hopeful, measure, record
 
 CASES = ("resnet18:4@16", "resnet18:1@16", "resnet50:4@8", "convnext_tiny:1@8", "mobilenetv2_100:4@16", "small:1@64",
          "resnet18:4@1", "resnet18:1@1", "resnet50:4@1", "convnext_tiny:1@1", "mobilenetv2_100:4@1")  # fmt: skip
-HOPELESS = 5  # times the plain way's multiply-adds
 
 Sample = tuple[dict[str, float], float]  # what a way does for a layer, and nanoseconds
 Layers = list[dict[str, Sample]]  # by way
-
-
-def hopeful(call: Call) -> list[str]:
-    done = work(tuple(call.x.shape), tuple(call.cells.shape), call.task)
-    macs = {way: sum(q for name, q in done[way].items() if name.startswith(("apply", "mix"))) for way in done}
-    return [way for way in done if macs[way] <= HOPELESS * macs["grouped"]]
 
 
 def collect(cases: list[str], repeats: int) -> tuple[Layers, Layers]:

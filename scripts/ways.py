@@ -3,7 +3,8 @@
     python -m scripts.ways resnet18 4                       what the cost model expects, at batch 16 and 224 pixels
     python -m scripts.ways resnet18 4 --batch 1 --measure   beside it what was measured
 
-Layers of the same shape that draw from the same warehouse are one row.
+Layers of the same shape that draw from the same warehouse are one row. A way with many times the plain one's
+multiply-adds is not measured.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 
 import kw
 from kw.layers import KWLayer
-from kw.ways.cost import cheapest, costs
+from kw.ways.cost import cheapest, costs, work
 from kw.ways.gathering import gathered
 from kw.ways.task import Task
 
 WAYS = [way for way in kw.functional.WAYS if way != "auto"]
+HOPELESS = 5  # times the plain way's multiply-adds
 
 
 @dataclass
@@ -69,6 +71,13 @@ def record(model: nn.Module, image: Tensor) -> list[Call]:
     return list(calls.values())
 
 
+def hopeful(call: Call) -> list[str]:
+    """The ways that apply, but for those of many times the plain way's multiply-adds, which would take minutes."""
+    done = work(tuple(call.x.shape), tuple(call.cells.shape), call.task)
+    macs = {way: sum(q for name, q in done[way].items() if name.startswith(("apply", "mix"))) for way in done}
+    return [way for way in done if macs[way] <= HOPELESS * macs["grouped"]]
+
+
 def milliseconds(function: Callable[[], object]) -> float:
     began = time.perf_counter()
     function()
@@ -105,8 +114,7 @@ def table(calls: list[Call], repeats: int) -> Table:
     for call in calls:
         expected = [costs(call.x.shape, call.cells.shape, call.task, step) for step in (False, True)]
         taken = [cheapest(times) for times in expected]
-        ways = [way for way in WAYS if way in expected[0]]
-        measured = measure(call, ways, repeats) if repeats else {}
+        measured = measure(call, hopeful(call), repeats) if repeats else {}
         cells = []
         for way in WAYS:
             times = [

@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from scripts import benchmark
+from scripts import benchmark, fit_prices, ways
 from scripts.benchmark_table import Row, Sample, draw, markdown
 
 SETTINGS = benchmark.parse(["resnet18:1", "--repeats", "4"])[1]
@@ -84,3 +84,29 @@ def test_the_small_case_ends_at_four_positions():
     model = benchmark.create(case, "static", SETTINGS)
     features = model.forward_features(torch.zeros(1, 3, benchmark.SMALL_SIZE, benchmark.SMALL_SIZE))
     assert features.shape == (1, 512, 2, 2)
+
+
+def test_prices_are_recovered_from_times_that_follow_them():
+    work = [{"apply": a, "entry": e, "fixed": 1.0} for a, e in ((1e6, 2e3), (5e5, 9e4), (3e7, 1e5), (2e5, 5e4))]
+    true = {"apply": 0.01, "entry": 2.0, "fixed": 500.0}
+    prices, ratios = fit_prices.fit([(w, sum(true[k] * v for k, v in w.items())) for w in work])
+    assert prices == pytest.approx(true) and ratios == pytest.approx([1.0] * 4)
+
+
+def test_what_choosing_costs_is_over_the_best_way_of_each_layer():
+    layers = [
+        {"grouped": ({"apply": 10.0}, 10.0), "multiply": ({"apply": 10.0}, 5.0)},
+        {"grouped": ({"apply": 2.0}, 2.0), "multiply": ({"apply": 2.0}, 4.0)},
+        {"grouped": ({"apply": 3.0}, 3.0)},  # to which the other way does not apply
+    ]
+    prices = {"grouped": {"apply": 1.0}, "multiply": {"apply": 0.5}}  # right of the first layer, wrong of the second
+    assert fit_prices.over_best(layers, prices) == pytest.approx(
+        {"auto": 1.2, "grouped": 1.5, "multiply": 1.2, "best": 1.0}
+    )
+
+
+def test_hopeless_ways_are_not_timed():
+    model = benchmark.create(benchmark.parse_case("small:4"), "4", SETTINGS).eval()
+    calls = {call.names[0]: call for call in ways.record(model, torch.zeros(2, 3, 32, 32))}
+    assert ways.hopeful(calls["layer1.0.conv1"]) == ["grouped", "multiply"]
+    assert ways.hopeful(calls["layer4.0.conv2"]) == ["grouped", "multiply", "inputs"]
