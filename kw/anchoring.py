@@ -55,7 +55,7 @@ def by_lot(mixtures: Sequence[int], n: int, name: str) -> Anchors:
 def shares(mixtures: Sequence[int], n: int, budget: Fraction) -> list[int]:
     """How many cells are a layer's own where anchors do not say so: `budget` a mixture, what is left over included.
 
-    These cells are initialized for the layer, and scored without the non-local basis.
+    These cells are initialized for the layer.
     """
     ends = [int(total * budget) for total in itertools.accumulate(mixtures)]
     return [end - start for start, end in itertools.pairwise([0, *ends[:-1], n])]

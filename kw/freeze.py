@@ -37,6 +37,7 @@ from kw.attention import FUNCTIONS, Attention, contrast, size
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear, drop_unused_warehouses
 from kw.profile import table
 from kw.replace import replace
+from kw.ways.grouped import per_sample
 
 WORTHWHILE = 4  # cells per folded kernel
 LEAST_SAVED = 1_000_000  # multiply-adds an image, about 0.05 ms: less is lost in what every call costs
@@ -48,7 +49,6 @@ CONVOLUTIONS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     KWConv2d: nn.Conv2d,
     KWConv3d: nn.Conv3d,
 }
-CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @dataclass(frozen=True)
@@ -251,13 +251,7 @@ class FoldedConv(FoldedLayer):
                 x = x[(slice(None), slice(None), *(slice(None, None, step) for step in self.stride))]
             return torch.bmm(kernels.squeeze(3), x.flatten(2)).view(len(x), kernels.shape[1], *x.shape[2:])
         kernels = kernels.view(*kernels.shape[:3], *self.kernel_size)
-        convolve = CONVOLVE[x.dim() - 2]
-        if len(x) == 0:
-            return convolve(x, kernels.sum(0), None, self.stride, self.padding, self.dilation, self.groups)
-        wide = x.reshape(1, -1, *x.shape[2:])  # each sample a group of its own
-        groups = len(x) * self.groups
-        out = convolve(wide, kernels.flatten(0, 1), None, self.stride, self.padding, self.dilation, groups)
-        return out.view(len(x), -1, *out.shape[2:])
+        return per_sample(x, kernels, self.stride, self.padding, self.dilation, self.groups)
 
 
 def fold(layer: KWLayer) -> FoldedLayer:

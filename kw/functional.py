@@ -90,18 +90,21 @@ _remembered = lru_cache(maxsize=4096)(_choose)  # to weigh the ways of a small l
 
 
 def _compute(x: Tensor, alpha: Tensor, cells: Tensor, task: Task, bias: Tensor | None) -> Tensor:
-    kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and cells.dtype == torch.float32:
-        # Autocast does not look into functions that have a backward pass of their own.
-        x, cells = x.to(torch.get_autocast_dtype(kind)), cells.to(torch.get_autocast_dtype(kind))
-    alpha = alpha.to(cells.dtype)
-    way = _way
+    kind, way = x.device.type, _way
     if way == "auto":
         step = torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, cells))
         choose = _choose if torch.compiler.is_compiling() else _remembered  # torch.compile cannot look into caches
         way = choose(tuple(x.shape), tuple(cells.shape), task, step, kind)
     elif not applies(way, x.shape, task):
         way = "grouped"
+    if kind != "meta" and torch.is_autocast_enabled(kind) and cells.dtype == torch.float32:
+        # Autocast does not look into functions that have a backward pass of their own.
+        x = x.to(torch.get_autocast_dtype(kind))
+    if way != "multiply":  # which computes as its input is, and adds up gradients as the cells are
+        alpha, cells = alpha.to(x.dtype), cells.to(x.dtype)
     out = FUNCTIONS[way](x, alpha, cells, task)
-    # In place: new memory for a large output costs more than the sum.
-    return out if bias is None else out.add_(bias.to(out.dtype).view(-1, *(1,) * (out.dim() - 2)))
+    if bias is None:
+        return out
+    bias = bias.to(out.dtype).view(-1, *(1,) * (out.dim() - 2))
+    # New memory for a large output costs more than the sum. But in place in a view, autograd copies its gradient.
+    return out.add_(bias) if way == "multiply" or not out.requires_grad else out + bias

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kw.anchoring import Anchors, all_to_one, by_lot, one_to_one, shares
 from kw.config import KWConfig
-from kw.ways.gathering import gathered
+from kw.ways.gathering import forget_failed, gathered
 
 # Of a warehouse for one image, mixtures times cells: each takes at least 16 weights, here 134 million.
 MAX_SCORES = 1 << 23
@@ -119,15 +119,22 @@ class Warehouse(nn.Module):
         In eager training that is a stand-in, the same for all layers and steps while the cells are the same tensor.
         """
         cells = self.cells
-        plain = type(cells) is nn.Parameter and not torch.compiler.is_compiling()
+        plain = type(cells) is nn.Parameter and not torch.compiler.is_compiling() and not _is_traced()
         if not (plain and cells.requires_grad and torch.is_grad_enabled()):
             return cells
         source, stand_in = self._stand_in
         same = source is cells and stand_in.data_ptr() == cells.data_ptr() and stand_in.dtype == cells.dtype
+        same = same and stand_in.shape == cells.shape
         if not same:  # other cells, or moved, or made another type
             stand_in = gathered(cells)
             self._stand_in = cells, stand_in
+        forget_failed(stand_in)
         return stand_in
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Warehouse:
+        self._stand_in = NOTHING  # lest it hold the memory that the cells are moved away from
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stand_in": NOTHING}  # copies have cells of their own
@@ -216,3 +223,8 @@ class Warehouses(nn.ModuleDict):
 
 def _cell_side(channels: Sequence[int], share: Fraction) -> int:
     return max(int(math.gcd(*channels) * share), 1)
+
+
+def _is_traced() -> bool:
+    """Whether torch.jit traces: it takes no tensor from outside the model that requires a gradient."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]

@@ -60,7 +60,7 @@ def over_best(layers: Layers, prices: Prices) -> dict[str, float]:
     totals = dict.fromkeys(("auto", *prices, "best"), 0.0)
     for layer in layers:
         times = {way: time for way, (_, time) in layer.items()}
-        expected = {way: sum(prices[way].get(k, 0.0) * v for k, v in work.items()) for way, (work, _) in layer.items()}
+        expected = {way: sum(prices[way].get(k, 0.0) * v for k, v in done.items()) for way, (done, _) in layer.items()}
         totals["auto"] += times[cheapest(expected)]
         totals["best"] += min(times.values())
         for way in prices:

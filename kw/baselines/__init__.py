@@ -4,7 +4,7 @@
 >>> model = timm.create_model("kw_resnet18", dynamic="odconv", n=4)
 
 A method is one file of this folder: it defines a layer and registers it (registry.py). Nothing else lists it; from then
-on `python -m train dynamic=NAME`, `kw.profile`, the report, the benchmark and the tests know it.
+on `python -m train dynamic=NAME`, `kw.profile`, the report and the benchmark know it.
 """
 
 from importlib import import_module

@@ -16,19 +16,19 @@ A way's time for a batch is the sum of what it does, each at a price:
 `|W|` entries of the kernel, `S` output positions, `n` cells of `o` by `i`, `T = P * C_in / i` cells that an output
 group reads. The prices are nanoseconds; only their ratios matter. Those of a CPU are fitted by
 `python -m scripts.fit_prices` on two cores of an AMD EPYC: expected over measured times were between 0.5 and 1.25 for
-four in five of 184 kinds of layer, and choosing by them took 1.0 to 1.1% longer than the better of "grouped" and
-"multiply" would have for each (all "grouped": 64 to 94% longer; all "multiply": 4 to 6%). Those of a GPU are guesses
-from what an H100 can multiply and read.
+four in five of 184 kinds of layer. On the same layers, choosing by them took 1% longer than the better of "grouped" and
+"multiply" for each (all "grouped": 60% longer for a step, 89% forward; all "multiply": 3 to 6%). Those of a GPU are
+guesses from what an H100 can multiply and read.
 """
 
 from __future__ import annotations
 
 import math
 
+from kw.ways.multiply import ENTRIES, ENTRIES_ON_GPU
 from kw.ways.task import Task
 
 HELD = 8 << 20  # numbers (32 MiB): memory for more comes new from the system each time, page fault by page fault
-BLOCK = 4 << 20  # entries that "multiply" has in a block
 
 Prices = dict[str, dict[str, float]]
 
@@ -83,12 +83,8 @@ CPU_STEP: Prices = {
     "inputs": {"apply": 0.023, "cell": 6, "copy": 1.4, "fixed": 9.3e6, "mix": 0.4},
 }
 GPU: Prices = {
-    "grouped": {
-        "apply": 2e-5,
-        "apply pointwise": 2e-5,
-        "mix": 2e-6,
-        "entry": 0.02,
-    },  # the libraries are slow on so many groups
+    # The libraries are slow on so many groups.
+    "grouped": {"apply": 2e-5, "apply pointwise": 2e-5, "mix": 2e-6, "entry": 0.02},
     "multiply": {"apply": 3e-6, "apply pointwise": 3e-6, "mix": 2e-6, "entry": 0.01, "call": 10_000},
     "inputs": {"apply": 2e-6, "mix": 2e-6, "copy": 0.004},
 }
@@ -100,20 +96,22 @@ def applies(way: str, x_shape: tuple[int, ...], task: Task) -> bool:
     return way == "grouped" or (x_shape[0] > 0 and task.groups == 1 and not task.spans_positions)
 
 
-def work(x_shape: tuple[int, ...], cells_shape: tuple[int, ...], task: Task) -> dict[str, dict[str, float]]:
+def work(
+    x_shape: tuple[int, ...], cells_shape: tuple[int, ...], task: Task, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
     """What each way that applies does for the batch, by the names above.
 
     Args:
         x_shape: `(B, C_in, *space)`.
         cells_shape: `(n, o, i)`.
+        device: "cpu", or anything else for a GPU.
     """
     n, o, i = cells_shape
     P, R, C = task.grid
     batch, positions = x_shape[0], math.prod(task.out_size(tuple(x_shape[2:])))
     kernels, reads = batch * task.mixtures * o * i, P * C
-    kind = (
-        " pointwise" if P == 1 else ""
-    )  # the libraries treat these, linear layers among them, as another kind of work
+    # Pointwise layers, linear ones among them, are another kind of work for the libraries.
+    kind = " pointwise" if P == 1 else ""
     plain: dict[str, float] = {
         f"apply{kind}": kernels * positions,
         f"io{kind}": batch * (math.prod(x_shape[1:]) + positions * R * o),
@@ -124,7 +122,7 @@ def work(x_shape: tuple[int, ...], cells_shape: tuple[int, ...], task: Task) -> 
     }
     done: dict[str, dict[str, float]] = {
         "grouped": {**plain, "new": kernels if kernels > HELD else 0},
-        "multiply": {**plain, "call": reads * math.ceil(kernels / BLOCK)},
+        "multiply": {**plain, "call": reads * math.ceil(kernels / (ENTRIES if device == "cpu" else ENTRIES_ON_GPU))},
         "inputs": {
             "apply": kernels * positions * n / reads,
             "mix": kernels * positions * n / o,
@@ -142,17 +140,20 @@ def costs(
     """Nanoseconds for the batch, expected of each way that applies.
 
     Args:
-        x_shape, cells_shape: as for `work`.
+        x_shape, cells_shape, device: as for `work`.
         step: forward and backward, not forward alone.
-        device: "cpu", or anything else for a GPU.
     """
     prices = (CPU_STEP if step else CPU_FORWARD) if device == "cpu" else GPU
     return {
         way: sum(prices[way].get(name, 0.0) * quantity for name, quantity in quantities.items())
-        for way, quantities in work(x_shape, cells_shape, task).items()
+        for way, quantities in work(x_shape, cells_shape, task, device).items()
     }
 
 
 def cheapest(expected: dict[str, float]) -> str:
     """The way that is expected to be fastest."""
-    return min(expected, key=expected.__getitem__)
+    best = next(iter(expected))
+    for way in expected:  # not min(), which torch.compile cannot follow where sizes vary
+        if expected[way] < expected[best]:
+            best = way
+    return best

@@ -25,13 +25,15 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.set_materialize_grads(False)
-        ctx.sums = Sums()
+        ctx.sums, ctx.dtype = Sums(), output.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         """`grad` is what came from layers that are computed in other ways, if any were."""
         total: Tensor | None = ctx.sums.pop(_pass(), None)
-        return grad if total is None else total if grad is None else total.add_(grad)
+        if total is None:
+            return grad
+        return (total if grad is None else total.add_(grad)).to(ctx.dtype)
 
 
 def gathered(cells: Tensor) -> Tensor:
@@ -47,10 +49,18 @@ def sum_of(cells: Tensor) -> Tensor | None:
         return None
     now = _pass()
     if now not in sums:
-        sums[now] = torch.zeros_like(cells)
+        # Of float32 at least: half precision would lose what many layers add.
+        sums[now] = torch.zeros_like(cells, dtype=torch.promote_types(cells.dtype, torch.float32))
         # A pass that does not ask for gradients of the cells never comes to _Gather.
         torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, sums, now))
     return sums[now]
+
+
+def forget_failed(stand_in: Tensor) -> None:
+    """In a forward pass, drop what backward passes that ended in an error have left, as for want of memory. Within a
+    backward pass, where checkpointing has forward ones, nothing is dropped."""
+    if _pass() == -1:
+        stand_in.grad_fn.sums.clear()  # type: ignore[union-attr]
 
 
 def _forget(sums: Sums, of: int) -> None:

@@ -27,13 +27,12 @@ def assemble(alpha: Tensor, cells: Tensor, grid: tuple[int, int, int]) -> Tensor
 
 def grouped(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
     kernels = assemble(alpha, cells, task.grid)
-    kernels = kernels.view(
-        *kernels.shape[:2], x.shape[1] // task.groups, *task.kernel_size
-    )  # also if cells span positions
+    # By the input's channels, for cells may span positions.
+    kernels = kernels.view(*kernels.shape[:2], x.shape[1] // task.groups, *task.kernel_size)
     return per_sample(x, kernels, task.stride, task.padding, task.dilation, task.groups)
 
 
-def per_sample(x: Tensor, kernels: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> Tensor:
+def per_sample(x: Tensor, kernels: Tensor, stride: Sizes, padding: Sizes | str, dilation: Sizes, groups: int) -> Tensor:
     """Convolve each sample `(C_in, *space)` of `x` with its own of `(B, C_out, C_in / groups, *kernel_size)`."""
     batch, channels = x.shape[:2]
     convolve = CONVOLUTIONS[x.dim() - 2]

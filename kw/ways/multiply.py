@@ -31,6 +31,8 @@ PIECE = 1 << 20  # entries of the cells' gradient at a time
 
 
 def forward(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
+    """The output `(B, C_out, *out)`, computed in the precision of `x`."""
+    alpha, cells = alpha.to(x.dtype), cells.to(x.dtype)
     out = task.empty_out(x, cells)
     by_cell = torch.unflatten(out, 1, (task.grid[1], -1))  # (B, R, o, *out)
     strips = Strips(tuple(x.shape[2:]), task)
@@ -39,8 +41,9 @@ def forward(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
         inputs, weights = strips.lay(x[part]), _by_tap(alpha[part], task.grid)
         for rows in blocks:
             kernels = _mix(weights, cells[:, rows], task.grid)
-            in_place = strips.tight and rows == slice(0, cells.shape[1])
-            run = out[part].flatten(2) if in_place else empty(x[part], kernels.shape[3], strips.run)
+            sums = _sums(x.dtype, of=kernels.shape[0] * kernels.shape[1])
+            in_place = strips.tight and rows == slice(0, cells.shape[1]) and sums == x.dtype
+            run = out[part].flatten(2) if in_place else empty(x[part], kernels.shape[3], strips.run, sums)
             for p, tap in enumerate(strips.taps):
                 for c, read in enumerate(torch.split(strips.reads(inputs, tap), cells.shape[2], dim=1)):
                     _add_product(run, kernels[p, c], read, first=p == c == 0)
@@ -59,14 +62,14 @@ def backward(
     total: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of `x`, `alpha` and `cells`, where needed; that of `cells` is added to `total` if there is one."""
-    grad_x = _grad_input(grad, x, alpha, cells, task) if needed[0] else None
-    dtype = torch.promote_types(cells.dtype, torch.float32)  # of sums: half precision would lose them
-    grad_alpha = alpha.new_zeros(alpha.shape, dtype=dtype) if needed[1] else None
+    low_alpha, low_cells = alpha.to(x.dtype), cells.to(x.dtype)
+    grad_x = _grad_input(grad, x, low_alpha, low_cells, task) if needed[0] else None
+    grad_alpha = alpha.new_zeros(alpha.shape, dtype=_sums(alpha.dtype)) if needed[1] else None
     grad_cells = total
     if needed[2] and total is None:
-        grad_cells = cells.new_zeros(cells.shape, dtype=dtype)
+        grad_cells = cells.new_zeros(cells.shape, dtype=_sums(cells.dtype))
     if any(needed[1:]):
-        _add_grad_mixed(grad, x, alpha, cells, task, grad_alpha, grad_cells)
+        _add_grad_mixed(grad, x, low_alpha, low_cells, task, grad_alpha, grad_cells)
     return (
         grad_x,
         None if grad_alpha is None else grad_alpha.to(alpha.dtype),
@@ -80,7 +83,7 @@ def _grad_input(grad: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, task: Tas
     samples, blocks = _kernel_blocks(x, cells, task)
     for part in samples:
         strip, weights = strips.lay_out(grad[part]), _by_tap(alpha[part], task.grid)
-        grads = strips.empty_grads(x[part])
+        grads = strips.empty_grads(x[part], _sums(x.dtype))
         for rows in blocks:
             kernels = _mix(weights, cells[:, rows], task.grid)
             of_rows = _rows(strip, rows, cells.shape[1], task.grid[1])
@@ -200,6 +203,15 @@ def _rows(strip: Tensor, rows: slice, o: int, groups: int) -> Tensor:
 
 def _add_product(total: Tensor, kernels: Tensor, read: Tensor, first: bool) -> None:
     """`total += kernels @ read`, without the old total at first: `(b, M, L)`, `(b, M, K)`, `(b, K, L)`."""
+    if total.dtype != read.dtype:
+        product_of = torch.bmm(kernels, read)
+        _ = total.copy_(product_of) if first else total.add_(product_of)
+        return
     if total.stride(2) != 1:  # channels last
         total, kernels, read = total.transpose(1, 2), read.transpose(1, 2), kernels.transpose(1, 2)
     total.baddbmm_(kernels, read, beta=0 if first else 1)
+
+
+def _sums(dtype: torch.dtype, of: int = 2) -> torch.dtype:
+    """The type in which so many summands are added up: half precision would lose them."""
+    return torch.promote_types(dtype, torch.float32) if of > 1 else dtype

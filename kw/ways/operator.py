@@ -88,8 +88,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            'A gradient of a gradient (create_graph=True) cannot be taken the way "multiply": compute with '
-            'kw.functional.use("grouped").'
+            'A gradient of a gradient (create_graph=True) cannot be taken of layers computed the way "multiply": run '
+            'the forward pass within kw.functional.use("grouped").'
         )
     needed = ctx.needs_input_grad[:3]
     x, alpha, cells = ctx.saved_tensors

@@ -86,7 +86,7 @@ class Strips:
         """A gradient of the outputs, as a strip with zeros between rows, before and behind."""
         if not channels_last(grad):
             grad = grad.contiguous()
-        if not self.before and not self.behind and self.widths[1:] == self.out[1:]:
+        if not self.before and not self.behind and self.tight:
             return grad.flatten(2)
         strip = zeros(grad, grad.shape[1], self.before + self.run + self.behind)
         self.outputs(strip[:, :, self.before : self.before + self.run]).copy_(grad)
@@ -109,10 +109,10 @@ class Strips:
         start = self.before + self._flat(data.at) - tap.start
         return strip[:, :, start : start + data.count[0] * math.prod(self.widths[1:])]
 
-    def empty_grads(self, x: Tensor) -> dict[Position, Tensor]:
+    def empty_grads(self, x: Tensor, dtype: torch.dtype) -> dict[Position, Tensor]:
         """For each phase, where the gradients of as many inputs as `grad_reads` gives can be put together."""
         inner = math.prod(self.widths[1:])
-        return {phase: empty(x, x.shape[1], data.count[0] * inner) for phase, data in self.data.items()}
+        return {phase: empty(x, x.shape[1], data.count[0] * inner, dtype) for phase, data in self.data.items()}
 
     def put(self, grad_x: Tensor, grads: dict[Position, Tensor]) -> None:
         """Put the gradients of the phases where they belong in `grad_x`."""
@@ -149,11 +149,11 @@ class Strips:
         return (slice(None), slice(None), *(slice(a, a + c) for a, c in zip(at, count, strict=True)))
 
 
-def empty(like: Tensor, channels: int, length: int) -> Tensor:
-    """`(B, channels, length)`, channels last in memory where they are so in `like`."""
+def empty(like: Tensor, channels: int, length: int, dtype: torch.dtype | None = None) -> Tensor:
+    """`(B, channels, length)`, channels last in memory where they are so in `like`; of its type, or of `dtype`."""
     if channels_last(like):
-        return like.new_empty(len(like), length, channels).transpose(1, 2)
-    return like.new_empty(len(like), channels, length)
+        return like.new_empty(len(like), length, channels, dtype=dtype).transpose(1, 2)
+    return like.new_empty(len(like), channels, length, dtype=dtype)
 
 
 def zeros(like: Tensor, channels: int, length: int) -> Tensor:

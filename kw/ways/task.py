@@ -37,8 +37,15 @@ class Task:
         return self.grid[0] != math.prod(self.kernel_size)
 
     def out_size(self, space: tuple[int, ...]) -> tuple[int, ...]:
+        """Output positions, for input positions `space`. Raises ValueError if the kernel does not fit into them."""
         sizes = zip(space, self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
-        return tuple((x + 2 * pad - d * (k - 1) - 1) // step + 1 for x, pad, d, k, step in sizes)
+        out = tuple((x + 2 * pad - d * (k - 1) - 1) // step + 1 for x, pad, d, k, step in sizes)
+        if any(size < 1 for size in out):
+            raise ValueError(
+                f"An input of {space} positions, padded by {self.padding}, is too small for a kernel of "
+                f"{self.kernel_size} at dilation {self.dilation}."
+            )
+        return out
 
     def empty_out(self, x: Tensor, cells: Tensor) -> Tensor:
         """Where the output `(B, C_out, *out)` may be put: channels last where they are so in `x`."""

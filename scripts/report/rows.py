@@ -175,7 +175,7 @@ def group(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
     groups: dict[tuple[Any, ...], dict[int, Run]] = {}
     remarks = []
     for run in runs:
-        key = (run.task, run.data, run.name, run.n, run.params, run.macs, run.epochs, run.finished)
+        key = (run.task, run.data, run.name, run.dynamic, run.n, run.params, run.macs, run.epochs, run.finished)
         seeds = groups.setdefault(key, {})
         if run.seed in seeds:
             remarks.append(f"{run.folder}: left out, {seeds[run.seed].folder} is of the same settings and seed")
