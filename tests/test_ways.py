@@ -228,6 +228,19 @@ def test_a_moved_model_does_not_hold_its_old_memory(shared):
     assert old() is None
 
 
+@pytest.mark.parametrize("way", ["auto", "multiply"])
+def test_a_compiled_model_trains_on_batches_of_several_sizes(shared, way):
+    model, x = shared
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for batch in (4, 3, 2):
+        expected = grads_of(model, x[:batch], way)
+        model.zero_grad()
+        with functional.use(way):
+            compiled(x[:batch]).square().sum().backward()
+        assert_equal({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
+
+
 def test_a_trained_model_can_be_traced(shared):
     model, x = shared
     grads_of(model, x)
