@@ -36,7 +36,7 @@ from kw import functional
 from kw.attention import FUNCTIONS, Attention, contrast, size
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear, drop_unused_warehouses
 from kw.profile import table
-from kw.replace import replace
+from kw.replace import convolution_arguments, replace
 from kw.ways.grouped import per_sample
 
 WORTHWHILE = 4  # cells per folded kernel
@@ -313,17 +313,7 @@ def _static(layer: KWLayer) -> nn.Module:
             static = nn.Linear(layer.in_features, layer.out_features, bias=False)
         else:
             assert isinstance(layer, KWConv)
-            static = CONVOLUTIONS[type(layer)](
-                layer.in_channels,
-                layer.out_channels,
-                layer.kernel_size,
-                layer.stride,
-                layer.padding,
-                layer.dilation,
-                layer.groups,
-                bias=False,
-                padding_mode=layer.padding_mode,
-            )
+            static = CONVOLUTIONS[type(layer)](*convolution_arguments(layer))
     static.register_parameter("weight", nn.Parameter(weight))
     static.register_parameter("bias", layer.bias)
     return static

@@ -68,9 +68,8 @@ def like(static: nn.Module, dynamic: DynamicLayer) -> DynamicLayer:
     return dynamic
 
 
-def convolution_arguments(layer: nn.Module) -> tuple[Any, ...]:
-    """Those that built an `nn.Conv1d`, `2d` or `3d`, in order."""
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+def convolution_arguments(layer: Any) -> tuple[Any, ...]:
+    """Those that built a convolution, static or dynamic, in order."""
     return (
         layer.in_channels,
         layer.out_channels,
