@@ -53,7 +53,7 @@ class use:
 def linear(x: Tensor, alpha: Tensor, cells: Tensor, grid: tuple[int, int, int], bias: Tensor | None = None) -> Tensor:
     """`(B, *, C_in)` with one kernel per sample and a static bias `(C_out,)` to `(B, *, C_out)`."""
     tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # (B, S, C_in)
-    out = _compute(tokens.transpose(1, 2), alpha, cells, Task(grid, (1,), (1,), (0,), (1,)), bias)
+    out = compute(tokens.transpose(1, 2), alpha, cells, Task(grid, (1,), (1,), (0,), (1,)), bias)
     return out.transpose(1, 2).reshape(*x.shape[:-1], out.shape[1])
 
 
@@ -74,12 +74,38 @@ def convolution(
     Mixture `(p, a, b)` of `grid = (P, C_out / o, C_in / groups / i)` is the kernel's cell at position p, rows `a * o`,
     columns `b * i`. `padding` is a number a side for each dimension, "same" or "valid".
     """
+    x, task = prepare(x, grid, kernel_size, stride, padding, dilation, groups)
+    return compute(x, alpha, cells, task, bias)
+
+
+def prepare(
+    x: Tensor,
+    grid: tuple[int, int, int],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> tuple[Tensor, Task]:
+    """Padding in numbers, the same on both sides of a dimension: where "same" asks for more behind, `x` is padded."""
     if isinstance(padding, str):
         totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel_size, strict=True)]
         if any(total % 2 for total in totals):  # one more behind than in front
             x = F.pad(x, [side for total in reversed(totals) for side in (0, total % 2)])
         padding = tuple(total // 2 for total in totals)
-    return _compute(x, alpha, cells, Task(grid, kernel_size, stride, padding, dilation, groups), bias)
+    return x, Task(grid, kernel_size, stride, padding, dilation, groups)
+
+
+def way_of(x: Tensor, cells: Tensor, task: Task, needs_grad: bool = True) -> str:
+    """The way that a layer is computed by: the forced one, if it applies, or that expected to be fastest.
+
+    `needs_grad` says whether anything beside x and cells may need one.
+    """
+    if _way != "auto":
+        return _way if applies(_way, x.shape, task) else "grouped"
+    step = torch.is_grad_enabled() and (needs_grad or x.requires_grad or cells.requires_grad)
+    choose = _choose if torch.compiler.is_compiling() else _remembered  # torch.compile cannot look into caches
+    return choose(tuple(x.shape), tuple(cells.shape), task, step, x.device.type)
 
 
 def _choose(x_shape: tuple[int, ...], cells_shape: tuple[int, ...], task: Task, step: bool, device: str) -> str:
@@ -89,14 +115,9 @@ def _choose(x_shape: tuple[int, ...], cells_shape: tuple[int, ...], task: Task, 
 _remembered = lru_cache(maxsize=4096)(_choose)  # to weigh the ways of a small layer takes as long as to compute it
 
 
-def _compute(x: Tensor, alpha: Tensor, cells: Tensor, task: Task, bias: Tensor | None) -> Tensor:
-    kind, way = x.device.type, _way
-    if way == "auto":
-        step = torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, cells))
-        choose = _choose if torch.compiler.is_compiling() else _remembered  # torch.compile cannot look into caches
-        way = choose(tuple(x.shape), tuple(cells.shape), task, step, kind)
-    elif not applies(way, x.shape, task):
-        way = "grouped"
+def compute(x: Tensor, alpha: Tensor, cells: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
+    """`convolution`, as `prepare` leaves it."""
+    kind, way = x.device.type, way_of(x, cells, task, alpha.requires_grad)
     if kind != "meta" and torch.is_autocast_enabled(kind) and cells.dtype == torch.float32:
         # Autocast does not look into functions that have a backward pass of their own.
         x = x.to(torch.get_autocast_dtype(kind))

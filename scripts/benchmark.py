@@ -116,9 +116,7 @@ def method(n: str) -> dict[str, str]:
 def create(case: Case, n: str, settings: Settings) -> nn.Module:
     torch.manual_seed(0)
     if case.backbone == SMALL:
-        model = timm.create_model("kw_resnet18", **method(n), layers=(1, 1, 1, 1))
-        model.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
-        model.maxpool = nn.Identity()
+        model = timm.create_model("kw_resnet18", **method(n), layers=(1, 1, 1, 1), stem_stride=2)
     else:
         model = timm.create_model(f"kw_{case.backbone}", **method(n))
     return model.to(settings.device, memory_format=settings.layout)

@@ -72,7 +72,12 @@ def linear(state, name, x):
 
 
 def mixture(state, shares, shape):
-    return sum(share * kernel.reshape(shape) for share, kernel in zip(shares, state["weight"], strict=True))
+    return sum(share * kernel for share, kernel in zip(shares, kernels(state, shape), strict=True))
+
+
+def kernels(state, shape):
+    """Those of a bank, `(K, *shape)`: it has them position by position."""
+    return state["weight"].reshape(-1, math.prod(shape[2:]), *shape[:2]).permute(0, 2, 3, 1).reshape(-1, *shape)
 
 
 def condconv(state, shape, tau, x):
@@ -80,8 +85,8 @@ def condconv(state, shape, tau, x):
 
 
 def dyconv(state, shape, tau, x):
-    if len(state["weight"]) == 1:
-        return state["weight"][0].reshape(shape), 1
+    if len(kernels(state, shape)) == 1:
+        return kernels(state, shape)[0], 1
     scores = torch.exp(linear(state, "fc2", linear(state, "fc1", x).clamp(min=0)) / (1 + 29 * tau))
     return mixture(state, scores / scores.sum(), shape), 1
 
@@ -93,7 +98,7 @@ def odconv(state, shape, tau, x):
     )
     h = ((h - mean) / torch.sqrt(var + 1e-5) * scale + shift).clamp(min=0)
     shares = torch.ones(1)
-    if len(state["weight"]) > 1:
+    if len(kernels(state, shape)) > 1:
         shares = torch.exp(linear(state, "kernel.0", h) / (1 + 29 * tau))
     kernel = mixture(state, shares / shares.sum(), shape)
     if math.prod(shape[2:]) > 1:

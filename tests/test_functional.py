@@ -217,7 +217,7 @@ def test_auto_takes_what_it_expects_to_be_cheapest(backbone, step):
                     way,
                     lambda *a, way=way, plain=plain, seen=seen: (seen.append(way), plain(*a))[1],
                 )
-            functional._compute(*tensors, call.task, None)
+            functional.compute(*tensors, call.task)
         assert seen == [cost.cheapest(expected)]
 
 

@@ -70,12 +70,14 @@ class SettingsConfig:
 class DataConfig:
     name: str = "digits"  # run folders and reports go by it
     # digits; folder: root/train/<class>/*, root/val/<class>/*; tar: the same in an uncompressed archive, root is its
-    # path; auto: tar if root is a file, folder otherwise; shards: root/train-*.tar, root/val-*.tar of WebDataset
+    # path; shards: root/train-*.tar, root/val-*.tar of WebDataset; cifar10: root/cifar-10-batches-py, as torchvision
+    # keeps it; auto: tar if root is a file, cifar10 if that is in it, folder otherwise
     format: str = "digits"
     root: str | None = None
     train_split: str = "train"
     eval_split: str = "val"
     image_size: int = 224
+    train_images: int | None = None  # train on so many, at even distances in the data set; null: on all
     on_error: str = "stop"  # at a broken training image; substitute: the next that can be read takes its place
     window: int = 8  # format=shards: of how many shards the samples are shuffled together
     num_classes: int | None = None  # read from the data; given, it is checked
@@ -83,9 +85,11 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
 
     def __post_init__(self) -> None:
-        check_choice("data.format", self.format, ("digits", "folder", "tar", "auto", "shards"))
+        check_choice("data.format", self.format, ("digits", "folder", "tar", "auto", "shards", "cifar10"))
         check_choice("data.on_error", self.on_error, ("stop", "substitute"))
         check(self.window >= 1, "data.window", self.window, "must be at least 1 shard")
+        some = self.train_images
+        check(some is None or some >= 1, "data.train_images", some, "must be at least 1 image, or null for all")
         check(self.image_size >= 1, "data.image_size", self.image_size, "must be at least 1 pixel")
         for key in ("mean", "std"):
             values = getattr(self, key)

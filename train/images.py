@@ -1,4 +1,4 @@
-"""Data sets of images by index: digits, folders, tar archives, WebDataset shards."""
+"""Data sets of images by index: digits, folders, tar archives, WebDataset shards, CIFAR-10 (cifar.py); parts of one."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from train import cifar
 from train.archives import index_archive, index_shards, read_at, split_of, stamp_of
 from train.config import DataConfig
 from train.errors import ConfigError, DataError
@@ -206,6 +207,37 @@ class Shards(Files):
         return torch.cat(windows)
 
 
+class Part:
+    """`count` images of a data set, at even distances, so that classes keep their shares whether they lie together or
+    were shuffled.
+
+    Raises:
+        ConfigError: there are fewer images.
+    """
+
+    def __init__(self, whole: Images, count: int, setting: str):
+        if count > len(whole):
+            raise ConfigError(f"{setting}={count}, but there are {len(whole)} images: lower it, or leave it out.")
+        self.whole, self.classes = whole, whole.classes
+        self.indices = np.arange(count) * len(whole) // count  # (count,), ascending
+        if hasattr(whole, "order"):
+            self.order = self._order
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return self.whole.load(int(self.indices[index]))
+
+    def describe(self, index: int) -> str:
+        return self.whole.describe(int(self.indices[index]))
+
+    def _order(self, seed: int, epoch: int) -> Tensor:
+        """Indices `(count,)` in the order that the whole has them in."""
+        whole = self.whole.order(seed, epoch).numpy()  # type: ignore[attr-defined]
+        return torch.from_numpy(np.searchsorted(self.indices, whole[np.isin(whole, self.indices)]))
+
+
 def list_shards(root: Path, split: str) -> list[Path]:
     """Paths by name.
 
@@ -293,6 +325,8 @@ def _open_split(config: DataConfig, split: str, root: Path, setting: str) -> Ima
         return Shards(root, split, config.window, config.num_classes, (config.train_split, config.eval_split))
     if config.format == "tar" or (config.format == "auto" and (root.is_file() or root.suffix == ".tar")):
         return Archive(root, split, setting)
+    if config.format == "cifar10" or (config.format == "auto" and cifar.find(root)):
+        return cifar.Cifar10(root, split, setting)
     return Folder(root, split, setting)
 
 

@@ -30,7 +30,7 @@ from train.data import MicroBatches, Sample, Samples, Substitutes, eval_loader, 
 from train.distributed import World
 from train.errors import CheckpointError, ConfigError, NonFiniteError, RunError
 from train.evaluate import cast, evaluate
-from train.images import open_split
+from train.images import Part, open_split
 from train.interrupt import StopRequest, first_signal, requeue
 from train.logging import Display, MetricsFile
 from train.model import build_model
@@ -53,6 +53,8 @@ class Trainer:
         self.config, self.folder, self.world = config, folder, world
         recipe = config.recipe
         train_images = open_split(config.data, config.data.train_split)
+        if config.data.train_images is not None:
+            train_images = Part(train_images, config.data.train_images, "data.train_images")
         eval_images = open_split(config.data, config.data.eval_split)
         if train_images.classes != eval_images.classes:
             raise ConfigError(f"data.root={config.data.root!r}: the splits do not have the same classes.")

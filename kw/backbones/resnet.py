@@ -43,15 +43,37 @@ def resnet50_config(n: Fraction, warehouse: str) -> KWConfig:
     return KWConfig(n=n, nonlocal_basis=Fraction(1, 16) if n < 1 else 1)
 
 
-def vanilla(name: str, drop_path_rate: float = 0.0, zero_init_last: bool = False, **kwargs: Any) -> nn.Module:
+def vanilla(
+    name: str,
+    drop_path_rate: float = 0.0,
+    zero_init_last: bool = False,
+    stem_stride: int | None = None,
+    **kwargs: Any,
+) -> nn.Module:
     """timm's ResNet as the published rows train it: drop path constant over blocks (timm's grows with depth), and the
-    last norm of a block not zeroed, so that every cell gets a gradient from the first step on."""
+    last norm of a block not zeroed, so that every cell gets a gradient from the first step on.
+
+    `stem_stride` is for small images: the stem is one 3x3 convolution of that stride, where timm's is a 7x7 one of
+    stride 2 and a pooling, which leave of 32 pixels 8.
+    """
     model = timm.create_model(name, zero_init_last=zero_init_last, **kwargs)
+    if stem_stride is not None:
+        _set_small_stem(model, stem_stride)
     if drop_path_rate > 0:
         for module in model.modules():
             if isinstance(module, (BasicBlock, Bottleneck)):
                 module.drop_path = DropPath(drop_path_rate)
     return model
+
+
+def _set_small_stem(model: Any, stride: int) -> None:
+    if not isinstance(model.conv1, nn.Conv2d):
+        raise TypeError(f"stem_stride={stride} takes the place of one convolution, and this stem has several")
+    model.conv1 = nn.Conv2d(model.conv1.in_channels, model.conv1.out_channels, 3, stride, 1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's
+    model.maxpool = nn.Identity()
+    for info in model.feature_info:
+        info["reduction"] = stride if info["module"] == "act1" else info["reduction"] * stride // 4
 
 
 RESNET18 = Backbone("resnet18", lambda n: scope, resnet18_config, vanilla)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kw import functional
 from kw.layers import DynamicLayer
 from kw.ways.grouped import per_sample
 
@@ -53,11 +54,14 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
         if kernels.dim() == 4:
             out: Tensor = self._conv_forward(x, kernels, None)
             return out
-        padding = self.padding
-        if self.padding_mode != "zeros" or isinstance(padding, str):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
+        x, padding = self._padded(x)
         return per_sample(x, kernels, self.stride, padding, self.dilation, self.groups)
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
+        """Padded by what is not zeros, and the padding that is left to do."""
+        if self.padding_mode == "zeros":
+            return x, self.padding
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
 
     def add_bias(self, out: Tensor) -> Tensor:
         return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)
@@ -66,7 +70,8 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
 class KernelBank(DynamicConv2d):
     """A layer of K kernels, from which each sample's is mixed: `attention` gives the shares `(B, K)`.
 
-    `weight` is `(K, C_out, C_in / groups * P)`, in three dimensions so that no memory format applies to it.
+    `weight` is `(K * P, C_out, C_in / groups)`, the positions of a kernel one after the other: laid out as the cells of
+    a warehouse, so that the ways to compute KernelWarehouse's layers serve here too.
 
     Args:
         n: the number of kernels, K.
@@ -75,21 +80,44 @@ class KernelBank(DynamicConv2d):
     def __init__(self, *args: Any, n: int = 1, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.n = n
-        self.weight = nn.Parameter(torch.empty(n, self.out_channels, self.weight[0].numel()))
+        self.weight = nn.Parameter(torch.empty(n * self.positions, *self.kernel_shape[:2]))
         self.reset_parameters()
 
-    def mixed(self, shares: Tensor) -> Tensor:
-        """`(B, K)` to each sample's kernel `(B, C_out, C_in / groups, kh, kw)`, by one product."""
-        kernels = shares.to(self.weight.dtype) @ self.weight.flatten(1)
-        return kernels.view(len(shares), *self.kernel_shape)
+    def mixed(self, shares: Tensor | None, space: Tensor | None = None) -> Tensor:
+        """Each sample's kernel `(B, C_out, C_in / groups, kh, kw)`.
 
-    def only(self) -> Tensor:
-        """The kernel of a layer that has one: `(C_out, C_in / groups, kh, kw)`."""
-        return self.weight.view(self.kernel_shape)
+        Args:
+            shares: `(B, K)` of the kernels in it; None where there is one kernel.
+            space: `(B, P)`, what its positions are multiplied by. With neither, B is 1.
+        """
+        kernels = self.weight.view(self.n, -1)
+        if shares is not None:
+            kernels = shares.to(kernels.dtype) @ kernels
+        kernels = kernels.view(-1, self.positions, math.prod(self.kernel_shape[:2]))
+        if space is not None:
+            kernels = kernels * space[..., None]
+        return kernels.transpose(1, 2).reshape(-1, *self.kernel_shape)
+
+    def convolve_mixed(self, x: Tensor, shares: Tensor | None, space: Tensor | None = None) -> Tensor:
+        """The convolution with `mixed(shares, space)`, without bias, in the way that suits the batch."""
+        if shares is None and space is None:
+            return self.convolve(x, self.mixed(None)[0])
+        x, padding = self._padded(x)
+        grid = (self.positions, 1, 1)
+        x, task = functional.prepare(x, grid, self.kernel_size, self.stride, padding, self.dilation, self.groups)
+        if functional.way_of(x, self.weight, task) == "grouped":
+            return per_sample(x, self.mixed(shares, space), task.stride, task.padding, task.dilation, task.groups)
+        # As mixtures of a warehouse's cells: that of position p is of position p in each kernel.
+        alpha = torch.eye(self.positions, dtype=self.weight.dtype, device=x.device)[:, None]  # (P, 1, P)
+        if shares is not None:
+            alpha = alpha * shares[:, None, :, None]  # (B, P, K, P)
+        if space is not None:
+            alpha = alpha * space[:, :, None, None]
+        return functional.compute(x, alpha.flatten(2), self.weight, task)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels = self.only() if self.attention is None else self.mixed(self.attention(pool(x)))
-        return self.add_bias(self.convolve(x, kernels))
+        shares = None if self.attention is None else self.attention(pool(x))
+        return self.add_bias(self.convolve_mixed(x, shares))
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, n={self.n}"

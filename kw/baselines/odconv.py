@@ -81,8 +81,5 @@ class ODConv2d(KernelBank):
 
     def forward(self, x: Tensor) -> Tensor:
         shares = self.attention(pool(x))
-        kernels = self.only() if shares.kernel is None else self.mixed(shares.kernel)
-        if shares.space is not None:
-            kernels = kernels * shares.space.view(len(x), 1, 1, *self.kernel_size)
-        out = self.convolve(x * shares.channel[..., None, None], kernels)
+        out = self.convolve_mixed(x * shares.channel[..., None, None], shares.kernel, shares.space)
         return self.add_bias(out if shares.filter is None else out * shares.filter[..., None, None])
