@@ -70,7 +70,7 @@ class KWConfig:
         sharing: which layers share (`kw.sharing`): those of the scope's warehouse, `"stage"`; of those the ones of a
             kind, `"kind"`; each layer alone, `"none"`; or those of all warehouses with layers of a kind, `"model"`.
         partition: what a cell is: one position of some channels, `"spatial_channel"`; all positions of some channels,
-            `"channel"`; a whole kernel, `"none"`, for which `cell_in` and `cell_out` are 1.
+            `"channel"`; a whole kernel, `"none"`, which leaves nothing for `cell_in` and `cell_out` to cut.
 
     The paper's ablations are the last four, `reduction`, and how long the temperature is warmed up.
 
@@ -96,7 +96,7 @@ class KWConfig:
                     f"{key}={getattr(self, key)!r} must be {', '.join(map(repr, values[:-1]))} or {values[-1]!r}."
                 )
         n = parse_budget(self.n)
-        sides = cell_sides(n)
+        sides = (1, 1) if self.partition == "none" else cell_sides(n)
         self._set("n", n)
         self._set("cell_in", sides[0] if self.cell_in is None else self.cell_in)
         self._set("cell_out", sides[1] if self.cell_out is None else self.cell_out)
@@ -105,9 +105,8 @@ class KWConfig:
             if value is None or not 0 < value <= 1:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be a number above 0 and at most 1, such as 1/16.")
             self._set(key, value)
-        if self.partition == "none":
-            self._set("cell_in", Fraction(1))
-            self._set("cell_out", Fraction(1))
+            if self.partition == "none" and key.startswith("cell") and value != 1:
+                raise ValueError(f"{key}={value} cuts kernels, which partition='none' leaves whole: leave it out.")
 
     @property
     def is_anchored(self) -> bool:
@@ -118,11 +117,14 @@ class KWConfig:
         object.__setattr__(self, key, value)  # the dataclass is frozen for everybody else
 
     def replace(self, **changes: Any) -> KWConfig:
-        """A copy with other values; an unknown key is an error that lists the known ones."""
+        """A copy with other values; an unknown key is an error that lists the known ones. Where the partition becomes
+        "none", cells become whole kernels."""
         known = [field.name for field in dataclasses.fields(self)]
         for key in changes:
             if key not in known:
                 raise TypeError(f"KWConfig has no setting {key!r}; it has {', '.join(known)}.")
+        if changes.get("partition") == "none":
+            changes = {"cell_in": 1, "cell_out": 1, **changes}
         return dataclasses.replace(self, **changes)
 
 

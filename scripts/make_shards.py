@@ -48,6 +48,8 @@ def make_shards(source: str, out: Path, splits: list[str], samples: int = 2000, 
     if samples < 1:
         raise ConfigError(f"--samples={samples}: must be at least 1.")
     opened = {split: open_split(DataConfig(format="auto", root=source), split, "--splits") for split in splits}
+    if not all(isinstance(images, Files) for images in opened.values()):
+        raise ConfigError(f"{source} has no image files to put into shards: a folder or a tar archive of them would.")
     first = opened[splits[0]]
     for split, images in opened.items():
         if images.classes != first.classes:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kw
+from kw import functional
 from kw.backbones import BACKBONES, STATIC
 from kw.baselines import BASELINES, DynamicConv2d, KernelBank, register
 from kw.layers import DynamicLayer
@@ -130,7 +131,7 @@ def se(state, shape, tau, x):
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_layer_is_its_definition_sample_by_sample(name, n, kind):
+def test_a_layer_is_its_definition_sample_by_sample(name, n, kind, each_way):
     arguments, side = LAYERS[kind]
     made = shaken(layer(name, n, arguments).double()).eval()
     tau = 0.4
@@ -149,6 +150,40 @@ def test_a_layer_is_its_definition_sample_by_sample(name, n, kind):
         if scale != 1:
             expected = expected * scale(expected).reshape(-1, 1, 1)
         torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("name", [name for name in METHODS if issubclass(BASELINES[name].layer, KernelBank)])
+def test_gradients_are_the_same_by_every_way(name, n, kind):
+    arguments, side = LAYERS[kind]
+    made = shaken(layer(name, n, arguments).double())
+    images = torch.randn(3, arguments[0], side, side, dtype=torch.float64, requires_grad=True)
+
+    def gradients(way):
+        with functional.use(way):
+            out = made(images)
+            return torch.autograd.grad(
+                (out * torch.arange(out.numel()).view_as(out)).sum(), [images, *made.parameters()]
+            )
+
+    expected = gradients("grouped")
+    for way in functional.WAYS:
+        torch.testing.assert_close(gradients(way), expected)
+
+
+def test_a_batch_of_kernels_is_not_made_where_another_way_is_faster():
+    """In the plain way, a sample's kernel is kept for the backward pass."""
+    made = layer("odconv", 4, (64, 64, 3, 1, 1))
+
+    def kept(way):
+        sizes = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t)
+        with hooks, functional.use(way):
+            made(torch.randn(32, 64, 16, 16))
+        return max(sizes)
+
+    assert kept("grouped") == 32 * 64 * 64 * 9 > 2 * kept("multiply") and kept("auto") == kept("multiply")
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,0 +1,258 @@
+"""CIFAR-10 as torchvision keeps it, a part of a data set's images, and the experiments on 32-pixel images."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from test_data import ROOT, own_cache, save_image  # noqa: F401 (a fixture)
+from test_train import NARROW, config
+from torch import nn
+
+import kw
+from kw.baselines import BASELINES
+from scripts.make_shards import make_shards
+from train.cifar import FOLDER, META, SPLITS
+from train.config import DataConfig
+from train.distributed import World
+from train.errors import ConfigError, DataError
+from train.images import Part, open_split
+from train.model import build_model
+from train.trainer import Trainer
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment/cifar10").glob("*.yaml"))
+CPU = World(0, 1, torch.device("cpu"))
+
+
+def write(path, content, protocol=2):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(content, protocol))
+
+
+def batch(size, seed, encode=str):
+    """As the published files: pixels in rows of 3,072, labels, names. Python 2 wrote those: with keys in bytes."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, 3072), dtype=np.uint8)
+    content = {"data": pixels, "labels": [k % 10 for k in range(size)]}
+    names = {"filenames": [f"image_{seed}_{k}.png" for k in range(size)]}
+    return {encode(key): value for key, value in (content | names).items()}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """20 images a file: 100 to train, 20 to test."""
+    for seed, name in enumerate(name for names in SPLITS.values() for name in names):
+        write(tmp_path / "cifar" / FOLDER / name, batch(20, seed), protocol=seed)  # each of pickle's protocols
+    write(tmp_path / "cifar" / FOLDER / META, {"label_names": CLASSES, "num_vis": 3072})
+    return tmp_path / "cifar"
+
+
+def opened(root, split="train", format_="auto"):
+    return open_split(DataConfig(format=format_, root=str(root)), split)
+
+
+# ---- torchvision's layout ----
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_images_are_those_of_torchvisions_reader_in_its_order(root, split, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setitem(torchvision.datasets.CIFAR10.meta, "md5", None)
+    theirs, ours = torchvision.datasets.CIFAR10(str(root), train=split == "train"), opened(root, split)
+    assert ours.classes == theirs.classes == CLASSES and len(ours) == len(theirs) == 20 * len(SPLITS[split])
+    for k in range(len(theirs)):
+        image, target = ours.load(k)
+        assert np.array_equal(image, theirs[k][0]) and target == theirs[k][1] and image.mode == "RGB"
+    names = [ours.describe(k) for k in range(len(ours))]
+    assert len(set(names)) == len(names) and names[3].endswith("_3.png")
+
+
+def test_the_folder_itself_will_do_and_keys_in_bytes_as_published(root):
+    plain = opened(root)
+    write(root / FOLDER / "data_batch_2", batch(20, 1, encode=str.encode))
+    write(root / FOLDER / META, {b"label_names": [name.encode() for name in CLASSES]})
+    again = opened(root / FOLDER)
+    assert np.array_equal(again.pixels, plain.pixels) and again.classes == CLASSES
+
+
+def test_auto_still_takes_folders_of_images_for_folders(tmp_path):
+    save_image(tmp_path / "test" / "cat" / "a.png", 0)
+    assert opened(tmp_path, "test").classes == ["cat"]
+
+
+class Trap:
+    def __reduce__(self):
+        return open, ("sprung", "w")
+
+
+def test_a_file_that_would_run_something_is_refused_by_name_and_runs_nothing(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(root / FOLDER / "data_batch_3", {**batch(20, 2), "filenames": Trap()})
+    with pytest.raises(DataError, match=r"data_batch_3 is no whole file of CIFAR-10 .*io\.open"):
+        opened(root)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -1, -3000])
+def test_a_truncated_file_is_named(root, keep):
+    path = root / FOLDER / "data_batch_4"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match="data_batch_4 is no whole file"):
+        opened(root)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"labels": [10] * 20}, "a label that is none of 10"),
+        ({"labels": [0] * 19}, "20 images, 19 labels and 20 names"),
+        ({"data": np.zeros((20, 100), np.uint8)}, "cannot reshape"),
+        ({"data": None}, "data_batch_1 is no whole file"),
+    ],
+)
+def test_what_does_not_fit_together_is_told(root, change, words):
+    write(root / FOLDER / "data_batch_1", batch(20, 0) | change)
+    with pytest.raises(DataError, match=words):
+        opened(root)
+
+
+def test_what_is_missing_is_named_with_the_way_out(root, tmp_path):
+    (root / FOLDER / "data_batch_5").unlink()
+    with pytest.raises(ConfigError, match="has no file data_batch_5"):
+        opened(root)
+    with pytest.raises(ConfigError, match=r"no split 'val'.*data\.eval_split: train or test"):
+        opened(root, "val")
+    with pytest.raises(ConfigError, match="no image files to put into shards"):
+        make_shards(str(root), tmp_path / "shards", ["test"])
+    (root / FOLDER / META).unlink()
+    with pytest.raises(DataError, match=r"batches\.meta cannot be read"):
+        opened(root, "test")
+    with pytest.raises(ConfigError, match=rf"no folder {FOLDER}: data\.root=PATH"):
+        opened(tmp_path, format_="cifar10")
+    (tmp_path / "cifar-10-python.tar.gz").touch()
+    with pytest.raises(ConfigError, match=r"`tar -xzf .*cifar-10-python\.tar\.gz -C .*` unpacks it"):
+        opened(tmp_path, format_="cifar10")
+
+
+# ---- a part of the images ----
+
+
+@pytest.mark.parametrize("count", [1, 7, 10, 50, 99, 100])
+def test_a_part_has_so_many_different_images_and_keeps_the_shares_of_classes(root, count):
+    whole = opened(root)
+    part = Part(whole, count, "data.train_images")
+    names = [part.describe(k) for k in range(count)]
+    assert len(part) == len(set(names)) == count and part.classes == whole.classes
+    ascending = sorted(range(100), key=lambda k: whole.load(k)[1])  # as in a folder, where classes lie together
+    by_class = Part(_Reordered(whole, ascending), count, "")
+    shares = np.bincount([by_class.load(k)[1] for k in range(count)], minlength=10)
+    assert shares.max() - shares.min() <= 1
+
+
+class _Reordered:
+    def __init__(self, whole, order):
+        self.whole, self.order_, self.classes = whole, order, whole.classes
+
+    def __len__(self):
+        return len(self.order_)
+
+    def load(self, index):
+        return self.whole.load(self.order_[index])
+
+    def describe(self, index):
+        return self.whole.describe(self.order_[index])
+
+
+def test_a_part_of_shards_is_read_in_their_order(tmp_path):
+    for k in range(40):
+        save_image(tmp_path / "images" / "train" / "ab"[k % 2] / f"{k}.png", k)
+    make_shards(str(tmp_path / "images"), tmp_path / "shards", ["train"], samples=5)
+    data = DataConfig(format="shards", root=str(tmp_path / "shards"), window=1)
+    whole = open_split(data, "train")
+    part = Part(whole, 13, "")
+    order = part.order(3, 1).tolist()
+    assert sorted(order) == list(range(13)) and order != part.order(3, 2).tolist()
+    kept = {part.describe(k) for k in range(13)}
+    names = [whole.describe(k) for k in whole.order(3, 1).tolist()]
+    assert [part.describe(k) for k in order] == [name for name in names if name in kept]
+
+
+def test_a_run_on_a_part_is_of_that_part_and_does_not_go_on_with_another(root, tmp_path):
+    words = ["data=cifar10", f"data.root={root}", "recipe.epochs=1", "recipe.warmup_epochs=0", "recipe.batch_size=10"]
+    words += ["backbone=resnet10_32", *NARROW[:1], "recipe.temperature_epochs=1"]
+    done = Trainer(config(*words, "data.train_images=40"), tmp_path / "run", CPU).fit()
+    assert done["eval_samples"] == 20 and done["data"] == "cifar10"
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text())["step"] == 4
+    with pytest.raises(ConfigError, match=r"data\.train_images=40, now it is 50"):
+        Trainer(config(*words, "data.train_images=50"), tmp_path / "run", CPU).resume()
+    with pytest.raises(ConfigError, match=r"data\.train_images=101, but there are 100 images"):
+        Trainer(config(*words, "data.train_images=101"), tmp_path / "more", CPU)
+    with pytest.raises(ConfigError, match=r"data\.train_images=0: must be"):
+        config(*words, "data.train_images=0")
+
+
+# ---- backbones and experiments ----
+
+
+@pytest.mark.parametrize("dynamic", ["static", "kw", *BASELINES])
+@pytest.mark.parametrize("group, stages", [("resnet18_32", (32, 16, 8, 4)), ("resnet10_32", (16, 8, 4, 2))])
+def test_a_resnet_for_small_images_has_all_its_stages(group, stages, dynamic):
+    made = config(f"backbone={group}", "n=1", f"dynamic={dynamic}", "data=cifar10", "data.root=x")
+    with torch.device("meta"):
+        model = build_model(made, 10)
+    seen = []
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        stage.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[2]))
+    model.eval()(torch.zeros(1, 3, 32, 32, device="meta"))
+    assert tuple(seen) == stages
+    assert type(model.conv1) is nn.Conv2d and model.conv1.weight.shape[2:] == (3, 3)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_features_of_a_small_stem_tell_their_reduction(stride):
+    model = timm.create_model("kw_resnet18", n=1, features_only=True, stem_stride=stride).eval()
+    shapes = [feature.shape[1:] for feature in model(torch.randn(1, 3, 32, 32))]
+    told = zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
+    assert shapes == [(channels, 32 // reduction, 32 // reduction) for channels, reduction in told]
+
+
+def test_a_stem_of_several_convolutions_is_not_replaced():
+    with pytest.raises(TypeError, match=r"stem_stride=1 .*several"):
+        timm.create_model("kw_resnet18", stem_stride=1, stem_type="deep")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_tells_its_command_and_parameters_and_trains_shrunk(name, root, tmp_path):
+    word = f"experiment=cifar10/{name}"
+    made = config(word, "data.root=x")
+    assert (made.data.name, made.n, made.name) == ("cifar10", "1", f"{made.backbone.label}_kw1x")
+    with torch.device("meta"):
+        params = kw.profile(build_model(made, 10), (3, 32, 32)).params
+    text = (ROOT / f"configs/experiment/cifar10/{name}.yaml").read_text()
+    assert f"# python -m train {word} data.root=PATH" in text and f"# Parameters: {params:,} (n = 1)." in text
+    shrunk = ["recipe.epochs=1", "recipe.warmup_epochs=0", "recipe.batch_size=10", "data.train_images=20"]
+    narrow = ["++backbone.kwargs.channels=[8,8,8,16]", "++backbone.kwargs.layers=[1,1,1,1]"]
+    trained = config(word, f"data.root={root}", *shrunk, *narrow)
+    assert Trainer(trained, tmp_path / "run", CPU).fit()["epochs"] == 1
+
+
+def test_jpeg_files_and_torchvisions_layout_give_the_same_pixels(root, tmp_path):
+    """PNG here, which loses nothing."""
+    plain = opened(root, "test")
+    for k in range(len(plain)):
+        image, target = plain.load(k)
+        path = tmp_path / "files" / "test" / CLASSES[target] / f"{k:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    files = opened(tmp_path / "files", "test")
+    assert files.classes == plain.classes
+
+    def contents(images):
+        return sorted((target, np.asarray(image).tobytes()) for image, target in map(images.load, range(len(images))))
+
+    assert contents(files) == contents(plain)
+    assert isinstance(plain.load(0)[0], Image.Image)
