@@ -16,8 +16,9 @@ from torch import nn
 import kw
 from kw.baselines import BASELINES
 from scripts.make_shards import make_shards
+from scripts.report.published import departures, published
 from train.cifar import FOLDER, META, SPLITS
-from train.config import DataConfig
+from train.config import DataConfig, to_plain
 from train.distributed import World
 from train.errors import ConfigError, DataError
 from train.images import Part, open_split
@@ -193,6 +194,15 @@ def test_a_run_on_a_part_is_of_that_part_and_does_not_go_on_with_another(root, t
         Trainer(config(*words, "data.train_images=101"), tmp_path / "more", CPU)
     with pytest.raises(ConfigError, match=r"data\.train_images=0: must be"):
         config(*words, "data.train_images=0")
+
+
+def test_a_row_that_was_trained_on_a_part_is_not_as_published():
+    row = next(row for row in published() if row.id == "resnet18_kw1x")
+    composed = {
+        count: config("experiment=resnet18_kw1x", "data.root=x", f"data.train_images={count}") for count in ("null", 9)
+    }
+    assert departures(to_plain(composed["null"]), row) == []
+    assert departures(to_plain(composed[9]), row) == ["data.train_images 9 (None)"]
 
 
 # ---- backbones and experiments ----

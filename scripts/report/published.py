@@ -123,7 +123,7 @@ def departures(config: dict[str, Any], row: Published) -> list[str]:
     A setting that config.yaml does not have is not judged.
     """
     found = []
-    for key, value in row.settings.items():
+    for key, value in {"data.train_images": None, **row.settings}.items():  # trained on all of them
         ours = _at(config, key)
         if ours is not MISSING and not _same(ours, value):
             found.append(f"{key} {ours} ({value})")
