@@ -118,7 +118,7 @@ class KWConfig:
 
     def replace(self, **changes: Any) -> KWConfig:
         """A copy with other values; an unknown key is an error that lists the known ones. Where the partition becomes
-        "none", cells become whole kernels."""
+        "none", cells become whole kernels, and stay so until they are given other sides."""
         known = [field.name for field in dataclasses.fields(self)]
         for key in changes:
             if key not in known:

@@ -19,7 +19,7 @@ from kw.ways import WAYS as FUNCTIONS
 from kw.ways import Task, assemble
 from kw.ways.cost import applies, cheapest, costs
 
-__all__ = ["WAYS", "assemble", "convolution", "linear", "use"]
+__all__ = ["WAYS", "assemble", "compute", "convolution", "linear", "prepare", "use", "way_of"]
 
 WAYS = ("auto", *FUNCTIONS)
 _way = "auto"
@@ -87,7 +87,8 @@ def prepare(
     dilation: tuple[int, ...],
     groups: int,
 ) -> tuple[Tensor, Task]:
-    """Padding in numbers, the same on both sides of a dimension: where "same" asks for more behind, `x` is padded."""
+    """The input of `convolution` with its task, which knows only padding that is the same on both sides of a dimension:
+    where "same" asks for one position more behind, `x` comes back with it."""
     if isinstance(padding, str):
         totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel_size, strict=True)]
         if any(total % 2 for total in totals):  # one more behind than in front
@@ -96,13 +97,17 @@ def prepare(
     return x, Task(grid, kernel_size, stride, padding, dilation, groups)
 
 
-def way_of(x: Tensor, cells: Tensor, task: Task, needs_grad: bool = True) -> str:
+def way_of(x: Tensor, cells: Tensor, task: Task, needs_grad: bool) -> str:
     """The way that a layer is computed by: the forced one, if it applies, or that expected to be fastest.
 
-    `needs_grad` says whether anything beside x and cells may need one.
+    Args:
+        x, cells, task: as for `compute`.
+        needs_grad: whether the attentions need one.
     """
     if _way != "auto":
         return _way if applies(_way, x.shape, task) else "grouped"
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "grouped"  # a trace takes no operators of our own, and would keep the loops of one batch's sizes
     step = torch.is_grad_enabled() and (needs_grad or x.requires_grad or cells.requires_grad)
     choose = _choose if torch.compiler.is_compiling() else _remembered  # torch.compile cannot look into caches
     return choose(tuple(x.shape), tuple(cells.shape), task, step, x.device.type)
@@ -115,9 +120,12 @@ def _choose(x_shape: tuple[int, ...], cells_shape: tuple[int, ...], task: Task, 
 _remembered = lru_cache(maxsize=4096)(_choose)  # to weigh the ways of a small layer takes as long as to compute it
 
 
-def compute(x: Tensor, alpha: Tensor, cells: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
-    """`convolution`, as `prepare` leaves it."""
-    kind, way = x.device.type, way_of(x, cells, task, alpha.requires_grad)
+def compute(
+    x: Tensor, alpha: Tensor, cells: Tensor, task: Task, bias: Tensor | None = None, way: str | None = None
+) -> Tensor:
+    """`convolution` of what `prepare` gives, to `(B, C_out, *out)`; the `way` is that of `way_of` if left out."""
+    kind = x.device.type
+    way = way_of(x, cells, task, alpha.requires_grad) if way is None else way
     if kind != "meta" and torch.is_autocast_enabled(kind) and cells.dtype == torch.float32:
         # Autocast does not look into functions that have a backward pass of their own.
         x = x.to(torch.get_autocast_dtype(kind))

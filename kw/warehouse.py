@@ -194,9 +194,14 @@ class Warehouse(nn.Module):
             f"Warehouse {self.name!r} ({kernels[0].name!r} and {len(kernels) - 1} more layers) would have {n:,} cells "
             f"for {mixtures:,} mixtures, and attentions of over {16 * n * mixtures:,} weights: its layers' channels "
             f"have small common divisors. Let fewer layers share a warehouse (sharing={self.config.sharing!r} now), or "
-            f"cut larger cells (cell_in={self.config.cell_in}, cell_out={self.config.cell_out}, "
-            f"partition={self.config.partition!r} now)."
+            f"cut larger cells ({self._cut()})."
         )
+
+    def _cut(self) -> str:
+        """How kernels are cut, for those who are advised to cut them otherwise."""
+        config = self.config
+        sides = "" if config.partition == "none" else f"cell_in={config.cell_in}, cell_out={config.cell_out}, "
+        return f"{sides}partition={config.partition!r} now"
 
     def _check_given_out(self, kernels: Sequence[KernelShape], mixtures: list[int], given: int, n: int) -> None:
         """Every cell must be given out, and no more than there are: each goes to one mixture by construction."""
@@ -208,9 +213,8 @@ class Warehouse(nn.Module):
         raise ValueError(
             f"Warehouse {self.name!r} has {n} cells at n={self.config.n}, but the anchoring rule gives out "
             f"{given}. Each layer's mixtures should be a multiple of {q}; these are not: {layers}. "
-            f"Smaller cells make more mixtures (cell_in={self.config.cell_in}, cell_out={self.config.cell_out}, "
-            f"partition={self.config.partition!r} now), or let the layers draw from another warehouse or a larger n, "
-            f"or be anchored otherwise (anchoring={self.config.anchoring!r} now)."
+            f"Smaller cells make more mixtures ({self._cut()}), or let the layers draw from another warehouse or "
+            f"a larger n, or be anchored otherwise (anchoring={self.config.anchoring!r} now)."
         )
 
 

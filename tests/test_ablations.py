@@ -400,6 +400,17 @@ def test_attentions_are_shown(key, value):
 # Settings and experiments
 
 
+def test_whole_kernels_are_not_cut():
+    for side in ("cell_in", "cell_out"):
+        with pytest.raises(ValueError, match=rf"{side}=1/2 cuts kernels, which partition='none' leaves whole"):
+            KWConfig(partition="none", **{side: "1/2"})
+        with pytest.raises(ConfigError, match=rf"kw\.{side}=1/2 cuts kernels"):
+            config("kw.partition=none", f"kw.{side}=0.5")
+    assert KWConfig(n="1/2", partition="none").cell_in == KWConfig(n="1/2").replace(partition="none").cell_in == 1
+    with pytest.raises(ValueError, match=r"multiple of 2.*\(partition='none' now\)"):
+        timm.create_model("kw_resnet18", n="1/2", partition="none")
+
+
 @pytest.mark.parametrize("key", CHOICES)
 def test_a_bad_value_is_named_with_the_good_ones(key):
     with pytest.raises(ValueError, match=rf"{key}='other' must be .*{CHOICES[key][0]}"):

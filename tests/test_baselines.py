@@ -190,6 +190,14 @@ def test_a_batch_of_kernels_is_not_made_where_another_way_is_faster():
     assert kept("grouped") == 64 * 128 * 128 * 9 > 2 * kept("multiply") and kept("auto") == kept("multiply")
 
 
+@pytest.mark.parametrize("dynamic", ["kw", *METHODS])
+def test_a_model_is_traced_for_a_batch_size(dynamic):
+    model = timm.create_model("kw_resnet18", dynamic=dynamic, n=2, layers=(1, 1, 1, 1)).eval()
+    images, others = torch.randn(2, 8, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(model, images)(others), model(others), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_temperature_makes_shares_alike_and_is_saved(name):
     cold, hot = shaken(layer(name, 4)), layer(name, 4)
@@ -444,4 +452,4 @@ def test_a_new_method_is_one_class_and_known_everywhere():
 
 def test_the_folder_is_all_that_lists_the_methods():
     files = {path.stem for path in (ROOT / "kw/baselines").glob("*.py")} - {"__init__", "layer", "registry", "convert"}
-    assert files == set(METHODS)
+    assert files == {BASELINES[name].layer.__module__.rpartition(".")[2] for name in METHODS}

@@ -77,7 +77,7 @@ class DataConfig:
     train_split: str = "train"
     eval_split: str = "val"
     image_size: int = 224
-    train_images: int | None = None  # train on so many, at even distances in the data set; null: on all
+    train_images: int | None = None  # train on so many, of each class its share; null: on all
     on_error: str = "stop"  # at a broken training image; substitute: the next that can be read takes its place
     window: int = 8  # format=shards: of how many shards the samples are shuffled together
     num_classes: int | None = None  # read from the data; given, it is checked

@@ -28,9 +28,10 @@ class BrokenImage(DataError):
 
 
 class Images(Protocol):
-    """A data set: images by index, their targets and names. It may have an `order(seed, epoch)` of its own."""
+    """A data set: images by index, their targets `(N,)` and names. It may have an `order(seed, epoch)` of its own."""
 
     classes: list[str]
+    targets: np.ndarray[Any, Any]
 
     def __len__(self) -> int: ...
 
@@ -208,8 +209,7 @@ class Shards(Files):
 
 
 class Part:
-    """`count` images of a data set, at even distances, so that classes keep their shares whether they lie together or
-    were shuffled.
+    """`count` images of a data set, at even distances within each class, so that classes keep their shares.
 
     Raises:
         ConfigError: there are fewer images.
@@ -219,7 +219,9 @@ class Part:
         if count > len(whole):
             raise ConfigError(f"{setting}={count}, but there are {len(whole)} images: lower it, or leave it out.")
         self.whole, self.classes = whole, whole.classes
-        self.indices = np.arange(count) * len(whole) // count  # (count,), ascending
+        by_class = np.argsort(whole.targets, kind="stable")
+        self.indices = np.sort(by_class[np.arange(count) * len(whole) // count])  # (count,)
+        self.targets = whole.targets[self.indices]
         if hasattr(whole, "order"):
             self.order = self._order
 
@@ -323,10 +325,10 @@ def _open_split(config: DataConfig, split: str, root: Path, setting: str) -> Ima
         return Digits(split)
     if config.format == "shards":
         return Shards(root, split, config.window, config.num_classes, (config.train_split, config.eval_split))
+    if config.format == "cifar10" or (config.format == "auto" and cifar.is_here(root)):
+        return cifar.Cifar10(root, split, setting)
     if config.format == "tar" or (config.format == "auto" and (root.is_file() or root.suffix == ".tar")):
         return Archive(root, split, setting)
-    if config.format == "cifar10" or (config.format == "auto" and cifar.find(root)):
-        return cifar.Cifar10(root, split, setting)
     return Folder(root, split, setting)
 
 

@@ -67,9 +67,13 @@ def vanilla(
 
 
 def _set_small_stem(model: Any, stride: int) -> None:
-    if not isinstance(model.conv1, nn.Conv2d):
-        raise TypeError(f"stem_stride={stride} takes the place of one convolution, and this stem has several")
-    model.conv1 = nn.Conv2d(model.conv1.in_channels, model.conv1.out_channels, 3, stride, 1, bias=False)
+    old = model.conv1
+    if not isinstance(stride, int) or isinstance(stride, bool) or stride < 1:
+        raise ValueError(f"stem_stride={stride!r} must be a whole number of at least 1, or None for timm's stem.")
+    if not isinstance(old, nn.Conv2d):
+        raise ValueError(f"stem_stride={stride} is for a stem of one convolution; this one has several.")
+    device, dtype = old.weight.device, old.weight.dtype
+    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride, 1, bias=False, device=device, dtype=dtype)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's
     model.maxpool = nn.Identity()
     for info in model.feature_info:

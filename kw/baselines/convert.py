@@ -19,7 +19,7 @@ def convert(model: nn.Module, name: str, n: BudgetLike = 1, scope: Choice | None
 
     Args:
         model: any model built of `nn.Conv2d`, such as one of timm's. Linear layers stay static.
-        name: of `BASELINES`: "condconv", "dyconv", "odconv", "dcd", "se".
+        name: of `BASELINES`, such as "odconv".
         n: the number of kernels in a layer, whole; of no matter to methods without a budget (`dcd`, `se`).
         scope: which layers: names, or a function of `(layer name, layer)`. Left out: `default_scope`.
 

@@ -71,7 +71,8 @@ class KernelBank(DynamicConv2d):
     """A layer of K kernels, from which each sample's is mixed: `attention` gives the shares `(B, K)`.
 
     `weight` is `(K * P, C_out, C_in / groups)`, the positions of a kernel one after the other: laid out as the cells of
-    a warehouse, so that the ways to compute KernelWarehouse's layers serve here too.
+    a warehouse, so that the ways to compute KernelWarehouse's layers serve here too. As there, a gradient of a gradient
+    and torch.func take `kw.functional.use("grouped")`.
 
     Args:
         n: the number of kernels, K.
@@ -88,7 +89,7 @@ class KernelBank(DynamicConv2d):
 
         Args:
             shares: `(B, K)` of the kernels in it; None where there is one kernel.
-            space: `(B, P)`, what its positions are multiplied by. With neither, B is 1.
+            space: `(B, P)`, what its positions are multiplied by.
         """
         kernels = self.weight.view(self.n, -1)
         if shares is not None:
@@ -98,22 +99,31 @@ class KernelBank(DynamicConv2d):
             kernels = kernels * space[..., None]
         return kernels.transpose(1, 2).reshape(-1, *self.kernel_shape)
 
+    def only(self) -> Tensor:
+        """The kernel of a layer that has one: `(C_out, C_in / groups, kh, kw)`."""
+        return self.mixed(None)[0]
+
     def convolve_mixed(self, x: Tensor, shares: Tensor | None, space: Tensor | None = None) -> Tensor:
         """The convolution with `mixed(shares, space)`, without bias, in the way that suits the batch."""
         if shares is None and space is None:
-            return self.convolve(x, self.mixed(None)[0])
+            return self.convolve(x, self.only())
         x, padding = self._padded(x)
         grid = (self.positions, 1, 1)
         x, task = functional.prepare(x, grid, self.kernel_size, self.stride, padding, self.dilation, self.groups)
-        if functional.way_of(x, self.weight, task) == "grouped":
+        needs_grad = any(given is not None and given.requires_grad for given in (shares, space))
+        way = functional.way_of(x, self.weight, task, needs_grad)
+        if way == "grouped":  # which would mix all K * P numbers of a position, where K are its own
             return per_sample(x, self.mixed(shares, space), task.stride, task.padding, task.dilation, task.groups)
-        # As mixtures of a warehouse's cells: that of position p is of position p in each kernel.
-        alpha = torch.eye(self.positions, dtype=self.weight.dtype, device=x.device)[:, None]  # (P, 1, P)
+        return functional.compute(x, self._attentions(shares, space), self.weight, task, way=way)
+
+    def _attentions(self, shares: Tensor | None, space: Tensor | None) -> Tensor:
+        """As of a warehouse with a mixture for each position, `(B, P, K * P)`: to the same position of every kernel."""
+        alpha = torch.eye(self.positions, dtype=self.weight.dtype, device=self.weight.device)[:, None]  # (P, 1, P)
         if shares is not None:
             alpha = alpha * shares[:, None, :, None]  # (B, P, K, P)
         if space is not None:
             alpha = alpha * space[:, :, None, None]
-        return functional.compute(x, alpha.flatten(2), self.weight, task)
+        return alpha.flatten(2)
 
     def forward(self, x: Tensor) -> Tensor:
         shares = None if self.attention is None else self.attention(pool(x))

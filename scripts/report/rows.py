@@ -40,7 +40,11 @@ class Row:
 
     @property
     def data(self) -> str:
-        return self.runs[0].data if self.runs else self.task
+        """The data set; with a number where a run was trained on so many of its images."""
+        if not self.runs:
+            return self.task
+        run = self.runs[0]
+        return run.data if run.train_images is None else f"{run.data} ({run.train_images:,})"
 
     @property
     def backbone(self) -> str:
@@ -175,7 +179,8 @@ def group(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
     groups: dict[tuple[Any, ...], dict[int, Run]] = {}
     remarks = []
     for run in runs:
-        key = (run.task, run.data, run.name, run.dynamic, run.n, run.params, run.macs, run.epochs, run.finished)
+        of = (run.task, run.data, run.train_images, run.name, run.dynamic, run.n)
+        key = (*of, run.params, run.macs, run.epochs, run.finished)
         seeds = groups.setdefault(key, {})
         if run.seed in seeds:
             remarks.append(f"{run.folder}: left out, {seeds[run.seed].folder} is of the same settings and seed")

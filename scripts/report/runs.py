@@ -58,6 +58,12 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     dynamic: str = KW  # the method
 
+    @property
+    def train_images(self) -> int | None:
+        """On how many images of the data set, if not on all."""
+        data = self.config.get("data")
+        return data.get("train_images") if isinstance(data, dict) else None
+
 
 def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
     """Runs at or below the folders, and a remark for each one that is unfinished or broken. Those that are unfinished,
