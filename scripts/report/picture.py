@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no screen is needed
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from kw.baselines.registry import KW, STATIC
 from scripts.report.page import curve
@@ -30,23 +30,20 @@ def draw(made: list[Section], path: Path) -> None:
 def _draw_section(section: Section, cost: Any, curves: Any) -> None:
     """The mean over seeds; their deviation as a bar, their range as a band."""
     key = section.scores[0]
-    for row in section.rows:
-        score = row.score(key)
-        if not row.runs or score is None:
-            continue
-        color = None
+    shown = [(row, score) for row in section.rows if row.runs and (score := row.score(key)) is not None]
+    for number, (row, score) in enumerate(shown):
+        color = f"C{number}"  # of matplotlib's cycle, the same in both plots
         if row.params:
             place = (row.params / 1e6, score[0])
-            dots = cost.errorbar(*place, score[1] or 0, marker="o", capsize=3, linestyle="none")
-            color = dots.lines[0].get_color()
+            cost.errorbar(*place, score[1] or 0, marker="o", capsize=3, linestyle="none", color=color)
             method = "" if row.dynamic in (KW, STATIC) else f"{row.dynamic}, "
             text = row.n if row.n == STATIC else f"{method}n = {row.n}"  # the colors say of which backbone
             cost.annotate(text, place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
         line = curve(row)
         if line:
             epochs, means, least, most = zip(*line, strict=True)
-            drawn = curves.plot(epochs, means, label=row.name, color=color)
-            curves.fill_between(epochs, least, most, alpha=0.2, color=drawn[0].get_color())
+            curves.plot(epochs, means, label=row.name, color=color)
+            curves.fill_between(epochs, least, most, alpha=0.2, color=color)
     label = f"{LABELS[key]} (%)"
     title = f"{section.title}: accuracy against parameters"
     cost.set(xlabel="parameters (millions)", ylabel=label, title=title, xscale="log")
@@ -55,6 +52,7 @@ def _draw_section(section: Section, cost: Any, curves: Any) -> None:
     cost.xaxis.set_major_formatter("{x:g}")
     cost.xaxis.set_minor_formatter(NullFormatter())
     curves.set(xlabel="epoch", ylabel=label, title="Learning curves")
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     if curves.lines:
         curves.legend(fontsize=8)
     for axes in (cost, curves):
