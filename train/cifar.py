@@ -84,18 +84,16 @@ def _folder(root: Path) -> Path:
 
 
 class _Array:
-    """In place of an array: of bytes, in C order, or an error. numpy's own would take any type and any memory."""
+    """In place of an array: one of bytes, or an error. numpy's own would take any type and any memory."""
 
     def __init__(self, *ignored: Any):
         self.values: np.ndarray[Any, Any] | None = None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, _, in_fortran_order, raw = state
-        if in_fortran_order:
-            raise pickle.UnpicklingError("an array in the order of Fortran")
+        _, shape, _, by_columns, raw = state
         if not isinstance(raw, (bytes, bytearray)):
             raise pickle.UnpicklingError("an array without its bytes")
-        self.values = np.frombuffer(raw, np.uint8).reshape(shape)
+        self.values = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if by_columns else "C")
 
 
 class _Type:

@@ -14,7 +14,9 @@ A way's time for a batch is the sum of what it does, each at a price:
     call     products that "multiply" calls the library for: each tap and input group of each block
 
 `|W|` entries of the kernel, `S` output positions, `n` cells of `o` by `i`, `T = P * C_in / i` cells that an output
-group reads. The prices are nanoseconds; only their ratios matter. Those of a CPU are fitted by
+group reads. K kernels of another method (kw/baselines) count as n = K * P cells, though its "grouped" mixes but K.
+
+The prices are nanoseconds; only their ratios matter. Those of a CPU are fitted by
 `python -m scripts.fit_prices --repeats 1` on two cores of an AMD EPYC: expected over measured times were between 0.5
 and 1.25 for four in five of 184 kinds of layer. On the same layers, choosing by them took 1% longer than the better of
 "grouped" and "multiply" for each (all "grouped": 60% longer for a step, 89% forward; all "multiply": 3 to 6%). Those of
