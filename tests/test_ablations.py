@@ -131,7 +131,7 @@ def converted(layer, **settings):
 def test_layers_compute_their_definition(name, function, partition, each_way):
     layer, size = LAYERS[name]
     chosen = {"attention_function": function, "partition": partition, "anchoring": "all_to_one"}
-    model = converted(layer, n=2, cell_out="1/2", **chosen)
+    model = converted(layer, n=2, **({} if partition == "none" else {"cell_out": "1/2"}), **chosen)
     kw.set_temperature(model, 0.25)
     tau = 0 if function == "contrast" else 0.25
     x = torch.randn(size, dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_layers_compute_their_definition(name, function, partition, each_way):
 @pytest.mark.parametrize("partition", CHOICES["partition"])
 def test_cells_start_with_the_same_deviation_however_kernels_are_cut(partition):
     """He normal over all of a layer's own cells: fan-out is the kernel's, times its cells across the input."""
-    chosen = KWConfig(cell_out="1/2", partition=partition)
+    chosen = KWConfig(cell_out=1 if partition == "none" else "1/2", partition=partition)
     warehouse = Warehouse([KernelShape(f"layer{k}", (64, 64, 3, 3)) for k in range(2)], chosen)
     for draw in warehouse.draws:
         own = warehouse.cells[draw.start : draw.start + draw.owned]
