@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,16 @@ def connect(runtime: RuntimeConfig) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+SETTLE = 0.5  # seconds
+
+
 def disconnect() -> None:
+    """Leave the world; of one process, nothing.
+
+    The thread that did gloo's last collective takes Python's lock to let go of its tensors. DDP's reducer destroys the
+    group with that lock held, and joins the thread: had it not let go yet, as where an error follows a collective at
+    once, both would wait for ever (torch 2.11). Asleep, this thread leaves it the lock.
+    """
     if dist.is_initialized():
+        time.sleep(SETTLE)
         dist.destroy_process_group()
