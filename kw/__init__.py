@@ -7,12 +7,13 @@
 
 from kw import backbones, baselines, functional
 from kw.config import KWConfig
-from kw.convert import convert, set_temperature, temperatures
+from kw.convert import convert, set_temperature
 from kw.freeze import freeze
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
 from kw.profile import Profile, profile
 from kw.released import load_released, to_released
 from kw.scope import default_scope
+from kw.temperature import temperatures
 from kw.warehouse import KernelShape, Warehouse
 
 __all__ = [

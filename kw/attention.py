@@ -7,10 +7,13 @@ Shapes: `B` batch, `C` channels, `H` hidden width, `m` mixtures of the layer, `n
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kw.compute.mixing import mix
+from kw.temperature import Tempered
 from kw.warehouse import Draw
 
 MIN_HIDDEN = 16
@@ -59,7 +62,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Product]] = {
 }
 
 
-class Attention(nn.Module):
+class Attention(Tempered):
     """Pooled features `(B, C)` to the attentions `(B, m, n)` of a layer's mixtures over its warehouse's cells.
 
     A score for a zero cell takes part in the normalization and is dropped, so a row sums to anything in [-1, 1] (of
@@ -73,7 +76,6 @@ class Attention(nn.Module):
         ValueError: one sample in training mode with attention_norm="batch", which needs two for its statistics.
     """
 
-    temperature: Tensor
     beta: Tensor | None
 
     def __init__(self, channels: int, draw: Draw):
@@ -98,13 +100,14 @@ class Attention(nn.Module):
             self.fc3 = nn.Linear(basis, n - self.local, bias=False)
             self.basis_bias = nn.Parameter(torch.empty(self.mixtures * (n + 1)))
 
-        self.register_buffer("temperature", torch.zeros(()))
+        self.anchors = draw.anchors
         beta = None if draw.anchors is None else _one_hot(draw.anchors, n)
-        self.register_buffer("beta", beta, persistent=False)  # follows from the draw
+        self.register_buffer("beta", beta, persistent=False)  # follows from the anchors
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """He normal, fan-out, for the linear layers; zero for biases; one and zero for the norm."""
+        self._reset_beta()
         for layer in (self.fc1, self.fc2, self.fc3):
             if layer is not None:
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -113,6 +116,21 @@ class Attention(nn.Module):
         self.norm.reset_parameters()
         if self.basis_bias is not None:
             nn.init.zeros_(self.basis_bias)
+
+    def _reset_beta(self) -> None:
+        """It is not saved, and its memory may be new: `to_empty`, or a state dict that is assigned to a meta model."""
+        if self.beta is not None and self.anchors is not None:
+            device = self.temperature.device if self.beta.is_meta else self.beta.device
+            self.beta = _one_hot(self.anchors, self.cells).to(device, self.beta.dtype)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._reset_beta()
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether attentions are affine in the hidden features, up to one factor for each mixture."""
+        return FUNCTIONS[self.attention_function] is contrast
 
     def hidden(self, pooled: Tensor) -> Tensor:
         """What the scores are affine in: `(B, C)` to `(B, H)`."""
@@ -129,26 +147,58 @@ class Attention(nn.Module):
 
     def scores_of(self, hidden: Tensor) -> Tensor:
         """The scores from `hidden`, an affine map: `(B, H)` to `(B, m, n + 1)`."""
-        batch = len(hidden)
         z: Tensor = self.fc2(hidden)
         if self.fc3 is None:
-            return z.view(batch, self.mixtures, self.cells + 1)
-        z = z.view(batch, self.mixtures, -1)
+            return z.view(len(hidden), self.mixtures, self.cells + 1)
+        return self._spread(z) + self.basis_bias.view(self.mixtures, self.cells + 1)
+
+    def _spread(self, z: Tensor) -> Tensor:
+        """With a non-local basis, what `fc2` gives to scores but for their bias, a linear map: to `(B, m, n + 1)`."""
+        assert self.fc3 is not None
+        z = z.view(len(z), self.mixtures, -1)
         own, basis, zero = torch.split(z, [self.local, z.shape[2] - self.local - 1, 1], dim=2)
         others = self.fc3(basis)
-        z = torch.cat([others[..., : self.start], own, others[..., self.start :], zero], dim=2)
-        return z + self.basis_bias.view(self.mixtures, self.cells + 1)
+        return torch.cat([others[..., : self.start], own, others[..., self.start :], zero], dim=2)
+
+    def maps(self) -> Tensor:
+        """The affine map to the cells' scores: for each hidden feature and, last, the constant: `(H + 1, m, n)`."""
+        if self.fc3 is None:
+            weight, bias = self.fc2.weight.t().reshape(-1, self.mixtures, self.cells + 1), self.fc2.bias
+        else:
+            weight, bias = self._spread(self.fc2.weight.t()), self.basis_bias
+        constant = bias.view(1, self.mixtures, self.cells + 1)
+        return torch.cat([weight.to(constant.dtype), constant])[..., : self.cells]
+
+    def attend(self, hidden: Tensor) -> Tensor:
+        """Attentions from hidden features: `(B, H)` to `(B, m, n)`."""
+        values, factor = FUNCTIONS[self.attention_function](_at_least_float32(self.scores_of(hidden)))
+        values = values[..., : self.cells]
+        if self.beta is None or self.shared.is_zero:
+            return values * factor
+        tau = self.temperature.to(values)
+        return torch.addcmul(tau * self.beta, values, (1 - tau) * factor)
+
+    def folded(self, hidden: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """The same kernels, of cells folded by `maps` (kw/compute/mixing.py), where attentions are affine.
+
+        Returns:
+            weights `(B, m, J)` and basis `(J, m, o, i)`; above temperature 0 tau of the anchors is the last term.
+        """
+        weights, basis = self.folded_weights(hidden), mix(self.maps(), cells)
+        if self.beta is None or self.shared.is_zero:
+            return weights, basis
+        tau = self.temperature.to(weights)
+        weights = torch.cat([(1 - tau) * weights, tau.expand(*weights.shape[:2], 1)], dim=2)
+        return weights, torch.cat([basis, mix(self.beta[None].to(cells.dtype), cells).to(basis.dtype)])
+
+    def folded_weights(self, hidden: Tensor) -> Tensor:
+        """Of the folded cells at temperature 0: hidden features and 1, over the sum of absolute scores:
+        `(B, H)` to `(B, m, H + 1)`."""
+        factor = 1 / size(_at_least_float32(self.scores_of(hidden)))  # (B, m, 1)
+        return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)[:, None] * factor
 
     def forward(self, pooled: Tensor) -> Tensor:
-        z = self.scores(pooled)
-        if z.dtype in (torch.float16, torch.bfloat16):
-            z = z.float()  # a sum over hundreds of cells loses too much in half precision
-        values, factor = FUNCTIONS[self.attention_function](z)
-        values = values[..., : self.cells]
-        if self.beta is None:
-            return values * factor
-        tau = self.temperature.to(z.dtype)
-        return torch.addcmul(tau * self.beta, values, (1 - tau) * factor)
+        return self.attend(self.hidden(pooled))
 
     @property
     def tau(self) -> float:
@@ -157,6 +207,11 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.mixtures} mixtures of {self.cells} cells"
+
+
+def _at_least_float32(z: Tensor) -> Tensor:
+    """A sum over hundreds of cells loses too much in half precision."""
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
 def _one_hot(anchors: tuple[int, ...], n: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from kw.config import KWConfig
 from kw.freeze import refuse_frozen
@@ -12,6 +12,7 @@ from kw.layers import DynamicLayer, KWConv1d, KWConv2d, KWConv3d, KWLinear
 from kw.replace import chosen, convolution_arguments, like, refuse_converted, replace
 from kw.scope import default_config, default_scope
 from kw.sharing import regroup
+from kw.temperature import share_temperature, temperatures
 from kw.warehouse import Draw, KernelShape, Warehouse, Warehouses
 
 Scope = Callable[[str, nn.Module], str | None] | Mapping[str, str]
@@ -65,6 +66,7 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
     # Nothing was changed up to here: an error leaves the model as it was.
     replace(model, layers)
     model.warehouses = warehouses
+    share_temperature(model)
     return model
 
 
@@ -87,15 +89,7 @@ def set_temperature(model: nn.Module, tau: float) -> None:
             f"(or it is of a kind without temperature)."
         )
     for temperature in found:
-        temperature.fill_(tau)
-
-
-def temperatures(model: nn.Module) -> list[Tensor]:
-    """The temperatures `()` of a model's dynamic layers; none, if theirs is of a kind without. An attention keeps it in
-    a buffer `temperature`, itself or in a part of it, so that it is saved and moved with the model."""
-    attentions = [m.attention for m in model.modules() if isinstance(m, DynamicLayer) and m.attention is not None]
-    named = [entry for attention in attentions for entry in attention.named_buffers()]
-    return [buffer for name, buffer in named if name.rpartition(".")[2] == "temperature"]
+        temperature.set(tau)
 
 
 def _drawing(model: nn.Module, scope: Scope) -> dict[str, list[str]]:

@@ -30,14 +30,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kw import functional
-from kw.attention import FUNCTIONS, Attention, contrast, size
-from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear, drop_unused_warehouses
+from kw.attention import Attention
+from kw.compute.mixing import mix
+from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear, OnPositions, OnTokens, drop_unused_warehouses
 from kw.profile import table
 from kw.replace import convolution_arguments, replace
-from kw.ways.grouped import per_sample
 
 WORTHWHILE = 4  # cells per folded kernel
 LEAST_SAVED = 1_000_000  # multiply-adds an image, about 0.05 ms: less is lost in what every call costs
@@ -127,7 +126,7 @@ def freeze(model: nn.Module, memory: float = 1.0) -> Report:
             kernel = f"mixed from {mixed} in place of {n} cells"
         elif tau:
             kernel, mixed = f"assembled: folded at temperature 0 only, not {tau:g}", n
-        elif not _is_linear(layer):
+        elif not layer.attention.is_affine:
             kernel, mixed = f"assembled: {layer.attention.attention_function} does not fold", n
         else:
             reason = "over the limit on memory" if _pays(layer) else "little to save"
@@ -180,78 +179,40 @@ class FoldedLayer(nn.Module):
 
     def __init__(self, layer: KWLayer):
         super().__init__()
-        if not _is_linear(layer):
+        if not layer.attention.is_affine:
             function = layer.attention.attention_function
-            raise ValueError(f"Layer {layer.draw.kernel.name!r}: attention_function={function!r} cannot be folded.")
+            raise ValueError(f"Layer {layer.layer_name!r}: attention_function={function!r} cannot be folded.")
         self.attention, self.bias = layer.attention, layer.bias
-        kernel = layer.draw.kernel
-        self.layer_name, self.grid = kernel.name, layer.draw.grid
-        self.shape = (kernel.channels_out, kernel.channels_in, kernel.positions)
-        self.cell = tuple(layer.warehouse.cells.shape[1:])
-        # Being affine, the scores are known from those of the unit vectors and of zero. In double precision, for
-        # the weights are differences of these.
-        attention = copy.deepcopy(layer.attention).double()
-        unit = torch.eye(kernels_to_mix(layer), dtype=torch.float64, device=layer.warehouse.cells.device)[:, :-1]
-        scores = attention.scores_of(unit)[..., : attention.cells]
-        scores[:-1] -= scores[-1]
-        kernels = functional.assemble(scores.to(layer.warehouse.cells.dtype), layer.warehouse.cells, layer.draw.grid)
-        self.kernels = nn.Parameter(kernels.flatten(1), requires_grad=False)  # (H + 1, |W|), the last the offset
+        self.layer_name, self.geometry = layer.layer_name, layer.geometry
+        cells = layer.warehouse.cells
+        maps = copy.deepcopy(layer.attention).double().maps()
+        self.basis = nn.Parameter(mix(maps, cells.double()).to(cells.dtype), requires_grad=False)  # (H + 1, m, o, i)
 
-    def assemble(self, pooled: Tensor) -> Tensor:
-        """Pooled input `(B, C_in)` to each sample's kernel `(B, C_out, C_in / groups, P)`."""
-        batch = len(pooled)
-        hidden = self.attention.hidden(pooled)
-        z = self.attention.scores_of(hidden)
-        z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z  # as the attention does
-        scale = 1 / size(z)  # (B, m, 1)
-        kernels = torch.addmm(self.kernels[-1], hidden, self.kernels[:-1])
-        (positions, rows, columns), (o, i) = self.grid, self.cell
-        scale = scale.view(batch, positions, rows, columns).permute(0, 2, 3, 1).to(kernels.dtype)
-        kernels = kernels.view(batch, rows, o, columns, i, positions) * scale[:, :, None, :, None]
-        return kernels.view(batch, *self.shape)
+    def _compute(self, x: Tensor, pooled: Tensor) -> Tensor:
+        """`(B, C_in, *space)` and its mean over space, `(B, C_in)`, to the output `(B, C_out, *out)`."""
+        weights = self.attention.folded_weights(self.attention.hidden(pooled))
+        choice = functional.choose(functional.setting_of(self), x, self.basis, self.geometry, makes=("folded",))
+        return functional.compute(x, weights, self.basis, self.geometry, choice.apply, self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.layer_name!r}, mixed from {len(self.kernels)} kernels"
+        return f"{self.layer_name!r}, mixed from {len(self.basis)} kernels"
 
 
-class FoldedLinear(FoldedLayer):
+class FoldedLinear(OnTokens, FoldedLayer):
     """`KWLinear` with its assembly folded: on `(B, *, C_in)`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
-        kernels = self.assemble(tokens.mean(dim=1)).squeeze(3)
-        out = torch.bmm(tokens, kernels.transpose(1, 2)).view(*x.shape[:-1], kernels.shape[1])
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+    def __init__(self, layer: KWLinear):
+        FoldedLayer.__init__(self, layer)
+        self.out_features = layer.out_features
 
 
-class FoldedConv(FoldedLayer):
+class FoldedConv(OnPositions, FoldedLayer):
     """`KWConv1d`, `2d` or `3d` with its assembly folded: on `(B, C_in, *space)`."""
 
     def __init__(self, layer: KWConv):
-        super().__init__(layer)
-        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
-        self.groups, self.padding, self.padding_mode = layer.groups, layer.padding, layer.padding_mode
-        self.pad: list[int] | None = None  # what is padded other than by zeros, beforehand
-        if layer.padding_mode != "zeros":
-            self.pad, self.padding = layer._explicit_padding(), "valid"
-        unpadded = isinstance(self.padding, str) or not any(self.padding)  # "same" pads a kernel of one by nothing
-        self.pointwise = self.shape[2] == 1 and self.groups == 1 and unpadded
-
-    def forward(self, x: Tensor) -> Tensor:
-        dims = len(self.kernel_size)
-        if x.dim() != dims + 2:
-            raise ValueError(f"Layer {self.layer_name!r} takes a batch, {dims + 2} dimensions, not {tuple(x.shape)}.")
-        kernels = self.assemble(x.flatten(2).mean(dim=2))
-        out = self._convolve(x if self.pad is None else F.pad(x, self.pad, mode=self.padding_mode), kernels)
-        return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, *(1,) * dims)
-
-    def _convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
-        if self.pointwise:
-            if max(self.stride) > 1:
-                x = x[(slice(None), slice(None), *(slice(None, None, step) for step in self.stride))]
-            return torch.bmm(kernels.squeeze(3), x.flatten(2)).view(len(x), kernels.shape[1], *x.shape[2:])
-        kernels = kernels.view(*kernels.shape[:3], *self.kernel_size)
-        return per_sample(x, kernels, self.stride, self.padding, self.dilation, self.groups)
+        FoldedLayer.__init__(self, layer)
+        self.dims, self.in_channels = layer.dims, layer.in_channels
+        self.padding_mode, self.beforehand = layer.padding_mode, layer.beforehand
 
 
 def fold(layer: KWLayer) -> FoldedLayer:
@@ -267,11 +228,6 @@ def kernels_to_mix(layer: KWLayer) -> int:
     return layer.attention.fc1.out_features + 1
 
 
-def _is_linear(layer: KWLayer) -> bool:
-    """Whether the attentions are linear in the scores, up to one normalizer per mixture."""
-    return FUNCTIONS[layer.attention.attention_function] is contrast
-
-
 def _pays(layer: KWLayer) -> bool:
     """Whether to fold the layer's assembly saves time, memory apart."""
     n, mixed, weight = len(layer.warehouse.cells), kernels_to_mix(layer), math.prod(layer.draw.kernel.shape)
@@ -284,7 +240,7 @@ def _worth_folding(layers: Iterable[KWLayer], limit: float) -> set[KWLayer]:
     for layer in sorted(layers, key=lambda layer: kernels_to_mix(layer) / len(layer.warehouse.cells)):
         weight = math.prod(layer.draw.kernel.shape)
         taken = weight * kernels_to_mix(layer) * layer.warehouse.cells.element_size()
-        if layer.attention.tau == 0 and _is_linear(layer) and _pays(layer) and taken <= limit:
+        if layer.attention.tau == 0 and layer.attention.is_affine and _pays(layer) and taken <= limit:
             chosen.add(layer)
             limit -= taken
     return chosen

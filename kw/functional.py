@@ -1,139 +1,164 @@
-"""Computing one KernelWarehouse layer from its input, its attentions and its warehouse's cells.
+"""Computing one dynamic layer: from its input, its attentions and its warehouse's cells, by the implementation that suits.
 
-There are several exact ways (`kw/ways/`, one a file), which differ in time and memory. "auto", the default, takes the
-one that the cost model (`kw/ways/cost.py`) expects to be fastest; `use` forces another.
+Two choices are made for each layer and batch. How kernels are made: of the warehouse's "cells", or of "folded" kernels
+(kw/compute/mixing.py). And how they are applied: by one of `kw.compute.IMPLEMENTATIONS`. All combinations are exact; they
+differ in time and memory. By default the cost model (kw/compute/cost.py) chooses; `use` and `set_default` force a choice.
 
 Shapes: `B` batch, `m` mixtures, `n` cells, `o` by `i` channels of a cell.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from types import TracebackType
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from kw.ways import WAYS as FUNCTIONS
-from kw.ways import Task, assemble
-from kw.ways.cost import applies, cheapest, costs
+from kw.compute import IMPLEMENTATIONS, MAKES, Geometry, assemble
+from kw.compute.cost import Choice, applies, best
+from kw.compute.gathering import in_backward
+from kw.compute.prices import device_kind
 
-__all__ = ["WAYS", "assemble", "compute", "convolution", "linear", "prepare", "use", "way_of"]
+__all__ = ["CHOICES", "Choice", "Setting", "assemble", "choose", "compute", "set_default", "setting_of", "use"]
 
-WAYS = ("auto", *FUNCTIONS)
-_way = "auto"
-
-
-class use:
-    """Force a way of computing, for good (`use("grouped")`) or within a block (`with use("grouped"): ...`).
-
-    A layer that the way does not apply to is computed by "grouped".
-
-    Raises:
-        ValueError: there is no such way.
-    """
-
-    def __init__(self, way: str):
-        global _way
-        if way not in WAYS:
-            raise ValueError(f"There is no way {way!r} to compute a layer; there are {', '.join(WAYS)}.")
-        self._previous, _way = _way, way
-
-    def __enter__(self) -> use:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        global _way
-        _way = self._previous
+AUTO = "auto"
+CHOICES = (AUTO, *IMPLEMENTATIONS)  # of `use`, for how kernels are applied
 
 
-def linear(x: Tensor, alpha: Tensor, cells: Tensor, grid: tuple[int, int, int], bias: Tensor | None = None) -> Tensor:
-    """`(B, *, C_in)` with one kernel per sample and a static bias `(C_out,)` to `(B, *, C_out)`."""
-    tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # (B, S, C_in)
-    out = compute(tokens.transpose(1, 2), alpha, cells, Task(grid, (1,), (1,), (0,), (1,)), bias)
-    return out.transpose(1, 2).reshape(*x.shape[:-1], out.shape[1])
+class Setting(NamedTuple):
+    """What is forced, or "auto": how kernels are applied, and how they are made."""
+
+    apply: str = AUTO
+    make: str = AUTO
 
 
-def convolution(
-    x: Tensor,
-    alpha: Tensor,
-    cells: Tensor,
-    grid: tuple[int, int, int],
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...] | str,
-    dilation: tuple[int, ...],
-    groups: int,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Convolve `(B, C_in, *space)` with one kernel per sample: attentions `(B, m, n)` over cells `(n, o, i)`.
-
-    Mixture `(p, a, b)` of `grid = (P, C_out / o, C_in / groups / i)` is the kernel's cell at position p, rows `a * o`,
-    columns `b * i`. `padding` is a number a side for each dimension, "same" or "valid".
-    """
-    x, task = prepare(x, grid, kernel_size, stride, padding, dilation, groups)
-    return compute(x, alpha, cells, task, bias)
+class _Thread(threading.local):
+    setting: Setting | None = None  # of the innermost `use`
 
 
-def prepare(
-    x: Tensor,
-    grid: tuple[int, int, int],
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...] | str,
-    dilation: tuple[int, ...],
-    groups: int,
-) -> tuple[Tensor, Task]:
-    """The input of `convolution` with its task, which knows only padding that is the same on both sides of a dimension:
-    where "same" asks for one position more behind, `x` comes back with it."""
-    if isinstance(padding, str):
-        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel_size, strict=True)]
-        if any(total % 2 for total in totals):  # one more behind than in front
-            x = F.pad(x, [side for total in reversed(totals) for side in (0, total % 2)])
-        padding = tuple(total // 2 for total in totals)
-    return x, Task(grid, kernel_size, stride, padding, dilation, groups)
+_thread = _Thread()
+_default = Setting()
+# The setting that was entered last, by any thread: torch.compile compiles it in, and compiles anew where it is another. It
+# can watch a global variable, but not one of a thread.
+_latest = _default
 
 
-def way_of(x: Tensor, cells: Tensor, task: Task, needs_grad: bool) -> str:
-    """The way that a layer is computed by: the forced one, if it applies, or that expected to be fastest.
+@contextmanager
+def use(apply: str = AUTO, make: str | None = None) -> Iterator[None]:
+    """Force how layers are computed within a `with` block, in this thread: `with use("grouped"): ...`.
+
+    The choice is made when a layer's forward pass begins. Its backward pass may come after the block, also with
+    activation checkpointing, which repeats the forward pass: the layer remembers.
 
     Args:
-        x, cells, task: as for `compute`.
-        needs_grad: whether the attentions need one.
+        apply: one of `CHOICES`. "grouped" is the plain way, as in the release.
+        make: "cells" or "folded", or "auto". Left out: "auto" if `apply` is, else "cells".
+
+    A layer that the choice does not apply to is computed by "grouped", of cells.
+
+    Raises:
+        ValueError: there is no such choice.
     """
-    if _way != "auto":
-        return _way if applies(_way, x.shape, task) else "grouped"
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return "grouped"  # a trace takes no operators of our own, and would keep the loops of one batch's sizes
+    global _latest
+    entered = _setting(apply, make)
+    before, latest = _thread.setting, _latest
+    _thread.setting = _latest = entered
+    try:
+        yield
+    finally:
+        _thread.setting, _latest = before, latest
+
+
+def set_default(apply: str = AUTO, make: str | None = None) -> None:
+    """Force how layers are computed for good, in all threads, wherever `use` does not say otherwise. `set_default()`
+    takes that back. Arguments and errors as of `use`."""
+    global _default, _latest
+    _default = _latest = _setting(apply, make)
+
+
+def _setting(apply: str, make: str | None) -> Setting:
+    make = make or (AUTO if apply == AUTO else MAKES[0])
+    for name, value, known in (("apply", apply, CHOICES), ("make", make, (AUTO, *MAKES))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not a way to compute a layer; there are {', '.join(known)}.")
+    return Setting(apply, make)
+
+
+def setting_of(layer: nn.Module) -> Setting:
+    """The setting for a forward pass of `layer`. Activation checkpointing repeats a forward pass within the backward pass:
+    then it is that of the last forward pass before."""
+    if torch.compiler.is_compiling():
+        return _latest
+    if in_backward():
+        remembered: Setting | None = layer.__dict__.get("_setting")
+        return remembered or _thread.setting or _default
+    setting = _thread.setting or _default
+    if torch.is_grad_enabled() or layer.training:
+        layer.__dict__["_setting"] = setting
+    return setting
+
+
+def choose(
+    setting: Setting,
+    x: Tensor,
+    cells: Tensor,
+    geometry: Geometry,
+    hidden: int | None = None,
+    needs_grad: bool = False,
+    makes: tuple[str, ...] = MAKES,
+) -> Choice:
+    """How to compute a layer: as forced, where that applies, or as is expected to be fastest.
+
+    Args:
+        x: the layer's input, `(B, C_in, *space)`.
+        cells: `(n, o, i)`, or a basis for each mixture, `(J, m, o, i)`.
+        hidden: features in which the attentions are affine; None where they are not, and kernels do not fold.
+        needs_grad: whether the attentions need a gradient.
+        makes: how kernels can be made.
+    """
+    if hidden is None:
+        makes = makes[:1]
+    if torch.jit.is_tracing() and setting.apply == AUTO:  # type: ignore[attr-defined, no-untyped-call]
+        return Choice(makes[0], "grouped")  # a trace takes no operators of our own, nor loops over one batch's sizes
+    if setting.apply != AUTO and setting.make != AUTO:
+        made = setting.make if setting.make in makes else makes[0]
+        return Choice(made, setting.apply) if applies(setting.apply, made, x, geometry) else Choice(makes[0], "grouped")
     step = torch.is_grad_enabled() and (needs_grad or x.requires_grad or cells.requires_grad)
-    choose = _choose if torch.compiler.is_compiling() else _remembered  # torch.compile cannot look into caches
-    return choose(tuple(x.shape), tuple(cells.shape), task, step, x.device.type)
+    names = tuple(IMPLEMENTATIONS) if setting.apply == AUTO else (setting.apply, "grouped")
+    makes = makes if setting.make == AUTO else tuple(make for make in makes if make == setting.make) or makes[:1]
+    possible = tuple(Choice(make, name) for make in makes for name in names if applies(name, make, x, geometry))
+    pick = best if torch.compiler.is_compiling() else _remembered  # torch.compile cannot look into caches
+    return pick(possible, tuple(x.shape), tuple(cells.shape), geometry, hidden or 0, step, device_kind(x.device))
 
 
-def _choose(x_shape: tuple[int, ...], cells_shape: tuple[int, ...], task: Task, step: bool, device: str) -> str:
-    return cheapest(costs(x_shape, cells_shape, task, step, device))
-
-
-_remembered = lru_cache(maxsize=4096)(_choose)  # to weigh the ways of a small layer takes as long as to compute it
+_remembered = lru_cache(maxsize=4096)(best)  # to weigh the choices of a small layer takes as long as to compute it
 
 
 def compute(
-    x: Tensor, alpha: Tensor, cells: Tensor, task: Task, bias: Tensor | None = None, way: str | None = None
+    x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry, apply: str, bias: Tensor | None = None
 ) -> Tensor:
-    """`convolution` of what `prepare` gives, to `(B, C_out, *out)`; the `way` is that of `way_of` if left out."""
+    """Convolve `(B, C_in, *space)` with one kernel per sample and add a static bias `(C_out,)`, to `(B, C_out, *out)`.
+
+    Args:
+        weights, basis: of each sample's mixtures (kw/compute/mixing.py): attentions `(B, m, n)` over cells `(n, o, i)`.
+        geometry: the layer's. Mixture `(p, a, b)` of its grid is the kernel's cell at position p, rows `a * o`, columns
+            `b * i`.
+        apply: the implementation, one of `kw.compute.IMPLEMENTATIONS` that applies.
+    """
     kind = x.device.type
-    way = way_of(x, cells, task, alpha.requires_grad) if way is None else way
-    if kind != "meta" and torch.is_autocast_enabled(kind) and cells.dtype == torch.float32:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         # Autocast does not look into functions that have a backward pass of their own.
         x = x.to(torch.get_autocast_dtype(kind))
-    if way != "multiply":  # which computes as its input is, and adds up gradients as the cells are
-        alpha, cells = alpha.to(x.dtype), cells.to(x.dtype)
-    out = FUNCTIONS[way](x, alpha, cells, task)
+    remakes = apply in ("blocks", "triton")  # they compute as the input is, and add up gradients as the basis is
+    if not remakes:
+        weights, basis = weights.to(x.dtype), basis.to(x.dtype)
+    out = IMPLEMENTATIONS[apply](x, weights, basis, geometry)
     if bias is None:
         return out
     bias = bias.to(out.dtype).view(-1, *(1,) * (out.dim() - 2))
-    # New memory for a large output costs more than the sum. But in place in a view, autograd copies its gradient.
-    return out.add_(bias) if way == "multiply" or not out.requires_grad else out + bias
+    # An output of memory of its own takes the bias in place. In a view, autograd would copy its gradient.
+    return out.add_(bias) if remakes or not out.requires_grad else out + bias

@@ -6,6 +6,7 @@ Forward: pool the input over space, score cells (attention.py), assemble a kerne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from kw import functional
 from kw.attention import Attention
+from kw.compute import Geometry
 from kw.warehouse import Draw, Warehouse
 
 Size = int | tuple[int, ...]
@@ -26,6 +28,7 @@ class DynamicLayer(nn.Module):
     """
 
     attention: Any
+    _setting: functional.Setting | None = None  # of the last forward pass, for activation checkpointing
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
@@ -38,6 +41,7 @@ class KWLayer(DynamicLayer):
 
     Args:
         channels: input channels, all groups together.
+        geometry: how the kernel is cut and applied.
         draw: the layer's share in its warehouse. The warehouse is referred to, not registered: one owner, the model,
             registers it, so that its cells are saved, moved and optimized once.
         bias: whether a static bias `(C_out,)` is added.
@@ -46,9 +50,10 @@ class KWLayer(DynamicLayer):
     draw: Draw
     attention: Attention
 
-    def __init__(self, channels: int, draw: Draw, bias: bool):
-        super().__init__()
+    def __init__(self, channels: int, draw: Draw, geometry: Geometry, bias: bool):
+        nn.Module.__init__(self)
         self.__dict__["draw"] = draw  # past nn.Module's registration: one owner saves, moves and optimizes the cells
+        self.layer_name, self.geometry = draw.kernel.name, geometry
         self.attention = Attention(channels, draw)
         self.bias = nn.Parameter(torch.zeros(draw.kernel.channels_out)) if bias else None
 
@@ -64,6 +69,16 @@ class KWLayer(DynamicLayer):
         """Pooled input `(B, C_in)` to each sample's kernel `(B, C_out, C_in / groups, P)`."""
         kernels = functional.assemble(self.attention(pooled), self.warehouse.cells, self.draw.grid)
         return kernels.view(*kernels.shape[:2], self.draw.kernel.channels_in, self.draw.kernel.positions)
+
+    def _compute(self, x: Tensor, pooled: Tensor) -> Tensor:
+        """`(B, C_in, *space)` and its mean over space, `(B, C_in)`, to the output `(B, C_out, *out)`."""
+        attention, cells = self.attention, self.warehouse.drawn()
+        hidden = attention.hidden(pooled)
+        width = hidden.shape[1] if attention.is_affine else None
+        setting = functional.setting_of(self)
+        made, applied = functional.choose(setting, x, cells, self.geometry, width, hidden.requires_grad)
+        weights, basis = attention.folded(hidden, cells) if made == "folded" else (attention.attend(hidden), cells)
+        return functional.compute(x, weights, basis, self.geometry, applied, self.bias)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -81,7 +96,42 @@ class KWLayer(DynamicLayer):
             )
 
 
-class KWLinear(KWLayer):
+class OnTokens:
+    """The forward pass of a linear layer, `(B, *, C_in)` to `(B, *, out_features)`, with `_compute` to do it."""
+
+    out_features: int
+    _compute: Callable[[Tensor, Tensor], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # (B, S, C_in)
+        pooled = x.mean(dim=tuple(range(1, x.dim() - 1))) if x.dim() > 2 else x
+        out = self._compute(tokens.transpose(1, 2), pooled)
+        return out.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
+
+
+class OnPositions:
+    """The forward pass of a convolution, `(B, in_channels, *space)` to `(B, C_out, *out)`, with `_compute` to do it."""
+
+    layer_name: str
+    dims: int
+    in_channels: int
+    padding_mode: str
+    beforehand: list[int] | None  # what `F.pad` does before the convolution, which pads by zeros, the same on both sides
+    _compute: Callable[[Tensor, Tensor], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != self.dims + 2:
+            raise ValueError(
+                f"Layer {self.layer_name!r} takes a batch of shape (B, {self.in_channels}, "
+                f"{self.dims} spatial dimensions), not {tuple(x.shape)}."
+            )
+        pooled = x.flatten(2).mean(dim=2)
+        if self.beforehand is not None:
+            x = F.pad(x, self.beforehand, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        return self._compute(x, pooled)
+
+
+class KWLinear(OnTokens, KWLayer):
     """`nn.Linear` on `(B, *, C_in)`: the attention sees the mean over every dimension between batch and channels.
 
     Args:
@@ -93,19 +143,15 @@ class KWLinear(KWLayer):
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, draw: Draw):
-        super().__init__(in_features, draw, bias)
+        KWLayer.__init__(self, in_features, draw, Geometry(draw.grid), bias)
         self._check_kernel((out_features, in_features))
         self.in_features, self.out_features = in_features, out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean(dim=tuple(range(1, x.dim() - 1))) if x.dim() > 2 else x
-        return functional.linear(x, self.attention(pooled), self.warehouse.drawn(), self.draw.grid, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, warehouse={self.warehouse.name!r}"
 
 
-class _KWConvNd(KWLayer):
+class _KWConvNd(OnPositions, KWLayer):
     """`nn.Conv1d`, `2d`, `3d` on `(B, C_in, *space)`; arguments as there, and `draw`, keyword only.
 
     The draw is from a warehouse that lists the kernel `(out_channels, in_channels / groups, *kernel_size)`.
@@ -113,8 +159,6 @@ class _KWConvNd(KWLayer):
     Raises:
         ValueError: the draw is for a kernel of another shape, or the input has no batch dimension.
     """
-
-    dims: int
 
     def __init__(
         self,
@@ -130,53 +174,21 @@ class _KWConvNd(KWLayer):
         *,
         draw: Draw,
     ):
-        super().__init__(in_channels, draw, bias)
+        kernel_size, stride, dilation = map(self._per_dim, (kernel_size, stride, dilation))
+        padding = padding if isinstance(padding, str) else self._per_dim(padding)
+        zeros, beforehand = paddings(padding, kernel_size, dilation, padding_mode)
+        KWLayer.__init__(self, in_channels, draw, Geometry(draw.grid, kernel_size, stride, zeros, dilation, groups), bias)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = map(self._per_dim, (kernel_size, stride, dilation))
-        self.padding = padding if isinstance(padding, str) else self._per_dim(padding)
-        self.padding_mode = padding_mode
-        self._check_kernel((out_channels, in_channels // groups, *self.kernel_size))
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+        self.padding, self.padding_mode, self.beforehand = padding, padding_mode, beforehand
+        self._check_kernel((out_channels, in_channels // groups, *kernel_size))
 
     def _per_dim(self, size: Size) -> tuple[int, ...]:
         return (size,) * self.dims if isinstance(size, int) else tuple(size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != self.dims + 2:
-            raise ValueError(
-                f"Layer {self.draw.kernel.name!r} takes a batch of shape (B, {self.in_channels}, "
-                f"{self.dims} spatial dimensions), not {tuple(x.shape)}."
-            )
-        alpha = self.attention(x.flatten(2).mean(dim=2))
-        padding: tuple[int, ...] | str = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._explicit_padding(), mode=self.padding_mode), (0,) * self.dims
-        return functional.convolution(
-            x,
-            alpha,
-            self.warehouse.drawn(),
-            self.draw.grid,
-            self.kernel_size,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            self.bias,
-        )
-
-    def _explicit_padding(self) -> list[int]:
-        """Padding as `F.pad` wants it: last dimension first, a pair each."""
-        pairs = []
-        for size, dilation, pad in zip(self.kernel_size, self.dilation, self._numbers(), strict=True):
-            total = dilation * (size - 1) if self.padding == "same" else 2 * pad
-            pairs.append((total // 2, total - total // 2))
-        return [side for pair in reversed(pairs) for side in pair]
-
-    def _numbers(self) -> tuple[int, ...]:
-        return (0,) * self.dims if isinstance(self.padding, str) else self.padding
-
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        text += f", padding={self.padding}" if self._numbers() != (0,) * self.dims else ""
+        text += f", padding={self.padding}" if isinstance(self.padding, str) or any(self.padding) else ""
         text += f", groups={self.groups}" if self.groups != 1 else ""
         return f"{text}, warehouse={self.warehouse.name!r}"
 
@@ -195,6 +207,21 @@ class KWConv3d(_KWConvNd):
 
 for _layer in (KWConv1d, KWConv2d, KWConv3d):
     _layer.__doc__ = _KWConvNd.__doc__
+
+
+def paddings(
+    padding: tuple[int, ...] | str, kernel_size: tuple[int, ...], dilation: tuple[int, ...], mode: str
+) -> tuple[tuple[int, ...], list[int] | None]:
+    """Zeros on both sides of each dimension, which are the convolution's; and what `F.pad` does beforehand, if anything:
+    padding that is not zeros, or that has one position more behind than in front."""
+    if isinstance(padding, str):
+        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel_size, strict=True)]
+    else:
+        totals = [2 * pad for pad in padding]
+    if mode != "zeros":
+        return (0,) * len(totals), [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    odd = [side for total in reversed(totals) for side in (0, total % 2)]
+    return tuple(total // 2 for total in totals), odd if any(odd) else None
 
 
 def drop_unused_warehouses(model: nn.Module) -> None:

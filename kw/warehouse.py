@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kw.anchoring import Anchors, all_to_one, by_lot, one_to_one, shares
 from kw.config import KWConfig
-from kw.ways.gathering import forget_failed, gathered
+from kw.compute.gathering import AVAILABLE, forget_failed, gathered
 
 # Of a warehouse for one image, mixtures times cells: each takes at least 16 weights, here 134 million.
 MAX_SCORES = 1 << 23
@@ -114,13 +114,13 @@ class Warehouse(nn.Module):
         return sum(draw.mixtures for draw in self.draws)
 
     def drawn(self) -> Tensor:
-        """The cells, for a layer's forward pass: gradients of all layers that draw go into one sum (ways/gathering.py).
+        """The cells, for a layer's forward pass: gradients of all layers that draw go into one sum (compute/gathering.py).
 
         In eager training that is a stand-in, the same for all layers and steps while the cells are the same tensor.
         """
         cells = self.cells
         plain = type(cells) is nn.Parameter and not torch.compiler.is_compiling() and not _is_traced()
-        if not (plain and cells.requires_grad and torch.is_grad_enabled()):
+        if not (AVAILABLE and plain and cells.requires_grad and torch.is_grad_enabled()):
             return cells
         source, stand_in = self._stand_in
         same = source is cells and stand_in.data_ptr() == cells.data_ptr() and stand_in.dtype == cells.dtype

@@ -5,7 +5,11 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before kw imports it: Triton's kernels then run on the CPU
+
 from kw import functional
+from settings import SETTINGS, force
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -16,8 +20,14 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=functional.WAYS)
+@pytest.fixture(params=SETTINGS)
 def each_way(request):
-    """The test runs once with each way to compute a layer; the name of it."""
-    with functional.use(request.param):
+    """The test runs once for each way to compute a layer; the name of it."""
+    with force(request.param):
         yield request.param
+
+
+@pytest.fixture
+def default_setting():
+    yield
+    functional.set_default()

@@ -1,6 +1,8 @@
-"""The ways to compute a layer: all give what the plain one gives, and choosing one is undone where it should be."""
+"""The choices of how to compute a layer: all give what the plain one gives, and one is in force only where it should be."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 import timm
@@ -12,10 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kw
 from kw import KWConfig, functional
-from kw.ways import cost
-from scripts.ways import record
-
-OTHERS = [way for way in functional.WAYS if way != "grouped"]
+from kw.compute import IMPLEMENTATIONS
+from settings import FOLDED, OTHERS, PLAIN, SETTINGS, force
 
 # Layer, input behind the batch: large and small in channels, positions and kernel, to meet a way's every branch.
 LAYERS = {
@@ -41,10 +41,7 @@ LAYERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def default_way():
-    yield
-    functional.use("auto")
+pytestmark = pytest.mark.usefixtures("default_setting")
 
 
 def dynamic(name, n):
@@ -58,7 +55,7 @@ def dynamic(name, n):
 def computed(way, model, x):
     """Output, and every gradient, of `model` computed the given way."""
     x = x.clone().requires_grad_()
-    with functional.use(way):
+    with force(way):
         out = model(x)
         cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         gradients = torch.autograd.grad(out, [x, *model.parameters()], cotangent)
@@ -73,10 +70,16 @@ def assert_same(actual, expected, tolerance):
         assert (actual[name] - value).abs().max() <= tolerance * max(value.abs().max(), 1e-6 * largest), name
 
 
-@pytest.mark.parametrize("batch", [2, 9])
-@pytest.mark.parametrize("n", ["1/2", 1, 4])
+# Triton's interpreter is slow: for it, one budget and batch each.
+CASES = [
+    (way, n, batch)
+    for way in OTHERS
+    for n, batch in ([("1/2", 2)] if way == "triton" else [(4, 3)] if "triton" in way else product(("1/2", 1, 4), (2, 9)))
+]
+
+
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("way", OTHERS)
+@pytest.mark.parametrize(("way", "n", "batch"), CASES)
 def test_every_way_agrees_with_the_plain_one_in_output_and_gradients(way, name, n, batch):
     model, size = dynamic(name, n)
     x = torch.randn(batch, *size, dtype=torch.float64)
@@ -84,7 +87,7 @@ def test_every_way_agrees_with_the_plain_one_in_output_and_gradients(way, name, 
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("way", functional.WAYS)
+@pytest.mark.parametrize("way", SETTINGS)
 @torch.no_grad()
 def test_every_way_serves_evaluation_of_one_sample_and_of_none(way, name):
     model, size = dynamic(name, 1)
@@ -92,7 +95,7 @@ def test_every_way_serves_evaluation_of_one_sample_and_of_none(way, name):
     model.eval()
     with functional.use("grouped"):
         plain = model(x)
-    with functional.use(way):
+    with force(way):
         torch.testing.assert_close(model(x[:1]), plain[:1], rtol=1e-9, atol=1e-9)
         assert model(x[:0]).shape == plain[:0].shape
 
@@ -134,15 +137,15 @@ def plain():
 
 @pytest.fixture
 def auto_multiplies(monkeypatch):
-    """The small layers here are best computed the plain way; so that the way taken shows, "auto" has another."""
-    monkeypatch.setattr(functional, "_remembered", lambda *_: "multiply")
+    """The small layers here are best computed the plain way; so that the choice taken shows, "auto" has another."""
+    monkeypatch.setattr(functional, "_remembered", lambda *_: functional.Choice("cells", "blocks"))
 
 
 def test_auto_is_the_default(auto_multiplies):
     assert not plain()
 
 
-def test_a_way_chosen_in_a_block_ends_with_it(auto_multiplies):
+def test_a_choice_within_a_block_ends_with_it(auto_multiplies):
     with functional.use("grouped"):
         assert plain()
         with functional.use("auto"):
@@ -151,27 +154,64 @@ def test_a_way_chosen_in_a_block_ends_with_it(auto_multiplies):
     assert not plain()
 
 
-def test_a_way_chosen_in_a_block_ends_with_it_after_an_error(auto_multiplies):
+def test_a_choice_within_a_block_ends_with_it_after_an_error(auto_multiplies):
     with pytest.raises(KeyError), functional.use("grouped"):
         assert plain()
         raise KeyError
     assert not plain()
 
 
-def test_a_way_chosen_by_a_call_stays(auto_multiplies):
-    functional.use("grouped")
+def test_a_choice_for_good_stays_until_it_is_taken_back(auto_multiplies):
+    functional.set_default("grouped")
     assert plain()
-    functional.use("auto")
+    with functional.use("auto"):
+        assert not plain()
+    assert plain()
+    functional.set_default()
     assert not plain()
 
 
-def test_unknown_way_is_refused_with_the_known_ones_and_changes_nothing():
+def test_a_choice_within_a_block_is_that_threads_alone_and_one_for_good_is_all_threads(auto_multiplies):
+    with ThreadPoolExecutor(1) as other:
+        with functional.use("grouped"):
+            assert plain() and not other.submit(plain).result()
+        functional.set_default("grouped")
+        assert plain() and other.submit(plain).result()
+
+
+def test_how_kernels_are_made_can_be_chosen_alone(monkeypatch):
+    """The cost model is then asked of these choices only."""
+    asked = []
+    monkeypatch.setattr(functional, "_remembered", lambda possible, *_: asked.append(possible) or possible[0])
+    model, size = dynamic("3x3", 1)
+    with functional.use(make="folded"):
+        model(torch.randn(3, *size, dtype=torch.float64))
+    with functional.use("blocks", make="auto"):
+        model(torch.randn(3, *size, dtype=torch.float64))
+    made, applied = asked
+    assert {choice.make for choice in made} == {"folded"} and len(made) > 2
+    assert {choice.apply for choice in applied} == {"blocks", "grouped"}
+    assert {choice.make for choice in applied} == {"cells", "folded"}
+
+
+@pytest.mark.parametrize("arguments", [("fastest",), ("grouped", "fastest")])
+@pytest.mark.parametrize("choose", [lambda *of: functional.use(*of).__enter__(), functional.set_default])
+def test_an_unknown_choice_is_refused_with_the_known_ones_and_changes_nothing(arguments, choose):
     with functional.use("grouped"):
         with pytest.raises(ValueError) as error:
-            functional.use("fastest")
-        assert "'fastest'" in str(error.value)
-        assert all(way in str(error.value) for way in functional.WAYS)
+            choose(*arguments)
+        known = IMPLEMENTATIONS if len(arguments) == 1 else ("cells", "folded")
+        assert "'fastest'" in str(error.value) and all(name in str(error.value) for name in known)
         assert plain()
+
+
+@pytest.mark.parametrize("function", ["softmax", "sigmoid", "tanh"])
+def test_attentions_that_are_not_affine_are_made_of_cells(function):
+    model = nn.Sequential(nn.Conv2d(8, 16, 3))
+    kw.convert(model, {"0": "w"}, KWConfig(n=1, attention_function=function)).double()
+    x = torch.randn(3, 8, 6, 5, dtype=torch.float64)
+    for way in FOLDED:
+        assert_same(computed(way, model, x), computed(PLAIN, model, x), 1e-9)
 
 
 @pytest.mark.usefixtures("each_way")
@@ -201,26 +241,6 @@ def test_half_precision_gradients_are_near_those_of_float32(each_way):
         assert (rough[name].float() - exact[name]).abs().max() <= 0.05 * exact[name].abs().max(), name
 
 
-@pytest.mark.parametrize("step", [False, True], ids=["forward", "step"])
-@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv2_050"])
-def test_auto_takes_what_it_expects_to_be_cheapest(backbone, step):
-    """The table of scripts.ways and the choice are of one model."""
-    for call in record(timm.create_model(f"kw_{backbone}", n=1).eval(), torch.randn(2, 3, 64, 64)):
-        expected = cost.costs(call.x.shape, call.cells.shape, call.task, step)
-        seen: list[str] = []
-        tensors = [t.requires_grad_(step) for t in (call.x, call.alpha, call.cells)]
-        with pytest.MonkeyPatch.context() as patch:
-            for way in expected:
-                plain = functional.FUNCTIONS[way]
-                patch.setitem(
-                    functional.FUNCTIONS,
-                    way,
-                    lambda *a, way=way, plain=plain, seen=seen: (seen.append(way), plain(*a))[1],
-                )
-            functional.compute(*tensors, call.task)
-        assert seen == [cost.cheapest(expected)]
-
-
 def test_no_more_than_a_block_of_kernels_is_kept_for_the_backward_pass():
     """What is saved is the input, the attentions and the cells; the plain way saves every sample's kernel too."""
     model, size = dynamic("3x3, wide", 1)
@@ -233,10 +253,10 @@ def test_no_more_than_a_block_of_kernels_is_kept_for_the_backward_pass():
                 lambda t: (sizes.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()), t)[1],
                 lambda t: t,
             ),
-            functional.use(way),
+            force(way),
         ):
             model(x)
         return sum(sizes.values())
 
     kernels = 8 * 96 * 128 * 9 * 8
-    assert saved("grouped") > kernels > 4 * saved("multiply")
+    assert saved("grouped") > kernels > 4 * max(saved("blocks"), saved("triton"))

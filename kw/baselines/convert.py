@@ -10,6 +10,7 @@ from kw.baselines.registry import check_budget, find
 from kw.config import BudgetLike
 from kw.replace import chosen, convolution_arguments, like, refuse_converted, replace
 from kw.scope import classifiers, kind_of
+from kw.temperature import share_temperature
 
 Choice = Callable[[str, nn.Module], bool] | Iterable[str]
 
@@ -41,6 +42,7 @@ def convert(model: nn.Module, name: str, n: BudgetLike = 1, scope: Choice | None
         static = model.get_submodule(layer_name)
         layers[static] = like(static, method.layer(*convolution_arguments(static), **budget))
     replace(model, layers)
+    share_temperature(model)
     return model
 
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kw import functional
+from kw.compute import Geometry
+from kw.compute.grouped import per_sample
 from kw.layers import DynamicLayer
-from kw.ways.grouped import per_sample
+from kw.temperature import Tempered
 
 MIN_HIDDEN = 16  # of an attention, as in ODConv and KernelWarehouse: of a few units all may be dead from the start
 HOTTEST = 30.0  # temperature of a softmax when training begins (DY-Conv, section 3.3)
@@ -57,11 +59,14 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
         x, padding = self._padded(x)
         return per_sample(x, kernels, self.stride, padding, self.dilation, self.groups)
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
-        """Padded by what is not zeros, and the padding that is left to do."""
-        if self.padding_mode == "zeros":
-            return x, self.padding
-        return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Padded by what is not zeros, or is not the same on both sides; and the padding that is left to do."""
+        pads = list(self._reversed_padding_repeated_twice)  # left, right, above, below
+        even = (pads[2], pads[0])
+        if self.padding_mode != "zeros":
+            return F.pad(x, pads, mode=self.padding_mode), (0, 0)
+        odd = [0, pads[1] - pads[0], 0, pads[3] - pads[2]]
+        return (F.pad(x, odd) if any(odd) else x), even
 
     def add_bias(self, out: Tensor) -> Tensor:
         return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)
@@ -71,7 +76,7 @@ class KernelBank(DynamicConv2d):
     """A layer of K kernels, from which each sample's is mixed: `attention` gives the shares `(B, K)`.
 
     `weight` is `(K * P, C_out, C_in / groups)`, the positions of a kernel one after the other: laid out as the cells of
-    a warehouse, so that the ways to compute KernelWarehouse's layers serve here too. As there, a gradient of a gradient
+    a warehouse, so that the implementations of KernelWarehouse's layers serve here too. As there, a gradient of a gradient
     and torch.func take `kw.functional.use("grouped")`.
 
     Args:
@@ -84,46 +89,34 @@ class KernelBank(DynamicConv2d):
         self.weight = nn.Parameter(torch.empty(n * self.positions, *self.kernel_shape[:2]))
         self.reset_parameters()
 
-    def mixed(self, shares: Tensor | None, space: Tensor | None = None) -> Tensor:
-        """Each sample's kernel `(B, C_out, C_in / groups, kh, kw)`.
+    def basis(self) -> Tensor:
+        """The kernels, as bases of the mixtures at each position: `(K, P, C_out, C_in / groups)`."""
+        return self.weight.view(self.n, self.positions, *self.kernel_shape[:2])
+
+    def convolve_mixed(self, x: Tensor, shares: Tensor | None, space: Tensor | None = None) -> Tensor:
+        """The convolution with each sample's kernel, without bias, by the implementation that suits the batch.
 
         Args:
             shares: `(B, K)` of the kernels in it; None where there is one kernel.
             space: `(B, P)`, what its positions are multiplied by.
         """
-        kernels = self.weight.view(self.n, -1)
-        if shares is not None:
-            kernels = shares.to(kernels.dtype) @ kernels
-        kernels = kernels.view(-1, self.positions, math.prod(self.kernel_shape[:2]))
-        if space is not None:
-            kernels = kernels * space[..., None]
-        return kernels.transpose(1, 2).reshape(-1, *self.kernel_shape)
-
-    def only(self) -> Tensor:
-        """The kernel of a layer that has one: `(C_out, C_in / groups, kh, kw)`."""
-        return self.mixed(None)[0]
-
-    def convolve_mixed(self, x: Tensor, shares: Tensor | None, space: Tensor | None = None) -> Tensor:
-        """The convolution with `mixed(shares, space)`, without bias, in the way that suits the batch."""
+        basis = self.basis()
         if shares is None and space is None:
-            return self.convolve(x, self.only())
+            return self.convolve(x, basis[0].permute(1, 2, 0).reshape(self.kernel_shape))
         x, padding = self._padded(x)
-        grid = (self.positions, 1, 1)
-        x, task = functional.prepare(x, grid, self.kernel_size, self.stride, padding, self.dilation, self.groups)
-        needs_grad = any(given is not None and given.requires_grad for given in (shares, space))
-        way = functional.way_of(x, self.weight, task, needs_grad)
-        if way == "grouped":  # which would mix all K * P numbers of a position, where K are its own
-            return per_sample(x, self.mixed(shares, space), task.stride, task.padding, task.dilation, task.groups)
-        return functional.compute(x, self._attentions(shares, space), self.weight, task, way=way)
+        weights = self._weights(shares, space)
+        geometry = Geometry((self.positions, 1, 1), self.kernel_size, self.stride, padding, self.dilation, self.groups)
+        setting = functional.setting_of(self)
+        applied = functional.choose(setting, x, basis, geometry, needs_grad=weights.requires_grad, makes=("folded",)).apply
+        return functional.compute(x, weights, basis, geometry, applied)
 
-    def _attentions(self, shares: Tensor | None, space: Tensor | None) -> Tensor:
-        """As of a warehouse with a mixture for each position, `(B, P, K * P)`: to the same position of every kernel."""
-        alpha = torch.eye(self.positions, dtype=self.weight.dtype, device=self.weight.device)[:, None]  # (P, 1, P)
-        if shares is not None:
-            alpha = alpha * shares[:, None, :, None]  # (B, P, K, P)
-        if space is not None:
-            alpha = alpha * space[:, :, None, None]
-        return alpha.flatten(2)
+    def _weights(self, shares: Tensor | None, space: Tensor | None) -> Tensor:
+        """Of the kernels at each position, `(B, P, K)`."""
+        if shares is None:
+            assert space is not None
+            return space[..., None]
+        weights = shares[:, None] if space is None else shares[:, None] * space[..., None]
+        return weights.expand(-1, self.positions, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         shares = None if self.attention is None else self.attention(pool(x))
@@ -133,21 +126,17 @@ class KernelBank(DynamicConv2d):
         return f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, n={self.n}"
 
 
-class AnnealedSoftmax(nn.Module):
+class AnnealedSoftmax(Tempered):
     """Scores `(B, K)` to shares that sum to 1. A high temperature makes them alike, so that at first all kernels learn.
 
-    The buffer `temperature` holds tau of `kw.set_temperature`, from 1 when training begins to 0 in a trained model: the
+    `temperature` is tau of `kw.set_temperature`, from 1 when training begins to 0 in a trained model: the
     softmax is at 1 + 29 tau, so that it goes from 30 to 1, linearly, over the epochs of the warm-up.
     """
 
-    temperature: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("temperature", torch.zeros(()))
-
     def forward(self, scores: Tensor) -> Tensor:
-        return torch.softmax(scores / (1 + (HOTTEST - 1) * self.temperature), dim=1)
+        if self.shared.is_zero:
+            return scores.softmax(dim=1)
+        return torch.softmax(scores / (1 + (HOTTEST - 1) * self.temperature.to(scores.device)), dim=1)
 
 
 def pool(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""The ways from within: any shape, cut into blocks, runs of strips, and one sum for the gradients of a warehouse."""
+"""The implementations from within: any shape, cut into blocks, runs of strips, and one sum for the gradients of a
+warehouse."""
 
 import copy
+import dataclasses
 import gc
-import importlib
 import math
 import random
 import weakref
@@ -17,76 +18,133 @@ from torch.utils.checkpoint import checkpoint
 
 import kw
 from kw import KWConfig, functional
-from kw.ways import Task, gathering, operator
-from kw.ways.strips import Strips
+from kw.compute import IMPLEMENTATIONS, Geometry, blocks, gathering, mixing, operator, samples
+from kw.compute.cost import Choice
+from kw.compute.strips import Strips
+from settings import OTHERS, REMADE, SETTINGS, force
 
-multiply = importlib.import_module("kw.ways.multiply")  # the package has a function of this name
-
-
-@pytest.fixture(autouse=True)
-def default_way():
-    yield
-    functional.use("auto")
+pytestmark = pytest.mark.usefixtures("default_setting")
 
 
-def any_task(lot):
+def any_geometry(lot):
     """A convolution of 1 to 3 dimensions and an input that is large enough for it."""
     dims = lot.choice((1, 2, 2, 3))
     kernel, stride, dilation = (tuple(lot.randint(1, 3) for _ in range(dims)) for _ in range(3))
     padding = tuple(lot.randint(0, 3) for _ in range(dims))
     least = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(kernel, dilation, padding, strict=True)]
     space = tuple(max(size, 1) + lot.randint(0, 4) for size in least)
-    return Task((math.prod(kernel), 2, 3), kernel, stride, padding, dilation), space
+    return Geometry((math.prod(kernel), 2, 3), kernel, stride, padding, dilation), space
 
 
-def gradients(way, x, alpha, cells, task):
-    out = functional.FUNCTIONS[way](x, alpha, cells, task)
+def gradients(name, x, weights, basis, geometry):
+    out = IMPLEMENTATIONS[name](x, weights, basis, geometry)
     cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    return [out.detach(), *torch.autograd.grad(out, (x, alpha, cells), cotangent)]
+    return [out.detach(), *torch.autograd.grad(out, (x, weights, basis), cotangent)]
 
 
-@pytest.mark.parametrize("blocks", ["whole", "rows", "samples", "both"])
+def case(number, last, terms=5, own=False, dtype=torch.float64):
+    """Input, weights, basis (of each mixture's own, or shared) and geometry."""
+    geometry, space = any_geometry(random.Random(number))
+    o, i = 4, 2
+    x = torch.randn(3, 3 * i, *space)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+    mixtures = (geometry.mixtures,) if own else ()
+    tensors = (x, torch.randn(3, geometry.mixtures, terms), torch.randn(terms, *mixtures, o, i))
+    return *(tensor.to(dtype).requires_grad_() for tensor in tensors), geometry
+
+
+@pytest.mark.parametrize("cut", ["whole", "rows", "samples", "both"])
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("own", [False, True], ids=["cells", "folded"])
+@pytest.mark.parametrize("number", range(12))
+def test_any_shape_in_any_blocks(number, own, last, cut, monkeypatch):
+    if cut != "whole":  # so few entries that a block is a row of a sample, some samples, or less
+        monkeypatch.setattr(blocks, "ROWS", 1)
+        monkeypatch.setattr(mixing, "PIECE", 1 if cut == "both" else 30)
+        monkeypatch.setattr(blocks, "ENTRIES", {"rows": 500, "samples": 1, "both": 100}[cut])
+        monkeypatch.setattr(blocks, "ENTRIES_OF_SAMPLES", 1)
+    terms = 200 if cut == "samples" else 5  # more cells than mixtures: samples are cut
+    *tensors, geometry = case(number, last, terms, own)
+    expected = gradients("grouped", *tensors, geometry)
+    for name in ("blocks",) if own else ("blocks", "inputs"):
+        for value, other in zip(gradients(name, *tensors, geometry), expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("some", [1, 2, 3], ids=["one sample at a time", "two", "all"])
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 @pytest.mark.parametrize("number", range(12))
-def test_any_shape_in_any_blocks(number, last, blocks, monkeypatch):
-    n, o, i = (5, 4, 2)
-    if blocks != "whole":  # so few entries that a block is a row of a sample, some samples, or less
-        monkeypatch.setattr(multiply, "ROWS", 1)
-        monkeypatch.setattr(multiply, "PIECE", 1 if blocks == "both" else 30)
-        monkeypatch.setattr(multiply, "ENTRIES", {"rows": 500, "samples": 1, "both": 100}[blocks])
-        monkeypatch.setattr(multiply, "ENTRIES_OF_SAMPLES", 1)
-    n = 200 if blocks == "samples" else n  # more cells than mixtures: samples are cut
-    task, space = any_task(random.Random(number))
-    x = torch.randn(3, 3 * i, *space, dtype=torch.float64)
-    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
-    alpha, cells = torch.randn(3, task.mixtures, n, dtype=torch.float64), torch.randn(n, o, i, dtype=torch.float64)
-    tensors = [tensor.requires_grad_() for tensor in (x, alpha, cells)]
-    expected = gradients("grouped", *tensors, task)
-    for way in ("multiply", "inputs"):
-        for value, other in zip(gradients(way, *tensors, task), expected, strict=True):
+def test_any_shape_by_some_samples_at_a_time(number, last, some, monkeypatch):
+    """Triton's kernels (not for three dimensions), and batched products over an unfolded input."""
+    own = number % 2 == 1
+    *tensors, geometry = case(number, last, own=own)
+    monkeypatch.setattr(samples, "ENTRIES", some * geometry.mixtures * 8)
+    expected = gradients("grouped", *tensors, geometry)
+    for name in ("batched",) if len(geometry.kernel_size) == 3 else ("batched", "triton"):
+        for value, other in zip(gradients(name, *tensors, geometry), expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", [1, 4, 6])
+def test_triton_sums_in_float32_whatever_comes_in(number, dtype):
+    """Against float64 of the same rounded numbers: off by what rounding the result costs, and no more."""
+    *tensors, geometry = case(number, last=True, dtype=dtype)
+    exact = gradients("grouped", *(t.detach().double().requires_grad_() for t in tensors), geometry)
+    found = gradients("triton", *tensors, geometry)
+    rounding = 4 * torch.finfo(dtype).eps  # of the result, and of the kernels in between
+    for value, other in zip(found, exact, strict=True):
+        assert value.dtype == dtype
+        assert (value.double() - other).norm() <= rounding * other.norm()
+
+
+@pytest.mark.parametrize("name", ["blocks", "triton"])
+def test_what_an_implementation_writes_has_the_layout_of_its_input(name):
+    """Channels last stay last, in the output and in the gradient of the input; other strides become contiguous."""
+    geometry = Geometry((9, 2, 2), (3, 3), (1, 1), (1, 1), (1, 1))
+    weights, basis = torch.randn(2, 36, 5), torch.randn(5, 4, 3)
+    x = torch.randn(2, 6, 5, 7)
+    for given in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
+        given = given.detach().requires_grad_()
+        out = IMPLEMENTATIONS[name](given, weights, basis, geometry)
+        (grad,) = torch.autograd.grad(out.square().sum(), given)
+        last = given.stride(1) == 1
+        for made in (out, grad):
+            assert made.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        expected = IMPLEMENTATIONS["grouped"](given, weights, basis, geometry)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), given)[0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("own", [False, True], ids=["cells", "folded"])
+def test_torch_accepts_the_operator(own, dtype):
+    """Its schema, its fake tensors and its gradients, as torch.compile needs them."""
+    for name in ("blocks", "triton"):
+        *tensors, geometry = case(4, last=False, own=own, dtype=dtype)
+        torch.library.opcheck(operator._forward, (*tensors, name, *dataclasses.astuple(geometry)))
 
 
 @pytest.mark.parametrize("number", range(12))
 def test_runs_of_a_strip_are_what_a_convolution_reads(number):
     """Against torch's unfold, by its definition: for each tap, the input positions of all outputs."""
-    task, space = any_task(random.Random(number))
+    geometry, space = any_geometry(random.Random(number))
     x = torch.arange(1.0, 1 + math.prod(space)).view(1, 1, *space)
-    padded = F.pad(x, [side for pad in reversed(task.padding) for side in (pad, pad)])
-    strips = Strips(space, task)
+    padded = F.pad(x, [side for pad in reversed(geometry.padding) for side in (pad, pad)])
+    strips = Strips(space, geometry)
     laid = strips.lay(x)
     for number, tap in enumerate(strips.taps):
-        at = torch.unravel_index(torch.tensor(number), task.kernel_size)
+        at = torch.unravel_index(torch.tensor(number), geometry.kernel_size)
         reads = padded[0, 0]
-        for dim, (first, d, step, size) in enumerate(zip(at, task.dilation, task.stride, strips.out, strict=True)):
+        for dim, (first, d, step, size) in enumerate(zip(at, geometry.dilation, geometry.stride, strips.out, strict=True)):
             reads = reads.index_select(dim, first * d + step * torch.arange(size))
         assert torch.equal(strips.outputs(strips.reads(laid, tap))[0, 0], reads)
 
 
 def test_pointwise_layers_read_their_input_where_it_lies():
-    task = Task((1, 1, 1), (1, 1), (1, 1), (0, 0), (1, 1))
+    geometry = Geometry((1, 1, 1), (1, 1), (1, 1), (0, 0), (1, 1))
     x = torch.randn(2, 4, 5, 6)
-    (strip,) = Strips((5, 6), task).lay(x).values()
+    (strip,) = Strips((5, 6), geometry).lay(x).values()
     assert strip.data_ptr() == x.data_ptr()
 
 
@@ -108,9 +166,9 @@ def shared():
     return Shared().double(), torch.randn(4, 6, 5, 5, dtype=torch.float64)
 
 
-def grads_of(model, x, way="multiply"):
+def grads_of(model, x, way="blocks"):
     model.zero_grad()
-    with functional.use(way):
+    with force(way):
         model(x).square().sum().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -142,11 +200,11 @@ def test_gradients_of_a_warehouse_are_one_sum_and_are_the_plain_ones(shared, tot
     assert not sums(model)
 
 
-def test_layers_computed_in_different_ways_add_up(shared, monkeypatch):
+def test_layers_computed_by_different_choices_add_up(shared, monkeypatch):
     model, x = shared
     expected = grads_of(model, x, "grouped")
-    taken = iter(("multiply", "grouped", "inputs") * 2)
-    monkeypatch.setattr(functional, "_remembered", lambda *_: next(taken))
+    taken = iter((("cells", "blocks"), ("folded", "grouped"), ("cells", "triton")) * 2)
+    monkeypatch.setattr(functional, "_remembered", lambda *_: Choice(*next(taken)))
     assert_equal(grads_of(model, x, "auto"), expected)
 
 
@@ -154,7 +212,7 @@ def test_gradients_accumulate_over_two_backward_passes_and_over_one_of_two_forwa
     model, x = shared
     expected = {name: 2 * value for name, value in grads_of(model, x, "grouped").items()}
     model.zero_grad()
-    with functional.use("multiply"):
+    with functional.use("blocks"):
         for _ in range(2):
             model(x).square().sum().backward()
         twice = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -167,7 +225,7 @@ def test_gradients_accumulate_over_two_backward_passes_and_over_one_of_two_forwa
 
 def test_a_pass_for_the_input_alone_leaves_nothing_behind(shared, totals):
     model, x = shared
-    with functional.use("multiply"):
+    with functional.use("blocks"):
         x = x.clone().requires_grad_()
         torch.autograd.grad(model(x).square().sum(), x)
     assert totals[0] is not None and not sums(model)
@@ -182,7 +240,7 @@ def test_a_pass_that_fails_leaves_nothing_for_the_next(shared):
     def fail(grad):
         raise MemoryError
 
-    with functional.use("multiply"), pytest.raises(MemoryError):
+    with functional.use("blocks"), pytest.raises(MemoryError):
         hidden = model.layers[0](x)
         hidden.register_hook(fail)
         model.layers[1:](hidden).square().sum().backward()
@@ -197,7 +255,7 @@ def test_under_autocast_the_sum_is_of_float32(shared, totals):
     expected = grads_of(model, x)
     totals.clear()
     model.zero_grad()
-    with functional.use("multiply"), torch.autocast("cpu", torch.bfloat16):
+    with functional.use("blocks"), torch.autocast("cpu", torch.bfloat16):
         model(x).square().sum().backward()
     assert len(totals) == 3 and all(total.dtype == torch.float32 for total in totals)
     cells = "warehouses.w.cells"
@@ -211,7 +269,7 @@ def test_data_parallel_layers_of_a_warehouse_have_the_same_gradients(shared, tmp
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
         model.zero_grad()
-        with functional.use("multiply"):
+        with functional.use("blocks"):
             DistributedDataParallel(model)(x).square().sum().backward()
     finally:
         dist.destroy_process_group()
@@ -228,7 +286,7 @@ def test_a_moved_model_does_not_hold_its_old_memory(shared):
     assert old() is None
 
 
-@pytest.mark.parametrize("way", ["auto", "multiply"])
+@pytest.mark.parametrize("way", ["auto", "blocks", "triton", "blocks folded", "triton folded"])
 def test_a_compiled_model_trains_on_batches_of_several_sizes(shared, way):
     model, x = shared
     torch.compiler.reset()
@@ -236,7 +294,7 @@ def test_a_compiled_model_trains_on_batches_of_several_sizes(shared, way):
     for batch in (4, 3, 2):
         expected = grads_of(model, x[:batch], way)
         model.zero_grad()
-        with functional.use(way):
+        with force(way):
             compiled(x[:batch]).square().sum().backward()
         assert_equal({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
 
@@ -250,26 +308,53 @@ def test_a_trained_model_can_be_traced(shared):
         torch.testing.assert_close(traced(x), model(x))
 
 
-@pytest.mark.parametrize("way", [way for way in functional.WAYS if way != "auto"])
+@pytest.mark.parametrize("way", SETTINGS[1:])
 def test_an_input_too_small_for_the_kernel_is_refused_whatever_the_way(way):
     model = nn.Sequential(nn.Conv2d(4, 4, 3))
     kw.convert(model, {"0": "w"})
-    with functional.use(way), pytest.raises((ValueError, RuntimeError), match=r"(?i)kernel"):
+    with force(way), pytest.raises((ValueError, RuntimeError), match=r"(?i)kernel"):
         model.eval()(torch.randn(2, 4, 5, 2))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_parts_have_the_same_sum(shared, reentrant):
+@pytest.mark.parametrize("way", REMADE)
+def test_checkpointed_parts_have_the_same_sum(shared, way, reentrant):
     """A reentrant checkpoint is a backward pass within a backward pass."""
     model, x = shared
     expected = grads_of(model, x, "grouped")
     model.zero_grad()
-    with functional.use("multiply"):
-        first, *others = model.layers
-        out = first(x)
-        for layer in others:
-            out = checkpoint(layer, out, use_reentrant=reentrant)
+    with force(way):
+        checkpointed(model, x, reentrant).square().sum().backward()
+    assert_equal({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
+
+
+def checkpointed(model, x, reentrant=False):
+    first, *others = model.layers
+    out = first(x)
+    for layer in others:
+        out = checkpoint(layer, out, use_reentrant=reentrant)
+    return out
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", OTHERS)
+def test_a_backward_pass_after_the_block_repeats_what_the_forward_pass_did(shared, way, reentrant):
+    """Activation checkpointing computes layers again, outside of the `with` block: by the choice of the first time. A
+    pass without gradients in between, by another choice, does not change that."""
+    model, x = shared
+    expected = grads_of(model, x, "grouped")
+    model.zero_grad()
+    with force(way):
+        out = checkpointed(model, x, reentrant)
+    with torch.no_grad(), force("grouped"):
+        model.eval()(x)
+        model.train()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        compute = functional.compute
+        patch.setattr(functional, "compute", lambda *of: seen.append(of[4]) or compute(*of))
         out.square().sum().backward()
+    assert seen and set(seen) == {way.split()[0]}
     assert_equal({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
 
 
@@ -293,7 +378,7 @@ def test_copies_and_moved_models_have_sums_of_their_own(shared):
 def test_frozen_cells_get_no_gradient_and_the_others_do(shared):
     model, x = shared
     model.warehouses["w"].cells.requires_grad_(False)
-    with functional.use("multiply"):
+    with functional.use("blocks"):
         model(x).square().sum().backward()
     assert model.warehouses["w"].cells.grad is None
     assert all(p.grad is not None for name, p in model.named_parameters() if "warehouses" not in name)
@@ -302,7 +387,7 @@ def test_frozen_cells_get_no_gradient_and_the_others_do(shared):
 def test_a_gradient_of_a_gradient_is_refused_or_taken_the_plain_way(shared):
     model, x = shared
     x = x.clone().requires_grad_()
-    with functional.use("multiply"), pytest.raises(RuntimeError, match=r'use\("grouped"\)'):
+    with functional.use("blocks"), pytest.raises(RuntimeError, match=r'use\("grouped"\)'):
         torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     with functional.use("grouped"):
         (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
@@ -312,7 +397,7 @@ def test_a_gradient_of_a_gradient_is_refused_or_taken_the_plain_way(shared):
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize("groups", [1, 2, 8], ids=["dense", "grouped", "depthwise"])
-@pytest.mark.parametrize("way", functional.WAYS)
+@pytest.mark.parametrize("way", OTHERS)
 def test_gradients_of_any_batch_and_groups(way, groups, batch):
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=groups))
     kw.convert(model, {"0": "w"}, KWConfig(n=2, attention_norm="layer")).double()
@@ -320,20 +405,20 @@ def test_gradients_of_any_batch_and_groups(way, groups, batch):
     tensors = [x, *model.parameters()]
     with functional.use("grouped"):
         expected = torch.autograd.grad(model(x).square().sum(), tensors)
-    with functional.use(way):
+    with force(way):
         for value, other in zip(torch.autograd.grad(model(x).square().sum(), tensors), expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("way", "times"), [("multiply", 1.5), ("inputs", 2)])
+@pytest.mark.parametrize(("way", "times"), [("blocks", 1.5), ("triton", 1.5), ("inputs", 2)])
 def test_half_precision_is_about_as_exact_as_the_plain_way(way, times):
     """Errors of output and gradients against float64, with sums over nine taps and four input groups. "inputs" leaves
     the sum over taps to autograd, in half precision."""
-    task = Task((9, 2, 4), (3, 3), (1, 1), (1, 1), (1, 1))
-    x, alpha, cells = torch.randn(4, 64, 8, 8), torch.randn(4, task.mixtures, 7) / 3, torch.randn(7, 16, 16)
+    geometry = Geometry((9, 2, 4), (3, 3), (1, 1), (1, 1), (1, 1))
+    x, alpha, cells = torch.randn(4, 64, 8, 8), torch.randn(4, geometry.mixtures, 7) / 3, torch.randn(7, 16, 16)
     tensors = [t.bfloat16().requires_grad_() for t in (x, alpha, cells)]
-    exact = gradients("grouped", *(t.detach().double().requires_grad_() for t in tensors), task)
+    exact = gradients("grouped", *(t.detach().double().requires_grad_() for t in tensors), geometry)
     for value, plain, true in zip(
-        gradients(way, *tensors, task), gradients("grouped", *tensors, task), exact, strict=True
+        gradients(way, *tensors, geometry), gradients("grouped", *tensors, geometry), exact, strict=True
     ):
         assert (value.double() - true).square().mean() <= times**2 * (plain.double() - true).square().mean()

@@ -1,4 +1,4 @@
-"""Way "grouped", the plain definition, as in the release: assemble every sample's kernel, then one convolution in
+"""Implementation "grouped", the plain one, as in the release: assemble every sample's kernel, then one convolution in
 which each sample is a group of its own. The reference for all others."""
 
 from __future__ import annotations
@@ -6,30 +6,29 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from kw.ways.task import Task
+from kw.compute.geometry import Geometry, Grid
+from kw.compute.mixing import mix
 
 Sizes = tuple[int, ...]
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def assemble(alpha: Tensor, cells: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Each sample's kernel from its attentions: `(B, m, n)` and `(n, o, i)` to `(B, C_out, C_in / groups, P)`.
+def assemble(weights: Tensor, basis: Tensor, grid: Grid) -> Tensor:
+    """Each sample's kernel, `(B, C_out, C_in / groups, P)`, from its weights `(B, m, J)` and what they are of (mixing.py).
 
     Mixture `(p, a, b)` of `grid = (P, C_out / o, C_in / i)` is the cell at position p, rows `a * o`, columns `b * i`.
     """
-    n, o, i = cells.shape
-    batch = alpha.shape[0]
+    o, i = basis.shape[-2:]
     positions, rows, columns = grid
-    mixtures = alpha.to(cells.dtype).reshape(-1, n) @ cells.view(n, o * i)  # (B * m, o * i)
-    kernel = mixtures.view(batch, positions, rows, columns, o, i).permute(0, 2, 4, 3, 5, 1)
-    return kernel.reshape(batch, rows * o, columns * i, positions)
+    kernel = mix(weights.to(basis.dtype), basis).view(-1, positions, rows, columns, o, i).permute(0, 2, 4, 3, 5, 1)
+    return kernel.reshape(len(weights), rows * o, columns * i, positions)
 
 
-def grouped(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
-    kernels = assemble(alpha, cells, task.grid)
+def grouped(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
+    kernels = assemble(weights, basis, geometry.grid)
     # By the input's channels, for cells may span positions.
-    kernels = kernels.view(*kernels.shape[:2], x.shape[1] // task.groups, *task.kernel_size)
-    return per_sample(x, kernels, task.stride, task.padding, task.dilation, task.groups)
+    kernels = kernels.view(*kernels.shape[:2], x.shape[1] // geometry.groups, *geometry.kernel_size)
+    return per_sample(x, kernels, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
 
 
 def per_sample(x: Tensor, kernels: Tensor, stride: Sizes, padding: Sizes | str, dilation: Sizes, groups: int) -> Tensor:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kw.ways.task import Task, channels_last
+from kw.compute.geometry import Geometry, channels_last
 
 Position = tuple[int, ...]
 
@@ -44,17 +44,17 @@ class Data:
 
 
 class Strips:
-    """The layout for inputs `(B, C, *space)` of a task with `groups == 1`."""
+    """The layout for inputs `(B, C, *space)` of a geometry with `groups == 1`."""
 
-    def __init__(self, space: tuple[int, ...], task: Task):
-        self.space, self.out, self.stride = space, task.out_size(space), task.stride
-        sizes = zip(space, task.padding, self.out, self.stride, strict=True)
+    def __init__(self, space: tuple[int, ...], geometry: Geometry):
+        self.space, self.out, self.stride = space, geometry.out_size(space), geometry.stride
+        sizes = zip(space, geometry.padding, self.out, self.stride, strict=True)
         # Of a row, in positions of the strip: room for its data and the zeros behind, and for the outputs.
         self.widths = tuple(math.ceil(max(x + pad, out * s) / s) for x, pad, out, s in sizes)
         inner = math.prod(self.widths[1:])
         self.run = self.out[0] * inner
-        self.taps = [self._tap(at, task.dilation) for at in product(*map(range, task.kernel_size))]
-        self.data = {tap.phase: self._data(tap.phase, task.padding) for tap in self.taps}
+        self.taps = [self._tap(at, geometry.dilation) for at in product(*map(range, geometry.kernel_size))]
+        self.data = {tap.phase: self._data(tap.phase, geometry.padding) for tap in self.taps}
         last = max(tap.start for tap in self.taps)
         self.rows = max(
             self.out[0] + math.ceil(last / inner), *(data.at[0] + data.count[0] for data in self.data.values())

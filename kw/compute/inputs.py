@@ -1,4 +1,5 @@
-"""Way "inputs": mix the inputs, not the cells. For layers whose kernel is applied at few positions, once or four times.
+"""Implementation "inputs": mix the inputs, not the cells. For layers whose kernel is applied at few positions, once or
+four times.
 
 A convolution with a mixture of cells is a sum over cells of each cell's product with a mixture of the input's taps:
 
@@ -15,15 +16,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kw.ways.strips import Strips
-from kw.ways.task import Task
+from kw.compute.geometry import Geometry
+from kw.compute.strips import Strips
 
 
-def inputs(x: Tensor, alpha: Tensor, cells: Tensor, task: Task) -> Tensor:
-    """For `groups == 1`."""
+def inputs(x: Tensor, alpha: Tensor, cells: Tensor, geometry: Geometry) -> Tensor:
+    """For `groups == 1`, and cells that all mixtures share."""
     n, o, i = cells.shape
-    P, R, C = task.grid
-    strips = Strips(tuple(x.shape[2:]), task)
+    P, R, C = geometry.grid
+    strips = Strips(tuple(x.shape[2:]), geometry)
     laid = strips.lay(x)
     reads = [strips.outputs(strips.reads(laid, tap)).flatten(2) for tap in strips.taps]
     taps = torch.stack(reads, dim=1).permute(0, 3, 1, 2)  # (B, S, P, C_in)

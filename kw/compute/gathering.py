@@ -8,11 +8,21 @@ stand-in's sum, and gives autograd none; autograd waits until all layers are don
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Which pass of the autograd engine this thread is in, and calls when a pass ends: torch's own data-parallel wrappers use
+# both, but they are private. Without them autograd adds up the gradients.
+try:
+    _pass: Callable[[], int] = torch._C._current_graph_task_id  # -1 outside of a backward pass
+    _at_end: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
+    AVAILABLE = True
+except AttributeError:
+    AVAILABLE = False
 
 Sums = dict[int, Tensor]  # by pass of autograd, as passes may be nested (checkpointing) or end before they come here
 
@@ -52,7 +62,7 @@ def sum_of(cells: Tensor) -> Tensor | None:
         # Of float32 at least: half precision would lose what many layers add.
         sums[now] = torch.zeros_like(cells, dtype=torch.promote_types(cells.dtype, torch.float32))
         # A pass that does not ask for gradients of the cells never comes to _Gather.
-        torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, sums, now))
+        _at_end(partial(_forget, sums, now))
     return sums[now]
 
 
@@ -67,5 +77,7 @@ def _forget(sums: Sums, of: int) -> None:
     sums.pop(of, None)
 
 
-def _pass() -> int:
-    return torch._C._current_graph_task_id()
+
+def in_backward() -> bool:
+    """Whether this thread is within a backward pass, as where activation checkpointing repeats a forward pass."""
+    return AVAILABLE and _pass() != -1

@@ -1,0 +1,26 @@
+"""Implementations of one dynamic layer, one a file. All are exact; `kw.compute.cost` says what each costs.
+
+Each is a function of the input `(B, C_in, *space)`, weights and basis of the kernels (mixing.py) and the layer's
+`Geometry`, and gives `(B, C_out, *out)`, without bias. Which to take is `kw.functional`'s business.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from kw.compute.batched import batched
+from kw.compute.geometry import Geometry
+from kw.compute.grouped import assemble, grouped
+from kw.compute.inputs import inputs
+from kw.compute.operator import remade
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]] = {
+    "grouped": grouped,
+    "batched": batched,
+    "blocks": remade("blocks"),
+    "inputs": inputs,
+    "triton": remade("triton"),
+}
+MAKES = ("cells", "folded")  # how kernels are made: mixing.py
+
+__all__ = ["IMPLEMENTATIONS", "MAKES", "Geometry", "assemble"]

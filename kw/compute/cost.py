@@ -1,0 +1,162 @@
+"""What each choice costs, by a model small enough to follow, and so which one to take.
+
+A choice's time for a batch is the sum of what it does, each at a price of the device (prices.py):
+
+    apply    multiply-adds with the kernels: |W| * S a sample
+    mix      multiply-adds that make them of the cells: |W| * n a sample. "inputs" mixes the input's taps instead:
+             |W| * S * n / o, and applies |W| * S * n / T
+    mix folded    of folded kernels: |W| * J a sample
+    fold     multiply-adds that fold the cells: |W| * n * (H + 1) for the whole batch
+    entry    the kernels' |W| numbers a sample, written and read again; "grouped" also moves them
+    new      those of them that come in new memory: of "grouped", where the batch's do not fit what the allocator keeps
+    io       the samples' inputs and outputs; of pointwise and linear layers, these two have prices of their own
+    copy     numbers copied beside: the unfolded input of "batched"; the taps and the mixed inputs of "inputs"
+    cell     the warehouse's or the folded kernels' numbers, read once for all samples: most of the time for a single one
+    fixed    one, for each call of a layer
+    call     products that "blocks" calls the library for: each tap and input cell of each block
+
+`|W|` entries of the kernel, `S` output positions, `n` cells of `o` by `i`, `H` hidden features, `J = H + 1` terms of a
+folded kernel's sum, `T = P * C_in / i` cells that an output cell reads.
+
+A choice is weighed only where its prices were measured. On a GPU of a kind without a table nothing is weighed: kernels are
+applied by "triton" where it applies, else by batched products, and made by the fewest multiply-adds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kw.compute import samples
+from kw.compute.blocks import ENTRIES, ENTRIES_ON_GPU
+from kw.compute.geometry import Geometry
+from kw.compute.prices import Table, table
+
+HELD = 8 << 20  # numbers (32 MiB): memory for more comes new from the system each time, page fault by page fault
+UNMEASURED = ("triton", "batched", "grouped")  # on a GPU without a table, in this order
+
+Quantities = dict[str, float]
+
+
+class Choice(NamedTuple):
+    """How a layer's kernels are made ("cells", "folded"), and how they are applied (`kw.compute.IMPLEMENTATIONS`)."""
+
+    make: str
+    apply: str
+
+
+def applies(name: str, make: str, x: Tensor, geometry: Geometry) -> bool:
+    """Whether an implementation can compute the layer of this input. Depthwise and grouped kernels are small: the plain
+    way is good for them. So it is for an empty batch, and for cells that span positions, which only ablations have."""
+    if name == "grouped":
+        return True
+    if len(x) == 0 or geometry.groups != 1 or geometry.spans_positions:
+        return False
+    if name == "triton":
+        return samples.applies(x, geometry)
+    return name != "inputs" or make == "cells"
+
+
+def work(
+    choice: Choice, x_shape: tuple[int, ...], cells_shape: tuple[int, ...], geometry: Geometry, hidden: int, kind: str
+) -> Quantities:
+    """What a choice does for the batch, by the names above.
+
+    Args:
+        x_shape: `(B, C_in, *space)`.
+        cells_shape: `(n, o, i)`; or `(J, m, o, i)` where each mixture has a basis already.
+        hidden: H; of no consequence for "cells".
+        kind: of the device.
+    """
+    n, (o, i) = cells_shape[0], cells_shape[-2:]
+    P, R, C = geometry.grid
+    batch, positions = x_shape[0], math.prod(geometry.out_size(tuple(x_shape[2:])))
+    weight, reads = geometry.mixtures * o * i, P * C
+    kernels = batch * weight
+    if choice.apply == "inputs":
+        return {
+            "apply": kernels * positions * n / reads,
+            "mix": kernels * positions * n / o,
+            "copy": batch * positions * (reads + R * n) * i,
+            "cell": n * o * i,
+            "fixed": 1,
+        }
+    # Pointwise layers, linear ones among them, are another kind of work for the libraries.
+    of_kind = " pointwise" if P == 1 else ""
+    done: Quantities = {
+        f"apply{of_kind}": kernels * positions,
+        f"io{of_kind}": batch * (math.prod(x_shape[1:]) + positions * R * o),
+        "entry": kernels,
+        "fixed": 1,
+    }
+    if choice.make == "cells":
+        done |= {"mix": kernels * n, "cell": n * o * i}
+    else:
+        folds = len(cells_shape) == 3
+        terms = hidden + 1 if folds else n
+        done |= {"mix folded": kernels * terms, "fold": weight * n * terms if folds else 0, "cell": weight * terms}
+    if choice.apply == "grouped":
+        done["new"] = kernels if kernels > HELD else 0
+    if choice.apply == "batched":
+        done["copy"] = 0 if geometry.is_pointwise else batch * P * C * i * positions
+    if choice.apply == "blocks":
+        done["call"] = reads * math.ceil(kernels / (ENTRIES if kind == "cpu" else ENTRIES_ON_GPU))
+    return done
+
+
+def multiply_adds(done: Quantities) -> float:
+    return sum(quantity for name, quantity in done.items() if name.startswith(("apply", "mix", "fold")))
+
+
+def cost(choice: Choice, done: Quantities, prices: Table, step: bool) -> float | None:
+    """Nanoseconds expected for the batch; None where the choice was not measured.
+
+    Args:
+        done: what the choice does (`work`).
+        step: forward and backward, not forward alone.
+    """
+    known = (prices.step if step else prices.forward).get(choice.apply, {})
+    if any(name.startswith(("mix", "fold")) and quantity and name not in known for name, quantity in done.items()):
+        return None
+    return sum(known.get(name, 0.0) * quantity for name, quantity in done.items())
+
+
+def best(
+    possible: tuple[Choice, ...],
+    x_shape: tuple[int, ...],
+    cells_shape: tuple[int, ...],
+    geometry: Geometry,
+    hidden: int,
+    step: bool,
+    kind: str,
+) -> Choice:
+    """Of the choices that apply, the one that is expected to be fastest. Arguments as of `work` and `cost`."""
+    prices = table(kind)
+    if prices is None:
+        return _unmeasured(possible, x_shape, cells_shape, geometry, hidden, kind)
+    found, least = possible[0], math.inf
+    for choice in possible:  # not min(), which torch.compile cannot follow where sizes vary
+        expected = cost(choice, work(choice, x_shape, cells_shape, geometry, hidden, kind), prices, step)
+        if expected is not None and expected < least:
+            found, least = choice, expected
+    return found
+
+
+def _unmeasured(
+    possible: tuple[Choice, ...],
+    x_shape: tuple[int, ...],
+    cells_shape: tuple[int, ...],
+    geometry: Geometry,
+    hidden: int,
+    kind: str,
+) -> Choice:
+    order = UNMEASURED if kind.startswith("cuda") else ("grouped",)
+    name = next((name for name in order if any(choice.apply == name for choice in possible)), possible[0].apply)
+    found, least = possible[0], math.inf
+    for choice in possible:
+        macs = multiply_adds(work(choice, x_shape, cells_shape, geometry, hidden, kind))
+        if choice.apply == name and macs < least:
+            found, least = choice, macs
+    return found

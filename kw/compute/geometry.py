@@ -1,0 +1,77 @@
+"""How a layer's kernel is cut into cells, and how it is applied: the geometry of one convolution.
+
+Shapes: `B` batch, `P` kernel positions, `R` by `C` cells of a kernel at each position, `o` by `i` channels of a cell.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One layer's convolution; a layer has one from its constructor on. A linear layer is a convolution of one position.
+
+    `grid` is `(P, R, C)` with `R = C_out / o` and `C = C_in / groups / i`: the kernel's cells in the order of its
+    mixtures, the last fastest. Where cells span all positions (`i` counts them in), the grid's P is 1.
+    """
+
+    grid: Grid
+    kernel_size: tuple[int, ...] = (1,)
+    stride: tuple[int, ...] = (1,)
+    padding: tuple[int, ...] = (0,)
+    dilation: tuple[int, ...] = (1,)
+    groups: int = 1
+
+    @property
+    def mixtures(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def spans_positions(self) -> bool:
+        """Whether a cell is for several positions of the kernel."""
+        return self.grid[0] != math.prod(self.kernel_size)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether output positions are the input's, each computed from it alone."""
+        return self.groups == 1 and set((*self.kernel_size, *self.stride)) == {1} and not any(self.padding)
+
+    def out_size(self, space: tuple[int, ...]) -> tuple[int, ...]:
+        """Output positions, for input positions `space`. Raises ValueError if the kernel does not fit into them."""
+        sizes = zip(space, self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
+        out = tuple((x + 2 * pad - d * (k - 1) - 1) // step + 1 for x, pad, d, k, step in sizes)
+        if any(size < 1 for size in out):
+            raise ValueError(
+                f"An input of {space} positions, padded by {self.padding}, is too small for a kernel of "
+                f"{self.kernel_size} at dilation {self.dilation}."
+            )
+        return out
+
+    def empty_out(self, x: Tensor, cell_rows: int) -> Tensor:
+        """Memory for the output, of `R * cell_rows` channels: channels last where they are so in `x`."""
+        shape = (len(x), self.grid[1] * cell_rows, *self.out_size(tuple(x.shape[2:])))
+        return empty(x, shape)
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether the channels of `(B, C, *space)` lie together, as in linear layers' inputs."""
+    return x.stride(1) == 1 and x.shape[1] > 1
+
+
+def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Memory of a shape `(B, C, *space)`, channels last where they are so in `like`, else contiguous."""
+    order = [0, *range(2, len(shape)), 1] if channels_last(like) else list(range(len(shape)))  # outermost first
+    # Not a view, for a bias is added in place.
+    return torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Memory for a gradient of `(B, C, *space)`."""
+    return empty(x, tuple(x.shape))

@@ -1,0 +1,119 @@
+"""The implementations that make kernels again in the backward pass ("blocks", "triton"), as one operator of torch.
+
+As an operator, torch.compile takes them as they are, in place of unrolling their loops. Their gradients are written by
+hand: only the input, the weights and the basis (mixing.py) are kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kw.compute import blocks, samples
+from kw.compute.gathering import sum_of
+from kw.compute.geometry import Geometry, empty_like
+from kw.compute.mixing import is_shared
+
+REMADE: dict[str, ModuleType] = {"blocks": blocks, "triton": samples}
+
+
+def remade(name: str) -> Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]:
+    """The implementation of this name, with gradients."""
+
+    def compute(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
+        eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+        if eager:  # the operator's own costs are as much as a small layer's
+            out: Tensor = REMADE[name].forward(x, weights, basis, geometry)
+            return out
+        return _forward(  # type: ignore[no-any-return]
+            x, weights, basis, name, geometry.grid, geometry.kernel_size, geometry.stride, geometry.padding,
+            geometry.dilation, geometry.groups,
+        )  # fmt: skip
+
+    return compute
+
+
+@torch.library.custom_op("kw::convolve", mutates_args=())
+def _forward(
+    x: Tensor,
+    weights: Tensor,
+    basis: Tensor,
+    name: str,
+    grid: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = _geometry(grid, kernel_size, stride, padding, dilation, groups)
+    out: Tensor = REMADE[name].forward(x, weights, basis, geometry)
+    return out
+
+
+@torch.library.custom_op("kw::convolve_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    basis: Tensor,
+    needed: Sequence[bool],
+    name: str,
+    grid: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = _geometry(grid, kernel_size, stride, padding, dilation, groups)
+    grads = REMADE[name].backward(grad, x, weights, basis, geometry, tuple(needed))
+    return tuple(  # type: ignore[return-value]
+        like.new_empty(0) if grad is None else grad for grad, like in zip(grads, (x, weights, basis), strict=True)
+    )
+
+
+def _geometry(grid: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
+    return Geometry(tuple(grid), *map(tuple, (kernel_size, stride, padding, dilation)), groups)  # type: ignore[arg-type, call-arg]
+
+
+@_forward.register_fake
+def _(x: Tensor, weights: Tensor, basis: Tensor, name: str, *geometry: Any) -> Tensor:
+    return _geometry(*geometry).empty_out(x, basis.shape[-2])
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weights: Tensor, basis: Tensor, needed: Sequence[bool], name: str, *geometry: Any
+) -> tuple[Tensor, ...]:
+    shapes = (empty_like(x), torch.empty_like(weights), torch.empty_like(basis))
+    return tuple(like if need else like.new_empty(0) for like, need in zip(shapes, needed, strict=True))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, basis, *ctx.how = inputs
+    ctx.save_for_backward(x, weights, basis)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"A gradient of a gradient (create_graph=True) cannot be taken of layers computed by {ctx.how[0]!r}: run the "
+            f'forward pass within kw.functional.use("grouped").'
+        )
+    needed = ctx.needs_input_grad[:3]
+    x, weights, basis = ctx.saved_tensors
+    total = sum_of(basis) if needed[2] and is_shared(basis) else None
+    if total is None:
+        grads = _backward(grad, x, weights, basis, needed, *ctx.how)
+    else:
+        name, *geometry = ctx.how
+        grads = (*REMADE[name].backward(grad, x, weights, basis, _geometry(*geometry), needed, total)[:2], None)
+    return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * len(ctx.how))
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)

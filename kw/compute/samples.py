@@ -1,0 +1,123 @@
+"""Implementation "triton", for GPUs: some samples at a time, their kernels are made, applied where they lie, and dropped.
+
+Kernels are made by one matrix product (mixing.py). They are applied by a kernel of Triton that unfolds and moves nothing
+(implicit.py); those of pointwise and linear layers, which lie as matrices, by batched products of the library. The
+backward pass makes them again, so that a batch's kernels never exist at once.
+
+Shapes: `B` batch, `P` taps, `R` by `C` cells of a kernel at a tap, `o` by `i` channels of a cell, `S` positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kw.compute import implicit
+from kw.compute.geometry import Geometry, empty_like
+from kw.compute.mixing import grad_basis, grad_weights, mix_into
+
+ENTRIES = 1 << 27  # of kernels at a time: 256 MiB in half precision, enough for products of any size to fill a GPU
+
+
+def forward(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
+    """The output `(B, C_out, *out)`, computed in the precision of `x`, with sums in float32."""
+    weights, basis = weights.to(x.dtype), basis.to(x.dtype)
+    out = geometry.empty_out(x, basis.shape[-2])
+    for part, kernels in _kernels(x, weights, basis, geometry):
+        if _is_matrix(geometry):
+            _product(_matrix(kernels), x[part].flatten(2), out[part].flatten(2))
+        else:
+            implicit.forward(x[part], kernels, geometry, out[part])
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    basis: Tensor,
+    geometry: Geometry,
+    needed: tuple[bool, bool, bool],
+    total: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to `total` if there is one."""
+    low_weights, low_basis = weights.to(x.dtype), basis.to(x.dtype)
+    grad_x = empty_like(x) if needed[0] else None
+    of_weights = torch.empty_like(weights) if needed[1] else None
+    of_basis = total
+    if needed[2] and total is None:
+        of_basis = torch.zeros_like(basis, dtype=torch.promote_types(basis.dtype, torch.float32))
+    for part, kernels in _kernels(x, low_weights, low_basis, geometry, made=needed[0]):
+        if grad_x is not None:
+            _grad_input(grad[part], kernels, geometry, grad_x[part])
+        if not any(needed[1:]):
+            continue
+        _grad_kernels(grad[part], x[part], geometry, kernels)  # in the memory of the kernels
+        mixtures = kernels.flatten(1, 3)  # (b, m, o, i)
+        if of_weights is not None:
+            of_weights[part] = grad_weights(mixtures, low_basis)
+        if of_basis is not None:
+            of_basis += grad_basis(mixtures, low_weights[part], basis.shape)
+    return grad_x, of_weights, None if of_basis is None else of_basis.to(basis.dtype)
+
+
+def _kernels(
+    x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry, made: bool = True
+) -> Iterator[tuple[slice, Tensor]]:
+    """The kernels of some samples at a time, `(b, P, R, C, o, i)`; memory for them only, unless `made`."""
+    o, i = basis.shape[-2:]
+    some = max(1, ENTRIES // (geometry.mixtures * o * i))
+    parts = -(-len(x) // some)
+    each = -(-len(x) // parts)  # equal parts, so that none is too small to fill the device
+    for first in range(0, len(x), each):
+        part = slice(first, min(first + each, len(x)))
+        kernels = x.new_empty(part.stop - first, geometry.mixtures, o, i)
+        if made:
+            mix_into(kernels, weights[part], basis)
+        yield part, kernels.view(-1, *geometry.grid, o, i)
+
+
+def _is_matrix(geometry: Geometry) -> bool:
+    """Whether a kernel lies as a matrix `(C_out, C_in)` that is applied at each position."""
+    return geometry.is_pointwise and geometry.grid[2] == 1
+
+
+def _matrix(kernels: Tensor) -> Tensor:
+    """`(b, 1, R, 1, o, i)` as `(b, C_out, C_in)`."""
+    return kernels.view(len(kernels), -1, kernels.shape[5])
+
+
+def _grad_input(grad: Tensor, kernels: Tensor, geometry: Geometry, out: Tensor) -> None:
+    if _is_matrix(geometry):
+        _product(_matrix(kernels).transpose(1, 2), grad.flatten(2), out.flatten(2))
+    else:
+        implicit.grad_input(grad, kernels, geometry, out)
+
+
+def _grad_kernels(grad: Tensor, x: Tensor, geometry: Geometry, out: Tensor) -> None:
+    if _is_matrix(geometry):
+        torch.bmm(grad.flatten(2), x.flatten(2).transpose(1, 2), out=_matrix(out))
+    else:
+        implicit.grad_kernels(grad, x, geometry, out)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a @ b`, batch by batch, where `b` and `out` may have their rows or their columns together in memory."""
+    if out.stride(1) == 1 and out.shape[2] > 1:  # channels last
+        torch.bmm(b.transpose(1, 2), a.transpose(1, 2), out=out.transpose(1, 2))
+    else:
+        torch.bmm(a, b, out=out)
+
+
+def applies(x: Tensor, geometry: Geometry) -> bool:
+    """Whether this implementation can compute the layer, here and now."""
+    return (
+        implicit.triton is not None
+        and x.dtype in implicit.DTYPES
+        and geometry.groups == 1
+        and not geometry.spans_positions
+        and (x.dim() <= 4 or _is_matrix(geometry))
+        and (implicit.INTERPRETED if x.device.type == "cpu" else implicit.runs_on(x.device))
+    )

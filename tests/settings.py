@@ -1,0 +1,15 @@
+"""The ways to compute a layer that tests go through: how kernels are applied, and how they are made."""
+
+from kw import functional
+
+OF_CELLS = ("grouped", "batched", "blocks", "inputs", "triton")
+FOLDED = ("grouped folded", "batched folded", "blocks folded", "triton folded")
+SETTINGS = ("auto", *OF_CELLS, *FOLDED)
+PLAIN = "grouped"
+OTHERS = (*OF_CELLS[1:], *FOLDED)
+REMADE = ("blocks", "triton", "blocks folded", "triton folded")  # kernels are made again in the backward pass
+
+
+def force(setting):
+    """`functional.use` of one of these."""
+    return functional.use(*setting.split())
