@@ -20,9 +20,10 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=SETTINGS)
+@pytest.fixture(params=[pytest.param(way, marks=pytest.mark.slow if "triton" in way else ()) for way in SETTINGS])
 def each_way(request):
-    """The test runs once for each way to compute a layer; the name of it."""
+    """The test runs once for each way to compute a layer; the name of it. Triton's interpreter is slow: what `make test`
+    asks of it is in test_functional.py and test_compute.py."""
     with force(request.param):
         yield request.param
 

@@ -71,12 +71,10 @@ def test_any_shape_in_any_blocks(number, own, last, cut, monkeypatch):
             torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("some", [1, 2, 3], ids=["one sample at a time", "two", "all"])
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
-@pytest.mark.parametrize("number", range(12))
-def test_any_shape_by_some_samples_at_a_time(number, last, some, monkeypatch):
+@pytest.mark.parametrize("number", range(16))
+def test_any_shape_by_some_samples_at_a_time(number, monkeypatch):
     """Triton's kernels (not for three dimensions), and batched products over an unfolded input."""
-    own = number % 2 == 1
+    last, own, some = number % 2 == 0, number // 2 % 2 == 0, 1 + number % 3  # one to all three samples at a time
     *tensors, geometry = case(number, last, own=own)
     monkeypatch.setattr(samples, "ENTRIES", some * geometry.mixtures * 8)
     expected = gradients("grouped", *tensors, geometry)
@@ -286,13 +284,13 @@ def test_a_moved_model_does_not_hold_its_old_memory(shared):
     assert old() is None
 
 
-@pytest.mark.parametrize("way", ["auto", "blocks", "triton", "blocks folded", "triton folded"])
+@pytest.mark.parametrize("way", ["auto", "blocks", "triton folded"])
 def test_a_compiled_model_trains_on_batches_of_several_sizes(shared, way):
     model, x = shared
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for batch in (4, 3, 2):
-        expected = grads_of(model, x[:batch], way)
+    for batch in (4, 3, 2) if "triton" not in way else (3, 2):  # its interpreter is slow
+        expected = grads_of(model, x[:batch], "grouped")
         model.zero_grad()
         with force(way):
             compiled(x[:batch]).square().sum().backward()

@@ -64,8 +64,8 @@ def blocks(rows: int, columns: int, dtype: torch.dtype) -> Block:
 
 
 def _side(size: int) -> int:
-    """128, unless half of that or less leaves fewer rows empty."""
-    return min((128, 64, 32, 16), key=lambda side: (-(-size // side) * side * (1 + 8 / side), -side))
+    """The side of a block that wastes least, where each block costs as much as 8 more rows."""
+    return min((128, 64, 16), key=lambda side: cdiv(size, side) * (side + 8))
 
 
 if triton is not None:
