@@ -12,6 +12,7 @@ choice with many times the plain one's multiply-adds is not measured.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from kw.compute import IMPLEMENTATIONS, MAKES, Geometry
 from kw.compute.cost import Choice, Quantities, applies, best, cost, multiply_adds, work
 from kw.compute.prices import device_kind, file_name, table
 from kw.layers import KWLayer, KWLinear
-from scripts.timing import Sample, by_turns
+from scripts.timing import Clock, Sample, by_turns
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN = Choice("cells", "grouped")
@@ -110,21 +111,27 @@ def hopeful(call: Call) -> list[Choice]:
 
 
 def measure(
-    call: Call, choices: list[Choice], rounds: int, dtype: str = "float32", seconds: float = float("inf")
+    call: Call,
+    choices: list[Choice],
+    rounds: int,
+    dtype: str = "float32",
+    seconds: float = float("inf"),
+    clock: Clock = time.perf_counter,
 ) -> dict[Choice, tuple[float, float]]:
     """Seconds of a forward pass, and of one with its backward pass, of choices that did not fail: the least of all
     rounds, for what else the machine does only adds to them.
 
     Args:
         seconds: after which no round is begun, of passes and of steps each.
+        clock: of a CPU.
     """
     device = call.x.device.type
     found = []
     for function in (_forward, _step):
         calls = {choice: partial(function, call, choice, dtype) for choice in choices}
         plain = {choice: calls.pop(choice) for choice in choices if device == "cuda" and choice.apply == "grouped"}
-        samples = _times(calls, device, rounds, seconds, IN_A_ROW[device])
-        found.append(samples | _times(plain, device, 1, seconds, 1))  # so slow on a GPU that once must do
+        samples = _times(calls, device, rounds, seconds, IN_A_ROW[device], clock)
+        found.append(samples | _times(plain, device, 1, seconds, 1, clock))  # so slow on a GPU that once must do
     forward, step = found
     return {
         choice: (min(forward[choice].values), min(step[choice].values) / LAYERS_OF_STEP)
@@ -134,10 +141,10 @@ def measure(
 
 
 def _times(
-    calls: dict[Choice, Callable[[], None]], device: str, rounds: int, seconds: float, in_a_row: int
+    calls: dict[Choice, Callable[[], None]], device: str, rounds: int, seconds: float, in_a_row: int, clock: Clock
 ) -> dict[Choice, Sample]:
     named = {" ".join(choice): call for choice, call in calls.items()}
-    samples = by_turns(named, device, rounds, seconds, warm_up=1, times=in_a_row)
+    samples = by_turns(named, device, rounds, seconds, warm_up=1, times=in_a_row, clock=clock)
     return {choice: samples[" ".join(choice)] for choice in calls}
 
 
@@ -174,10 +181,10 @@ def shown(calls: list[Call], rounds: int, dtype: str) -> Table:
         table_.add_section()
         head = _head(call)
         for choice in choices:
-            times = [_expected(call, choice, choices, step) for step in (False, True)]
+            cells = [_expected(call, choice, choices, step) for step in (False, True)]
             if rounds:
-                times += [f"{1e3 * t:.2f}" for t in measured[choice]] if choice in measured else ["–", "–"]
-            table_.add_row(*head, name_of(choice), *times)
+                cells += [f"{1e3 * t:.2f}" for t in measured[choice]] if choice in measured else ["–", "–"]
+            table_.add_row(*head, name_of(choice), *cells)
             head = [""] * 4
     return table_
 
@@ -191,9 +198,9 @@ def _head(call: Call) -> list[str]:
 
 def _expected(call: Call, choice: Choice, choices: list[Choice], step: bool) -> str:
     prices = table(device_kind(call.x.device))
-    time = None if prices is None else cost(choice, call.work(choice), prices, step)
+    expected = None if prices is None else cost(choice, call.work(choice), prices, step)
     star = "*" if call.taken(choices, step) == choice else ""
-    return ("–" if time is None else f"{time / 1e6:.2f}") + star
+    return ("–" if expected is None else f"{expected / 1e6:.2f}") + star
 
 
 def rule(device: torch.device) -> str:
@@ -205,7 +212,8 @@ def rule(device: torch.device) -> str:
     if device.type == "cuda":
         return (
             f"No prices were measured for {kind!r} ({file_name(kind)}): kernels are applied by triton where it "
-            f"applies, else by batched products, and made by the fewest multiply-adds. python -m scripts.fit_prices measures."
+            f"applies, else by batched products, and made by the fewest multiply-adds. "
+            f"python -m scripts.fit_prices measures."
         )
     return f"No prices were measured for {kind!r} ({file_name(kind)}): the plain choice is taken."
 

@@ -10,7 +10,11 @@ squares of relative errors. A choice with many times the plain one's multiply-ad
 
 The table tells where and how it was measured, and how well it fits: expected over measured time of each implementation;
 and the time of all layers, each by the chosen implementation, over that of the best one for each layer ("auto"), beside
-the same where all layers are computed by one choice. `--compare FILE` tells the latter of another table too.
+the same where all layers are computed by one choice. `--compare FILE` tells that of another table too.
+
+On a machine that others use, `--cpu-time --threads 1` times the processor's work in place of the clock's; and `--add-to
+FILE` keeps the prices of a table that was measured on a quieter machine, and adds those that it has not. They are put
+in that machine's terms: divided by the times over those that its prices expect, in the median of an implementation.
 """
 
 from __future__ import annotations
@@ -32,10 +36,11 @@ from scipy.optimize import nnls
 import kw.compute
 from kw.compute import IMPLEMENTATIONS
 from kw.compute.cost import Choice, Quantities, cost
-from kw.compute.prices import Table, device_kind, file_name
+from kw.compute.prices import Prices, Table, device_kind, file_name
 from kw.jobs.provenance import provenance
 from scripts.benchmark import Case, Settings, create, machine_name, parse, parse_case
 from scripts.choices import PLAIN, Call, add_options, hopeful, measure, name_of, record
+from scripts.timing import Clock
 
 CPU_CASES = ("resnet18:4@16", "resnet18:1@16", "resnet50:4@8", "convnext_tiny:1@8", "mobilenetv2_100:4@16",
              "small:1@64", "resnet18:4@1", "resnet18:1@1", "resnet50:4@1", "convnext_tiny:1@1",
@@ -57,7 +62,9 @@ class Timed(NamedTuple):
 Layers = list[dict[Choice, Timed]]
 
 
-def collect(cases: list[Case], settings: Settings, rounds: int, seconds: float) -> tuple[Layers, Layers]:
+def collect(
+    cases: list[Case], settings: Settings, rounds: int, seconds: float, clock: Clock = time.perf_counter
+) -> tuple[Layers, Layers]:
     """Times of forward passes, and of steps; no layer is begun after so many seconds."""
     forward: Layers = []
     step: Layers = []
@@ -67,7 +74,7 @@ def collect(cases: list[Case], settings: Settings, rounds: int, seconds: float) 
         if spent > seconds:
             print(f"{seconds:g} seconds are over: {case.backbone} n={case.n} from {call.names[0]} on is left out.")
             break
-        times = measure(call, hopeful(call), rounds, settings.dtype, SECONDS_OF_LAYER)
+        times = measure(call, hopeful(call), rounds, settings.dtype, SECONDS_OF_LAYER, clock)
         work = {choice: call.work(choice) for choice in times}
         forward.append({choice: Timed(work[choice], 1e9 * one) for choice, (one, _) in times.items()})
         step.append({choice: Timed(work[choice], 1e9 * both) for choice, (_, both) in times.items()})
@@ -90,26 +97,59 @@ def _best(times: dict[Choice, tuple[float, float]]) -> str:
     return ", ".join(f"{name_of(choice)} {1e3 * times[choice][k]:.2f} ms" for k, choice in enumerate(best))
 
 
-def fit(samples: list[Timed]) -> tuple[dict[str, float], np.ndarray]:
-    """Prices of one implementation, and the ratio of expected to measured time of each sample."""
+def fit(samples: list[Timed], shares: np.ndarray | None = None) -> tuple[dict[str, float], np.ndarray]:
+    """Prices of one implementation, and the ratio of expected to measured time of each sample.
+
+    Args:
+        shares: of each sample's time, what the prices are to explain; left out, all.
+    """
     names = sorted({name for work, _ in samples for name in work})
     matrix = np.array([[work.get(name, 0.0) / time for name in names] for work, time in samples])
     scale = np.maximum(matrix.max(axis=0), 1e-30)
-    prices, _ = nnls(matrix / scale, np.ones(len(samples)))
+    prices, _ = nnls(matrix / scale, np.ones(len(samples)) if shares is None else shares)
     return dict(zip(names, prices / scale, strict=True)), matrix @ (prices / scale)
 
 
-def fit_all(layers: Layers) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
+def fit_all(layers: Layers) -> tuple[Prices, dict[str, list[float]]]:
     """Prices by implementation, with those that are 0; and the deciles 1, 5 and 9 of expected over measured time."""
-    prices: dict[str, dict[str, float]] = {}
+    prices: Prices = {}
     spread: dict[str, list[float]] = {}
     for name in IMPLEMENTATIONS:
         samples = [timed for layer in layers for choice, timed in layer.items() if choice.apply == name]
         if samples:
             fitted, ratios = fit(samples)
-            prices[name] = {quantity: float(f"{price:.3g}") for quantity, price in fitted.items()}
+            prices[name] = rounded(fitted)
             spread[name] = [round(float(ratio), 2) for ratio in np.quantile(ratios, (0.1, 0.5, 0.9))]
     return prices, spread
+
+
+def add(layers: Layers, prices: Prices) -> Prices:
+    """The prices, and those that they lack of an implementation's choices, in terms of the machine they are of."""
+    added: Prices = {}
+    for name, known in prices.items():
+        samples = [timed for layer in layers for choice, timed in layer.items() if choice.apply == name]
+        old = [timed for timed in samples if set(timed.work) <= set(known) and expected(timed, known) > 0]
+        new = [timed for timed in samples if not set(timed.work) <= set(known)]
+        if not old or not new:
+            added[name] = known
+            continue
+        slower = float(np.median([timed.time / expected(timed, known) for timed in old]))
+        # What the known prices do not explain is for the new ones to.
+        rest = [
+            Timed({q: v for q, v in work.items() if q not in known}, nanoseconds / slower) for work, nanoseconds in new
+        ]
+        explained = np.array([expected(timed, known) / left.time for timed, left in zip(new, rest, strict=True)])
+        fitted, _ = fit(rest, 1 - explained)
+        added[name] = known | rounded(fitted)
+    return added
+
+
+def expected(timed: Timed, prices: dict[str, float]) -> float:
+    return sum(prices.get(quantity, 0.0) * value for quantity, value in timed.work.items())
+
+
+def rounded(prices: dict[str, float]) -> dict[str, float]:
+    return {quantity: float(f"{price:.3g}") for quantity, price in prices.items()}
 
 
 def over_best(layers: Layers, prices: Table, step: bool) -> dict[str, float]:
@@ -119,8 +159,8 @@ def over_best(layers: Layers, prices: Table, step: bool) -> dict[str, float]:
     totals = dict.fromkeys(("auto", *map(name_of, single)), 0.0)
     best = sum(min(timed.time for timed in layer.values()) for layer in layers)
     for layer in layers:
-        expected = {choice: cost(choice, timed.work, prices, step) for choice, timed in layer.items()}
-        known = {choice: nanoseconds for choice, nanoseconds in expected.items() if nanoseconds is not None}
+        costs = {choice: cost(choice, timed.work, prices, step) for choice, timed in layer.items()}
+        known = {choice: nanoseconds for choice, nanoseconds in costs.items() if nanoseconds is not None}
         plain = layer.get(PLAIN, max(layer.values(), key=lambda timed: timed.time))  # it may have lacked memory
         totals["auto"] += layer[min(known, key=lambda choice: known[choice])].time if known else plain.time
         for choice in single:
@@ -143,13 +183,30 @@ def table_of(forward: Layers, step: Layers, measured: dict[str, Any]) -> Table:
     return table._replace(measured=measured | fits)
 
 
-def provenance_of(settings: Settings) -> dict[str, Any]:
+def extended(table: Table, forward: Layers, step: Layers, measured: dict[str, Any]) -> Table:
+    """The table with the prices that it lacks."""
+    larger = Table(table.measured, add(forward, table.forward), add(step, table.step))
+    fits = {
+        "layers": len(forward),
+        "time over the best": {
+            "forward": over_best(forward, larger, step=False),
+            "step": over_best(step, larger, step=True),
+        },
+    }
+    told = {quantity for prices in (larger.forward, larger.step) for known in prices.values() for quantity in known}
+    told -= {quantity for prices in (table.forward, table.step) for known in prices.values() for quantity in known}
+    note = {"added later": {"prices": sorted(told), **measured, **fits}}
+    return larger._replace(measured=table.measured | note)
+
+
+def provenance_of(settings: Settings, clock: Clock) -> dict[str, Any]:
     """Where and how: all of the table's "measured" that does not come from the times."""
     origin = provenance(*([kw.compute.implicit.triton] if kw.compute.implicit.triton else []))
     threads = {"threads": settings.threads} if settings.device == "cpu" else {}
     return {
         "device": machine_name(settings.device),
         **threads,
+        **({"clock": "CPU time of the process"} if clock is time.process_time else {}),
         "dtype": settings.dtype,
         "layout": settings.layout_name,
         "command": shlex.join(["python", "-m", "scripts.fit_prices", *sys.argv[1:]]),
@@ -176,17 +233,24 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seconds", type=float, default=float("inf"), help="after which no layer is begun")
     add("--out", type=Path, help="default: where kw reads it, in kw/compute/prices")
     add("--compare", type=Path, metavar="FILE", help="another table, to tell what choosing by it would take")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: as PyTorch has it)")
+    add("--cpu-time", action="store_true", help="time the CPU's work in place of the clock's")
+    add("--add-to", type=Path, metavar="FILE", help="keep this table's prices, and fit those it has not")
     add_options(parser)
     options = parser.parse_args(arguments)
-    flags = ["--device", options.device, "--dtype", options.dtype]
+    flags = ["--device", options.device, "--dtype", options.dtype, "--threads", str(options.threads)]
     flags += [] if options.channels_last is None else [f"--{'' if options.channels_last else 'no-'}channels-last"]
     settings = parse(flags)[1]
     cases = options.cases or [parse_case(text) for text in (GPU_CASES if options.device == "cuda" else CPU_CASES)]
-    origin = provenance_of(settings)  # before it writes anything, lest the commit be of a changed tree
-    forward, step = collect(cases, settings, options.repeats, options.seconds)
+    torch.set_num_threads(settings.threads)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    origin = provenance_of(settings, clock)  # before it writes anything, lest the commit be of a changed tree
+    forward, step = collect(cases, settings, options.repeats, options.seconds, clock)
     if not forward:
         sys.exit("No layer was timed: give --seconds more.")
     table = table_of(forward, step, origin)
+    if options.add_to:
+        table = extended(read(options.add_to), forward, step, origin)
     out = options.out or Path(kw.compute.__file__).parent / "prices" / file_name(
         device_kind(torch.device(options.device))
     )

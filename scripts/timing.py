@@ -14,6 +14,7 @@ from statistics import median, quantiles
 import torch
 
 Call = Callable[[], object]
+Clock = Callable[[], float]
 WARM_UP = {"cpu": 1, "cuda": 3}  # rounds that do not count: a GPU's first calls compile kernels and get memory
 
 
@@ -35,14 +36,14 @@ class Sample:
         return low, middle, high
 
 
-def seconds_of(call: Call, device: str, times: int = 1) -> float:
-    """Of one of `times` calls in a row. On a GPU between two events, so until the device is done: the host may be ahead
-    of it by some calls, as it is within a model."""
+def seconds_of(call: Call, device: str, times: int = 1, clock: Clock = time.perf_counter) -> float:
+    """Of one of `times` calls in a row, by the clock. On a GPU between two events, so until the device is done: the
+    host may be ahead of it by some calls, as it is within a model."""
     if device != "cuda":
-        began = time.perf_counter()
+        began = clock()
         for _ in range(times):
             call()
-        return (time.perf_counter() - began) / times
+        return (clock() - began) / times
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     before.record()
@@ -68,6 +69,7 @@ def by_turns(
     warm_up: int | None = None,
     times: int = 1,
     before_each: Call | None = None,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Sample]:
     """Time the calls in rounds. One that fails is left out of the rounds after it, and told.
 
@@ -76,6 +78,7 @@ def by_turns(
         seconds: after which no round is begun, once there are the `fewest`.
         times: calls in a row for one value.
         before_each: done before each call, and not timed.
+        clock: of a CPU: `time.process_time` leaves out what other processes took meanwhile.
     """
     values: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, str] = {}
@@ -93,7 +96,7 @@ def by_turns(
             if before_each is not None:
                 before_each()
             try:
-                values[name].append(seconds_of(calls[name], device, times if turn >= 0 else 1))
+                values[name].append(seconds_of(calls[name], device, times if turn >= 0 else 1, clock))
             except Exception as error:  # most likely out of memory; whatever it is, the table tells it
                 errors[name] = message(error)
     return {
