@@ -119,6 +119,11 @@ class Operators(TorchDispatchMode):
         if func.namespace == "kw":  # our own operators: what counts is what they consist of
             with self:
                 return _INSIDE[func](*args, **(kwargs or {}))
+        if func.namespace == "aten":
+            with self:  # within our own operators, others come here before they are taken apart: `to`, `reshape`
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         if _waits(func, args, kwargs or {}):
             self.count.syncs[self._key()] += 1
         if func.namespace == "aten" and not func.is_view and func.overloadpacket.__name__ not in MEMORY:
