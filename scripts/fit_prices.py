@@ -13,8 +13,8 @@ and the time of all layers, each by the chosen implementation, over that of the 
 the same where all layers are computed by one choice. `--compare FILE` tells that of another table too.
 
 On a machine that others use, `--cpu-time --threads 1` times the processor's work in place of the clock's; and `--add-to
-FILE` keeps the prices of a table that was measured on a quieter machine, and adds those that it has not. They are put
-in that machine's terms: divided by the times over those that its prices expect, in the median of an implementation.
+FILE` keeps the prices of a table that was measured on a quieter machine, and adds those that it lacks for folded
+kernels, in that machine's terms: the same layer with kernels of cells, timed beside it, tells how much faster that is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch
 from scipy.optimize import nnls
 
 import kw.compute
-from kw.compute import IMPLEMENTATIONS
+from kw.compute import IMPLEMENTATIONS, MAKES
 from kw.compute.cost import Choice, Quantities, cost
 from kw.compute.prices import Prices, Table, device_kind, file_name
 from kw.jobs.provenance import provenance
@@ -124,28 +124,24 @@ def fit_all(layers: Layers) -> tuple[Prices, dict[str, list[float]]]:
 
 
 def add(layers: Layers, prices: Prices) -> Prices:
-    """The prices, and those that they lack of an implementation's choices, in terms of the machine they are of."""
+    """The prices, and those that folded kernels have and they lack, in terms of the machine they are of: by how long a
+    layer took for kernels of cells, over what the prices expect, that machine is faster for this layer."""
     added: Prices = {}
     for name, known in prices.items():
-        samples = [timed for layer in layers for choice, timed in layer.items() if choice.apply == name]
-        old = [timed for timed in samples if set(timed.work) <= set(known) and expected(timed, known) > 0]
-        new = [timed for timed in samples if not set(timed.work) <= set(known)]
-        if not old or not new:
-            added[name] = known
-            continue
-        slower = float(np.median([timed.time / expected(timed, known) for timed in old]))
-        # What the known prices do not explain is for the new ones to.
-        rest = [
-            Timed({q: v for q, v in work.items() if q not in known}, nanoseconds / slower) for work, nanoseconds in new
-        ]
-        explained = np.array([expected(timed, known) / left.time for timed, left in zip(new, rest, strict=True)])
-        fitted, _ = fit(rest, 1 - explained)
-        added[name] = known | rounded(fitted)
+        rest, explained = [], []
+        for layer in layers:
+            cells, folded = (layer.get(Choice(make, name)) for make in MAKES)
+            if cells is None or folded is None or set(folded.work) <= set(known):
+                continue
+            theirs = folded.time * expected(cells.work, known) / cells.time
+            rest.append(Timed({q: v for q, v in folded.work.items() if q not in known}, theirs))
+            explained.append(expected(folded.work, known) / theirs)  # what is left is for the new prices to explain
+        added[name] = known | (rounded(fit(rest, 1 - np.array(explained))[0]) if rest else {})
     return added
 
 
-def expected(timed: Timed, prices: dict[str, float]) -> float:
-    return sum(prices.get(quantity, 0.0) * value for quantity, value in timed.work.items())
+def expected(work: Quantities, prices: dict[str, float]) -> float:
+    return sum(prices.get(quantity, 0.0) * value for quantity, value in work.items())
 
 
 def rounded(prices: dict[str, float]) -> dict[str, float]:
@@ -235,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--compare", type=Path, metavar="FILE", help="another table, to tell what choosing by it would take")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: as PyTorch has it)")
     add("--cpu-time", action="store_true", help="time the CPU's work in place of the clock's")
-    add("--add-to", type=Path, metavar="FILE", help="keep this table's prices, and fit those it has not")
+    add("--add-to", type=Path, metavar="FILE", help="keep this table's prices; fit those of folded kernels")
     add_options(parser)
     options = parser.parse_args(arguments)
     flags = ["--device", options.device, "--dtype", options.dtype, "--threads", str(options.threads)]

@@ -105,9 +105,8 @@ def by_turns(
 
 
 def _rotations(names: list[str]) -> list[tuple[str, ...]]:
-    """Of many calls: each is once the first one, and comes after different ones."""
-    turned = [(*names[k:], *names[:k]) for k in range(len(names))]
-    return [order if k % 2 == 0 else order[::-1] for k, order in enumerate(turned)]
+    """Of many calls, all orders would be too many: in these each one is the first in turn, and has two neighbours."""
+    return [(*order[k:], *order[:k]) for order in (names, names[::-1]) for k in range(len(names))]
 
 
 def message(error: BaseException) -> str:

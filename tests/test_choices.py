@@ -27,12 +27,15 @@ def calls_of(n="4", batch=2):
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """Where kw reads tables of prices from."""
+    """There is no table but the one that this is called with."""
     monkeypatch.setattr(prices, "files", lambda package: tmp_path)
     (tmp_path / "prices").mkdir()
-    kw.functional._remembered.cache_clear()
-    prices.table.cache_clear()
-    yield tmp_path / "prices"
+    forget()
+    yield lambda table: (fit_prices.write(table, tmp_path / "prices" / "cpu.json"), forget())
+    forget()
+
+
+def forget():
     kw.functional._remembered.cache_clear()
     prices.table.cache_clear()
 
@@ -69,8 +72,7 @@ def test_the_table_tells_what_is_taken_and_by_which_rule(measured):
     assert "No prices were measured for 'cpu' (cpu.json)" in choices.rule(torch.device("cpu"))
     taken = {choice: {"mix": 1.0, "mix folded": 0.0, "fold": 0.0} for choice in ("grouped", "blocks")}
     table = prices.Table({"device": "some machine"}, taken, taken)
-    fit_prices.write(table, measured / "cpu.json")
-    prices.table.cache_clear()
+    measured(table)
     assert "some machine" in choices.rule(torch.device("cpu"))
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(choices.shown([call], 0, "float32"))
@@ -106,7 +108,7 @@ ALL = CELLS | {"mix folded": 0.07, "fold": 0.05}
 def test_a_written_table_is_read_back_and_decides(measured):
     truth = {"grouped": ALL, "blocks": CELLS | {"mix folded": 0.0, "fold": 0.0, "call": 1e5}}
     layers = planted(truth)
-    fit_prices.write(fit_prices.table_of(layers, layers, {"device": "planted"}), measured / "cpu.json")
+    measured(fit_prices.table_of(layers, layers, {"device": "planted"}))
     table = prices.table("cpu")
     assert table.measured["device"] == "planted" and table.measured["layers"] == len(layers)
     assert table.measured["time over the best"]["step"]["auto"] == pytest.approx(1, abs=0.01)

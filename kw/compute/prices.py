@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ Prices = dict[str, dict[str, float]]  # by implementation, and by what it does
 
 
 class Table(NamedTuple):
-    measured: dict[str, str]
+    measured: dict[str, Any]  # for people to read
     forward: Prices
     step: Prices
 
