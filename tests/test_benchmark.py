@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from scripts import benchmark
+from scripts import benchmark, fit_prices
 from scripts.benchmark_table import Row, choices_of, draw, markdown
 from scripts.timing import Sample, by_turns, repeated
 
@@ -133,6 +133,11 @@ def test_options_that_do_not_go_together_fail_at_once(options, named, capsys):
     with pytest.raises(SystemExit):
         benchmark.parse(options)
     assert named in capsys.readouterr().err
+
+
+def test_all_default_cases_are_known():
+    cases = (*benchmark.CASES, *benchmark.GPU_CASES, *fit_prices.CPU_CASES, *fit_prices.GPU_CASES)
+    assert all(benchmark.parse_case(case).backbone for case in cases)
 
 
 @pytest.mark.parametrize("case, named", [("resnet18", "BACKBONE:N"), ("resnet19:1", "resnet18"), ("resnet18:0", "0")])
