@@ -15,15 +15,15 @@ SETUP = dict.fromkeys(("machine", "threads", "torch", "dtype", "layout", "enviro
 
 
 def test_a_run_leaves_table_csv_and_picture(tmp_path, capsys):
-    what = ["train", "one", "memory"]
-    options = ["--repeats", "1", "--threads", "1", "--out", str(tmp_path)]
+    what = ["train", "one"]
+    options = ["--repeats", "1", "--threads", "1", "--in-process", "--out", str(tmp_path)]
     benchmark.main(["small:1@2", *options, "--what", *what])
     with (tmp_path / "benchmark.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [(line["measured"], line["choice"]) for line in lines] == [
         (kind, choice) for kind in what for choice in ("static", "grouped", "auto")
     ]
-    assert [line["batch"] for line in lines] == ["2"] * 3 + ["1"] * 3 + ["2"] * 3
+    assert [line["batch"] for line in lines] == ["2"] * 3 + ["1"] * 3
     for line in lines:
         assert not line["error"] and float(line["median"]) > 0 and line["rounds"] == "1"
         static = next(
@@ -32,9 +32,18 @@ def test_a_run_leaves_table_csv_and_picture(tmp_path, capsys):
         assert float(line["over_static"]) == pytest.approx(float(line["median"]) / static)
         assert line["machine"] and line["threads"] == "1" and line["dtype"] == "float32" and line["commit"]
     text = (tmp_path / "benchmark.md").read_text()
-    assert text.count("| small n=1 |") == 3 and lines[0]["machine"] in text.splitlines()[0]
+    assert text.count("| small n=1 |") == 2 and lines[0]["machine"] in text.splitlines()[0]
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert "chosen" in capsys.readouterr().out
+
+
+def test_memory_is_measured_in_processes_of_their_own(tmp_path):
+    options = ["--threads", "1", "--out", str(tmp_path), "--what", "memory", "--choices", "auto"]
+    benchmark.main(["small:1@2", *options])
+    with (tmp_path / "benchmark.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["choice"], line["error"]) for line in lines] == [("static", ""), ("auto", "")]
+    assert all(float(line["median"]) > 0 for line in lines)
 
 
 def test_a_frozen_model_and_folded_kernels_are_measured_where_they_take_part(tmp_path):
