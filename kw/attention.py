@@ -129,6 +129,11 @@ class Attention(Tempered):
         self._reset_beta()
 
     @property
+    def features(self) -> int:
+        """H."""
+        return self.fc1.out_features
+
+    @property
     def is_affine(self) -> bool:
         """Whether attentions are affine in the hidden features, up to one factor for each mixture."""
         return FUNCTIONS[self.attention_function] is contrast
@@ -170,8 +175,12 @@ class Attention(Tempered):
         constant = bias.view(1, self.mixtures, self.cells + 1)
         return torch.cat([weight.to(constant.dtype), constant])[..., : self.cells]
 
-    def attend(self, hidden: Tensor) -> Tensor:
-        """Attentions from hidden features: `(B, H)` to `(B, m, n)`."""
+    def forward(self, pooled: Tensor, folded: bool = False) -> Tensor:
+        """The attentions, `(B, C)` to `(B, m, n)`; or `folded`, the weights `(B, m, J)` of `fold`'s kernels."""
+        hidden = self.hidden(pooled)
+        return self._folded_weights(hidden) if folded else self._attentions(hidden)
+
+    def _attentions(self, hidden: Tensor) -> Tensor:
         values, divisor = FUNCTIONS[self.attention_function](self.scores_of(hidden))
         values = values[..., : self.cells]
         if self.beta is None or self.shared.is_zero:
@@ -180,27 +189,22 @@ class Attention(Tempered):
         tau = self.temperature.to(values)
         return torch.addcdiv(tau * self.beta, (1 - tau) * values, torch.as_tensor(divisor).to(values))
 
-    def folded(self, hidden: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """The same kernels, of cells folded by `maps` (kw/compute/mixing.py), where attentions are affine.
-
-        Returns:
-            weights `(B, m, J)` and basis `(J, m, o, i)`; above temperature 0 tau of the anchors is the last term.
-        """
-        weights, basis = self.folded_weights(hidden), mix(self.maps(), cells)
-        if self.beta is None or self.shared.is_zero:
-            return weights, basis
-        tau = self.temperature.to(weights)
-        weights = torch.cat([(1 - tau) * weights, tau.expand(*weights.shape[:2], 1)], dim=2)
-        return weights, torch.cat([basis, mix(self.beta[None].to(cells.dtype), cells).to(basis.dtype)])
-
-    def folded_weights(self, hidden: Tensor) -> Tensor:
-        """Of the folded cells at temperature 0: hidden features and 1, over the sum of absolute scores:
-        `(B, H)` to `(B, m, H + 1)`."""
+    def _folded_weights(self, hidden: Tensor) -> Tensor:
+        """Hidden features and 1, over the sum of absolute scores; above temperature 0, tau is the last."""
         features = F.pad(hidden, (0, 1), value=1.0)[:, None]  # (B, 1, H + 1)
-        return features / size(self.scores_of(hidden))
+        weights = features / size(self.scores_of(hidden))
+        if self.beta is None or self.shared.is_zero:
+            return weights
+        tau = self.temperature.to(weights)
+        return torch.cat([(1 - tau) * weights, tau.expand(*weights.shape[:2], 1)], dim=2)
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.attend(self.hidden(pooled))
+    def fold(self, cells: Tensor) -> Tensor:
+        """The cells `(n, o, i)` folded by `maps` into kernels `(J, m, o, i)`, of which a sample's are sums
+        (kw/compute/mixing.py). Above temperature 0, the anchors' cells are the last. Only where `is_affine`."""
+        basis = mix(self.maps(), cells)
+        if self.beta is None or self.shared.is_zero:
+            return basis
+        return torch.cat([basis, mix(self.beta[None].to(cells.dtype), cells).to(basis.dtype)])
 
     @property
     def tau(self) -> float:

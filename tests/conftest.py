@@ -8,8 +8,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before kw imports it: Triton's kernels then run on the CPU
 
-from kw import functional
 from settings import SETTINGS, force
+
+from kw import functional
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -20,10 +21,13 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[pytest.param(way, marks=pytest.mark.slow if "triton" in way else ()) for way in SETTINGS])
+# Each choice has its tests in test_functional.py and test_compute.py; elsewhere `make test` takes some of them.
+SOME = ("auto", "grouped", "blocks", "blocks folded")
+
+
+@pytest.fixture(params=[pytest.param(way, marks=() if way in SOME else pytest.mark.slow) for way in SETTINGS])
 def each_way(request):
-    """The test runs once for each way to compute a layer; the name of it. Triton's interpreter is slow: what `make test`
-    asks of it is in test_functional.py and test_compute.py."""
+    """The test runs once for each way to compute a layer; the name of it."""
     with force(request.param):
         yield request.param
 

@@ -30,14 +30,17 @@ def measured(tmp_path, monkeypatch):
     """There is no table but the one that this is called with."""
     monkeypatch.setattr(prices, "files", lambda package: tmp_path)
     (tmp_path / "prices").mkdir()
-    forget()
-    yield lambda table: (fit_prices.write(table, tmp_path / "prices" / "cpu.json"), forget())
-    forget()
 
+    def write(table=None):
+        if table is not None:
+            fit_prices.write(table, tmp_path / "prices" / "cpu.json")
+        monkeypatch.setattr(prices, "TABLES", prices.load())
+        kw.functional._remembered.cache_clear()
 
-def forget():
+    write()
+    yield write
+    monkeypatch.undo()
     kw.functional._remembered.cache_clear()
-    prices.table.cache_clear()
 
 
 def test_layers_are_recorded_by_kind_with_what_they_are_given():

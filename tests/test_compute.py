@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from settings import OTHERS, REMADE, SETTINGS, force
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +22,6 @@ from kw import KWConfig, functional
 from kw.compute import IMPLEMENTATIONS, Geometry, blocks, gathering, mixing, operator, samples
 from kw.compute.cost import Choice
 from kw.compute.strips import Strips
-from settings import OTHERS, REMADE, SETTINGS, force
 
 pytestmark = pytest.mark.usefixtures("default_setting")
 
@@ -134,7 +134,9 @@ def test_runs_of_a_strip_are_what_a_convolution_reads(number):
     for number, tap in enumerate(strips.taps):
         at = torch.unravel_index(torch.tensor(number), geometry.kernel_size)
         reads = padded[0, 0]
-        for dim, (first, d, step, size) in enumerate(zip(at, geometry.dilation, geometry.stride, strips.out, strict=True)):
+        for dim, (first, d, step, size) in enumerate(
+            zip(at, geometry.dilation, geometry.stride, strips.out, strict=True)
+        ):
             reads = reads.index_select(dim, first * d + step * torch.arange(size))
         assert torch.equal(strips.outputs(strips.reads(laid, tap))[0, 0], reads)
 

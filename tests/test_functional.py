@@ -1,4 +1,5 @@
-"""The choices of how to compute a layer: all give what the plain one gives, and one is in force only where it should be."""
+"""The choices of how to compute a layer: all give what the plain one gives, and one is in force only where it should
+be."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from settings import FOLDED, OTHERS, PLAIN, SETTINGS, force
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kw
 from kw import KWConfig, functional
 from kw.compute import IMPLEMENTATIONS
-from settings import FOLDED, OTHERS, PLAIN, SETTINGS, force
 
 # Layer, input behind the batch: large and small in channels, positions and kernel, to meet a way's every branch.
 LAYERS = {
@@ -74,7 +75,9 @@ def assert_same(actual, expected, tolerance):
 CASES = [
     (way, n, batch)
     for way in OTHERS
-    for n, batch in ([("1/2", 2)] if way == "triton" else [(4, 3)] if "triton" in way else product(("1/2", 1, 4), (2, 9)))
+    for n, batch in (
+        [("1/2", 2)] if way == "triton" else [(4, 3)] if "triton" in way else product(("1/2", 1, 4), (2, 9))
+    )
 ]
 
 

@@ -1,4 +1,5 @@
-"""What can be known of a GPU without one: that kernels compile for it and fit, and that models run on fake tensors there."""
+"""What can be known of a GPU without one: that kernels compile for it and fit, and that models run on fake tensors
+there."""
 
 import json
 import os
@@ -9,13 +10,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from settings import force
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kw
 from kw.compute import Geometry, cost, implicit, samples
 from kw.functional import Choice
-from settings import force
 
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a block of threads can have, by compute capability
 
@@ -100,7 +101,7 @@ def test_without_measured_prices_a_gpu_takes_triton_where_it_applies(on_a_gpu, g
 
 
 def test_without_triton_products_are_batched(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(implicit, "triton", None)
+    monkeypatch.setattr(implicit, "AVAILABLE", False)
     choice = kw.functional.choose(kw.functional.Setting(), on_a_gpu(8, 64, 14, 14), on_a_gpu(20, 32, 32), THREE)
     assert choice == Choice("cells", "batched")
 

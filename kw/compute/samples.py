@@ -1,8 +1,9 @@
-"""Implementation "triton", for GPUs: some samples at a time, their kernels are made, applied where they lie, and dropped.
+"""Implementation "triton", for GPUs: some samples at a time, their kernels are made, applied where they lie, and
+dropped.
 
-Kernels are made by one matrix product (mixing.py). They are applied by a kernel of Triton that unfolds and moves nothing
-(implicit.py); those of pointwise and linear layers, which lie as matrices, by batched products of the library. The
-backward pass makes them again, so that a batch's kernels never exist at once.
+Kernels are made by one matrix product (mixing.py). They are applied by a kernel of Triton that unfolds and moves
+nothing (implicit.py); those of pointwise and linear layers, which lie as matrices, by batched products of the library.
+The backward pass makes them again, so that a batch's kernels never exist at once.
 
 Shapes: `B` batch, `P` taps, `R` by `C` cells of a kernel at a tap, `o` by `i` channels of a cell, `S` positions.
 """
@@ -42,7 +43,8 @@ def backward(
     needed: tuple[bool, bool, bool],
     total: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to `total` if there is one."""
+    """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to `total` if there is
+    one."""
     low_weights, low_basis = weights.to(x.dtype), basis.to(x.dtype)
     grad_x = empty_like(x) if needed[0] else None
     of_weights: list[Tensor] = []
@@ -120,7 +122,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 def applies(x: Tensor, geometry: Geometry) -> bool:
     """Whether this implementation can compute the layer, here and now."""
     return (
-        implicit.triton is not None
+        implicit.AVAILABLE
         and x.dtype in implicit.DTYPES
         and geometry.groups == 1
         and not geometry.spans_positions
