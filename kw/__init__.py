@@ -15,6 +15,8 @@ from kw.released import load_released, to_released
 from kw.scope import default_scope
 from kw.warehouse import KernelShape, Warehouse
 
+__version__ = "0.1.0"
+
 __all__ = [
     "KWConfig",
     "KWConv1d",
