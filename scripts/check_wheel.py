@@ -1,7 +1,7 @@
 """The library alone, as its wheel installs it: in empty environments, without the clone on the path.
 
     python -m scripts.check_wheel                                            # the oldest torch and timm, and the newest
-    python -m scripts.check_wheel python3.12 torch==2.8.0 timm==1.0.20       # one environment of your choice
+    python -m scripts.check_wheel python3.12 torch==2.8.0 timm==1.0.31       # one environment of your choice
     python -m scripts.check_wheel --only test_config                         # fewer of the tests
 
 Each environment gets the wheel and pytest, makes a step with two models, and runs the tests that need nothing else. The
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -85,14 +86,17 @@ def check(wheel: Path, python: str, requirements: list[str], only: str | None) -
         folder = Path(name)
         subprocess.run([python, "-m", "venv", str(folder / "env")], check=True)
         inside = str(folder / "env/bin/python")
-        install = [inside, "-m", "pip", "install", "--quiet", "--no-cache-dir", "--disable-pip-version-check"]
-        if subprocess.run([*install, str(wheel), "pytest", *requirements], cwd=folder).returncode:
-            return False
+        # In a folder without the clone, `kw` can be nothing but what was installed. pytest adds tests/ to the path.
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         files = [str(path) for path in library_tests() if only is None or path.stem == only]
-        # An isolated Python, not in the clone: `kw` can be nothing but what was installed. pytest adds tests/ alone.
-        pytest = [inside, "-I", "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", *files]
+        commands = (
+            ["pip", "install", "--quiet", "--no-cache-dir", str(wheel), "pytest", "pytest-xdist", *requirements],
+            ["pytest", "-n", "2", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", *files],
+        )
+        install, test = ([inside, "-m", *command] for command in commands)
         return all(
-            subprocess.run(command, cwd=folder).returncode == 0 for command in ([inside, "-I", "-c", LINES], pytest)
+            subprocess.run(command, cwd=folder, env={**environment, "OMP_WAIT_POLICY": "PASSIVE"}).returncode == 0
+            for command in (install, [inside, "-c", LINES], test)
         )
 
 
