@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo demo-detection test test-all lint bench setup setup-detection lock check-wheel clean
 
-# The lock is a constraint: of what it lists, that is installed which these extras need, in that version.
+# The lock is a constraint here: pip installs what the extras need, in the versions of the lock.
 setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml

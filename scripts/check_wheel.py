@@ -5,8 +5,8 @@
     python -m scripts.check_wheel --only test_config                         # fewer of the tests
 
 Each environment gets the wheel and pytest, makes a step with two models, and runs the tests that need nothing else. The
-oldest versions are the lower bounds in pyproject.toml, which are there because they passed. It takes about ten minutes
-and 6 GB of disk for each; an environment is removed when it has been checked.
+oldest versions are the lower bounds in pyproject.toml, which are there because they passed. Each takes a quarter of an
+hour on two cores and 6 GB of disk; an environment is removed when it has been checked.
 """
 
 from __future__ import annotations
