@@ -1,25 +1,39 @@
 # make demo: from a fresh clone to a table in minutes; make demo-detection: to detections.   make test: the suite.
-# make lint: ruff and mypy.   make bench: what speed there is.   make cifar10: methods compared.
+# make setup: what all but detection needs; make setup-detection: all.   make lock: the versions anew.
+# make lint: ruff and mypy.   make check-wheel: the library alone, oldest and newest torch.
+# make bench: what speed there is.   make cifar10: methods compared.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+DETECTION := $(VENV)/ready-detection
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # Threads that wait must not burn the core that another one needs: on a busy machine that costs several times over.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-detection test test-all lint bench setup clean
+.PHONY: demo demo-detection test test-all lint bench setup setup-detection lock check-wheel clean
 
+# The lock is a constraint here: pip installs what the extras need, in the versions of the lock.
 setup: $(READY)
 
-# torch and torchvision first and together: pip then takes the pair that fits.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c requirements.lock -e ".[train,report,slurm,wandb,dev]"
+	touch $@
+
+# MMDetection's stack as well.
 # The cv2 of opencv-python, which mmcv asks for by name, needs libGL. Its headless twin has the same files, and the one
 # that is installed last has laid its own.
-$(READY): requirements.txt requirements-dev.txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall "$$(grep ^opencv-python-headless requirements.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+setup-detection: $(DETECTION)
+
+$(DETECTION): $(READY)
+	$(PIP) -c requirements.lock -e ".[detection]"
+	$(PIP) --no-deps --force-reinstall "$$(grep ^opencv-python-headless requirements.lock)"
 	touch $@
+
+# Versions stay as they are where pyproject.toml allows; UPGRADE="-P torch" takes the newest torch, UPGRADE=-U of all.
+lock: $(READY)
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 -o requirements.lock $(UPGRADE)
 
 demo: $(READY)
 	$(BIN)/python -m train -m n=static,1/4,1,4
@@ -38,7 +52,7 @@ $(TABLES): table-%: $(READY)
 	$(if $(DATA),,$(error DATA=PATH is needed: the folder with train/<class>/* and val/<class>/*))
 	$(BIN)/python -m train -m 'experiment=glob($**)' data.root=$(DATA) $(SET)
 
-table-coco: $(READY)
+table-coco: $(DETECTION)
 	$(if $(DATA),,$(error DATA=PATH is needed: the folder with annotations/, train2017/ and val2017/))
 	$(BIN)/python -m detection -m config=$(subst $(NAMED),$(COMMA),$(COCO:%=mask_rcnn_%_1x_coco)) data.root=$(DATA) $(SET)
 
@@ -62,16 +76,16 @@ report: $(READY)
 	$(BIN)/python -m scripts.report runs --all
 
 # A classifier of digits first, whose checkpoint the detector's backbone begins from.
-demo-detection: $(READY)
+demo-detection: $(DETECTION)
 	$(BIN)/python -m scripts.make_digits_coco data/digits
 	$(BIN)/python -m train n=1
 	$(BIN)/python -m detection config=mask_rcnn_kw1x_digits name=digits init=runs/digits/resnet_digits_kw1x/seed0/checkpoints/last.pt
 	$(BIN)/python -m scripts.draw_detections runs/detection/digits/seed0 report/detections.jpg
 
-test: $(READY)
+test: $(DETECTION)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: $(READY)
+test-all: $(DETECTION)
 	$(BIN)/python -m pytest -n 2
 
 lint: $(READY)
@@ -79,10 +93,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The library alone, as a wheel in empty environments: the oldest Python, torch and timm that pyproject.toml allows, and
+# the newest. A quarter of an hour each, and 6 GB of disk. Not part of CI.
+check-wheel: $(READY)
+	$(BIN)/python -m scripts.check_wheel
+
 # What dynamic kernels cost over static ones (table and picture in report/benchmark; about half an hour at most);
 # what the trainer costs over a bare loop, and a KW backbone in a detector; with DATA=folder of train/<class>/*, how fast
 # images load beside timm and torchvision.
-bench: $(READY)
+bench: $(DETECTION)
 	$(BIN)/python -m scripts.benchmark
 	$(BIN)/python -m scripts.benchmark_trainer
 	$(BIN)/python -m scripts.benchmark_trainer n=1
@@ -90,4 +109,4 @@ bench: $(READY)
 	$(if $(DATA),$(BIN)/python -m scripts.benchmark_data $(DATA))
 
 clean:
-	rm -rf $(VENV) runs report data *.egg-info
+	rm -rf $(VENV) runs report data build *.egg-info

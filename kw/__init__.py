@@ -16,6 +16,8 @@ from kw.scope import default_scope
 from kw.temperature import temperatures
 from kw.warehouse import KernelShape, Warehouse
 
+__version__ = "0.1.0"
+
 __all__ = [
     "KWConfig",
     "KWConv1d",

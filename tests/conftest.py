@@ -1,5 +1,6 @@
 """What every test has: a fixed seed, and one thread where pytest-xdist runs several processes."""
 
+import importlib.util
 import os
 
 import pytest
@@ -19,6 +20,14 @@ from kw import functional
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# `make setup` installs no detection; `make test` does, and there all tests run.
+NO_DETECTION = importlib.util.find_spec("mmdet") is None
+collect_ignore_glob = ["test_detection*.py"] if NO_DETECTION else []
+
+
+def pytest_report_header():
+    return "without tests of detection: MMDetection is not installed (make setup-detection)" if NO_DETECTION else []
 
 
 @pytest.fixture(autouse=True)
