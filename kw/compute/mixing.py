@@ -34,6 +34,8 @@ def mix(weights: Tensor, basis: Tensor) -> Tensor:
     o, i = basis.shape[-2:]
     if is_shared(basis):
         return (weights.reshape(-1, terms) @ basis.reshape(terms, o * i)).view(batch, m, o, i)
+    if terms == 1:  # a product would be slower than scaling
+        return weights[..., None] * basis[0]
     mixtures = torch.bmm(weights.transpose(0, 1), basis.flatten(2).transpose(0, 1))
     return mixtures.transpose(0, 1).reshape(batch, m, o, i)
 

@@ -57,7 +57,7 @@ def backward(
         _grad_kernels(grad[part], x[part], geometry, kernels)  # in the memory of the kernels
         mixtures = kernels.flatten(1, 3)  # (b, m, o, i)
         if needed[1]:
-            of_weights.append(grad_weights(mixtures, low_basis).to(weights.dtype))
+            of_weights.append(torch.empty_like(weights[part]).copy_(grad_weights(mixtures, low_basis)))
         if needed[2]:
             of_part = grad_basis(mixtures, low_weights[part], basis.shape)
             # Parts are added up in float32: half precision would lose what many samples add.
