@@ -5,17 +5,18 @@
     python -m scripts.gpu --only prices benchmark
     python -m scripts.gpu --dry                             all of it on the CPU, tiny: does it run at all?
 
-Each part is a process with a time limit. It writes to `<part>.log` and to files of its own. After each part summary.md and
-summary.json say what there is so far. A part that fails or exceeds its limit does not stop the next one; the exit status
-is then 1.
+Each part is a process with a time limit. It prints to `<part>.log` and writes files of its own. After each part,
+summary.md and summary.json say what there is so far. A part that fails or exceeds its limit does not stop the next one;
+the exit status is then 1.
 
-Exactness, blocks and the tests of the library need torch, triton, numpy, timm and pytest; the others need more. Wheels in
-the folder .wheels (`make gpu-wheels`) are installed into a folder of their own, which only the parts see.
+The first parts need torch, triton, numpy, scipy, timm, rich, matplotlib and pytest; the trainer's and the detector's need
+more. Wheels in the folder .wheels (`make gpu-wheels`) are installed into a folder that only the parts see.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -89,7 +90,17 @@ def install_wheels(target: Path) -> Path | None:
     wheels = sorted(str(path) for path in WHEELS.glob("*.whl"))
     if not wheels:
         return None
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--no-cache-dir",
+    ]
     done = subprocess.run([*pip, "--target", str(target), *wheels], capture_output=True, text=True)
     if done.returncode:  # the parts that need no wheel still run
         print(f"The wheels in {WHEELS.name} were not installed:\n{done.stderr.strip()}", flush=True)
@@ -162,14 +173,10 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """Ask the part to stop, as Ctrl-C does, so that it can save or report; then kill it and whatever it has started."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -25,8 +25,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """`command` makes the command line for a time limit in seconds. `seconds` is the most that the part may take, or None:
-    all that is left. `writes`: folders and files outside its own folder in the report that it may write."""
+    """`command` makes the command line for a time limit in seconds. `seconds` is the most that the part may take, or
+    None: all that is left. `writes` are folders that it may write to, beside its own in the report."""
 
     name: str
     command: Callable[[float], list[str]]
@@ -41,7 +41,7 @@ def python(module: str, *arguments: str) -> list[str]:
 
 def parts_of(run: Run) -> list[Part]:
     """All parts, in their order; limits in proportion to the run's minutes."""
-    scale = 60 * run.minutes / (60 * BUDGET)
+    scale = run.minutes / BUDGET
     commands: list[tuple[str, Callable[[float], list[str]], float | None]] = [
         ("exactness", lambda limit: tests("implementations", run), 120),
         ("prices", lambda limit: prices(limit, run), 75),
@@ -111,10 +111,19 @@ def training(limit: float, run: Run) -> list[str]:
     if run.data is None:
         short = ["recipe.epochs=1" if run.dry else "recipe.epochs=12"]
     else:
-        short = ["experiment=cifar10/full", f"data.root={run.data.absolute()}", f"recipe.epochs={max(1, int(limit / 40))}"]
+        short = [
+            "experiment=cifar10/full",
+            f"data.root={run.data.absolute()}",
+            f"recipe.epochs={max(1, int(limit / 40))}",
+        ]
     if run.dry:
         short += ["data.image_size=16", "data.train_images=64", "runtime.device=cpu"]
     else:
-        short += ["runtime.device=cuda", "runtime.precision=bfloat16", "runtime.channels_last=true", "runtime.workers=12"]
+        short += [
+            "runtime.device=cuda",
+            "runtime.precision=bfloat16",
+            "runtime.channels_last=true",
+            "runtime.workers=12",
+        ]
     folder = run.out / "training"
     return python("train", "-m", "n=static,4", *short, "resume=never", f"hydra.sweep.dir={folder}")

@@ -30,7 +30,15 @@ BACKBONES = {
 def overrides(name, device, dry):
     n, tiny = BACKBONES[name]
     size = "data.image_size=32" if dry else "data.image_size=64"
-    return [f"backbone={name}", "data=digits", f"n={n}", *SHORT, size, *(tiny if dry else []), f"runtime.device={device}"]
+    return [
+        f"backbone={name}",
+        "data=digits",
+        f"n={n}",
+        *SHORT,
+        size,
+        *(tiny if dry else []),
+        f"runtime.device={device}",
+    ]
 
 
 def trainer_of(folder, device, settings):
@@ -81,7 +89,14 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(precision, d
     """With torch's deterministic algorithms, and for a model without those few layers that have none."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        settings = ["n=1", "data=digits", *SHORT, "recipe.epochs=2", "recipe.batch_size=8", "runtime.checkpoint_steps=1"]
+        settings = [
+            "n=1",
+            "data=digits",
+            *SHORT,
+            "recipe.epochs=2",
+            "recipe.batch_size=8",
+            "runtime.checkpoint_steps=1",
+        ]
         settings += [f"runtime.precision={precision}", f"runtime.device={device}", "data.image_size=16"]
         whole = trainer_of(tmp_path / "whole", device, settings)
         whole.fit()
