@@ -9,8 +9,8 @@ Each part is a process with a time limit. It prints to `<part>.log` and writes f
 summary.md and summary.json say what there is so far. A part that fails or exceeds its limit does not stop the next one;
 the exit status is then 1.
 
-The first parts need torch, triton, numpy, scipy, timm, rich, matplotlib and pytest; the trainer's and the detector's need
-more. Wheels in the folder .wheels (`make gpu-wheels`) are installed into a folder that only the parts see.
+The first parts need torch, triton, numpy, scipy, timm, rich, matplotlib and pytest; the trainer's and the detector's
+need more. Wheels in the folder .wheels (`make gpu-wheels`) are installed into a folder that only the parts see.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def install_wheels(target: Path) -> Path | None:
 
 
 def environment_of(run: Run, wheels: Path | None) -> dict[str, str]:
-    """Of the parts. The wheels come last in the search path's additions, so that the checkout's packages win."""
+    """Of the parts: where they find this checkout and the wheels, and no GPU in a dry run."""
     paths = [str(ROOT), *([str(wheels)] if wheels else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     if run.dry:  # also on a machine that has a GPU
@@ -152,7 +153,7 @@ def run_part(part: Part, run: Run, environment: dict[str, str], left: float) -> 
     before = _files(run.out, part)
     with log.open("w") as file:
         command = part.command(limit)
-        file.write(f"$ {' '.join(command)}\n")
+        file.write(f"$ {shlex.join(command)}\n")
         file.flush()
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment | part.environment, stdout=file, stderr=subprocess.STDOUT,

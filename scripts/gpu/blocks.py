@@ -4,8 +4,8 @@
     python -m scripts.gpu.blocks --dry --out /tmp/blocks.csv            two small layers in Triton's interpreter
 
 For the layers of ResNet18 and ResNet50 that Triton's kernels compute, at batch 128: forward, gradient of the input and
-gradient of the kernels. From the chosen block, one thing is changed at a time (rows, columns, depth, warps, stages), and
-a few pairs of them. "static" is torch's convolution of the same size, which has one kernel for all samples.
+gradient of the kernels. From the chosen block, one thing is changed at a time (rows, columns, depth, warps, stages),
+and a few pairs of them. "static" is torch's convolution of the same size, which has one kernel for all samples.
 
 Most of the time goes into compiling. So several processes compile first, side by side, the chosen blocks and the
 costliest layers before others. What they have not compiled within their share of the seconds is not timed.

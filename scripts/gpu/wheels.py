@@ -2,8 +2,9 @@
 
     python -m scripts.gpu.wheels .wheels
 
-They are what the trainer and MMDetection need beside PyTorch's usual company, in the versions that are installed here, for
-Python 3.12 on Linux (x86-64). Wheels of pure Python are made here, also of what its authors publish as source only.
+They are what the trainer and MMDetection need beside PyTorch and what usually comes with it. Versions are those that are
+installed here; the wheels are for Python 3.12 on Linux (x86-64). Packages of pure Python become wheels here, also those
+that are published as source only.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def main() -> None:
     wheels = sorted(folder.glob("*.whl"))
     impure = [wheel.name for wheel in wheels if not wheel.name.endswith("none-any.whl")]
     if len(impure) != len(COMPILED):
-        sys.exit(f"Of {', '.join(impure)} only {', '.join(COMPILED)} should be compiled: the others may not load there.")
+        sys.exit(
+            f"Of {', '.join(impure)} only {', '.join(COMPILED)} should be compiled: the others may not load there."
+        )
     print(f"{len(wheels)} wheels in {folder}, {sum(wheel.stat().st_size for wheel in wheels) / 2**20:.1f} MiB.")
 
 
@@ -45,7 +48,9 @@ def pinned(names: tuple[str, ...]) -> list[str]:
     try:
         return [f"{name}=={version(name)}" for name in names]
     except PackageNotFoundError as error:
-        sys.exit(f"{error.name} is not installed here, so that its version is not known: install it (make setup) first.")
+        sys.exit(
+            f"{error.name} is not installed here, so that its version is not known: install it (make setup) first."
+        )
 
 
 def pip(command: str, *arguments: str | Path) -> None:
