@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,7 @@ def run_part(part: Part, run: Run, environment: dict[str, str], left: float) -> 
         return Result(part.name, "left out")
     print(f"\n== {part.name}: at most {limit:.0f} s", flush=True)
     began, log = time.monotonic(), run.out / f"{part.name}.log"
+    shutil.rmtree(run.out / part.name, ignore_errors=True)  # of an earlier run; a training would go on from it
     before = _files(run.out, part)
     with log.open("w") as file:
         command = part.command(limit)

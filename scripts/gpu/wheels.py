@@ -2,9 +2,9 @@
 
     python -m scripts.gpu.wheels .wheels
 
-They are what the trainer and MMDetection need beside PyTorch and what usually comes with it. Versions are those that are
-installed here; the wheels are for Python 3.12 on Linux (x86-64). Packages of pure Python become wheels here, also those
-that are published as source only.
+They are what the trainer and MMDetection need beside PyTorch and what usually comes with it, in the versions that are
+installed here, for Python 3.12 on Linux (x86-64). Packages of pure Python become wheels here, also those that are
+published as source only.
 """
 
 from __future__ import annotations
