@@ -10,7 +10,7 @@ from pathlib import Path
 BUDGET = 8.0  # minutes for which the limits below are meant
 
 # In a dry run: sizes and cases for a CPU.
-DRY_MEASURE = ["resnet18:1@2", "--size", "32", "--repeats", "1", "--threads", "1"]
+DRY_MEASURE = ["small:1@2", "--repeats", "1", "--threads", "1", "--seconds", "1"]
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,21 @@ def parts_of(run: Run) -> list[Part]:
 def tests(name: str, run: Run) -> list[str]:
     """Processes compile Triton's kernels side by side; a single one is enough for tiny tests."""
     processes = [] if run.dry else ["-n", "8" if name == "implementations" else "4"]
-    options = ["-m", "gpu", "-rfEs", "--tb=short", "--durations=8", "-p", "no:cacheprovider"]
+    options = ["-m", "gpu", "-rfEs", "--tb=short", "--show-capture=stdout", "--durations=8", "-p", "no:cacheprovider"]
     return python("pytest", f"tests/gpu/test_gpu_{name}.py", *options, *processes)
 
 
 def prices(limit: float, run: Run) -> list[str]:
     """The table goes where kw reads it, ready to commit; in a dry run to the report, for the CPU's must stay."""
     if run.dry:
-        return python("scripts.fit_prices", *DRY_MEASURE, "--seconds", "1", "--out", str(run.out / "prices/cpu.json"))
+        return python("scripts.fit_prices", *DRY_MEASURE, "--out", str(run.out / "prices/cpu.json"))
     return python("scripts.fit_prices", *on_gpu(), "--seconds", f"{0.75 * limit:.0f}")
 
 
 def benchmark(limit: float, run: Run) -> list[str]:
     out = ["--in-process", "--out", str(run.out / "benchmark")]
     if run.dry:  # memory on a CPU takes a process for each measurement
-        return python("scripts.benchmark", *DRY_MEASURE, "--seconds", "1", "--what", "train", "eval", "one", *out)
+        return python("scripts.benchmark", *DRY_MEASURE, "--what", "train", "eval", "one", *out)
     # 8 cases, 3 timed things each; half of the time goes to models, warming up and memory.
     return python("scripts.benchmark", *on_gpu(), "--seconds", f"{limit / 2 / 24:.1f}", *out)
 
@@ -92,7 +92,7 @@ def graphs(limit: float, run: Run) -> list[str]:
     """Evaluation as a CUDA graph, where launches cost nothing; and of frozen models."""
     out = ["--in-process", "--out", str(run.out / "graphs"), "--what", "eval", "one", "--choices", "auto", "frozen"]
     if run.dry:
-        return python("scripts.benchmark", *DRY_MEASURE, "--seconds", "1", *out)
+        return python("scripts.benchmark", *DRY_MEASURE, *out)
     cases = ["resnet18:1", "resnet18:4", "resnet50:4", "mobilenetv2_100:4"]
     return python("scripts.benchmark", *cases, *on_gpu(), "--cuda-graph", "--seconds", f"{limit / 2 / 8:.1f}", *out)
 

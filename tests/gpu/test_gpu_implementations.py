@@ -158,12 +158,13 @@ BACKBONES = {  # budget, and what makes it tiny in a dry run
 
 
 def backbone(name, device, dry):
+    """It has enough positions in its last stage that BatchNorm does not multiply rounding."""
     n, tiny = BACKBONES[name]
-    size = 32 if dry else 96
+    size = 64 if dry else 128
     more = {"img_size": size} if "deit" in name else {}
     model = timm.create_model(f"kw_{name}", n=n, num_classes=10, **more, **(tiny if dry else {})).to(device)
     kw.set_temperature(model, 0.5)
-    return model, torch.randn(2 if dry else 8, 3, size, size, device=device)
+    return model, torch.randn(4 if dry else 16, 3, size, size, device=device)
 
 
 def gradients(model, x, setting):
@@ -177,7 +178,7 @@ def gradients(model, x, setting):
 
 
 def settings_for(dry):
-    return ("auto", "triton folded") if dry else ("auto", *OTHERS)
+    return ("triton folded",) if dry else ("auto", *OTHERS)
 
 
 def off(found, exact):
@@ -246,7 +247,7 @@ def small(device, tf32):
 def grads_of(model, x, setting, call=None):
     model.zero_grad()
     with force(setting):
-        out = (call or model)(x)
+        out = (model if call is None else call)(x)
     out.square().sum().backward()
     return [out.detach().clone(), *(parameter.grad.clone() for parameter in model.parameters())]
 
