@@ -53,6 +53,7 @@ class Result:
 def main(arguments: list[str] | None = None) -> int:
     run, only = parse(arguments)
     run.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part at work is stopped, too
     deadline = time.monotonic() + 60 * run.minutes
     with tempfile.TemporaryDirectory() as folder:
         environment = environment_of(run, install_wheels(Path(folder)))
