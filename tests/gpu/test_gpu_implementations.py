@@ -176,10 +176,6 @@ def gradients(model, x, setting):
     return {"output": out.detach(), **dict(zip(names, found, strict=True))}
 
 
-def settings_for(dry):
-    return ("triton folded",) if dry else ("auto", *OTHERS)
-
-
 def off(found, exact):
     """The error of all gradients as one vector, and of the output."""
     names = [name for name in exact if name != "output"]
@@ -193,9 +189,10 @@ def test_a_backbone_is_the_same_whatever_computes_it(name, device, dry, tf32):
         pytest.skip("one is enough on a CPU")
     tf32(False)
     model, x = backbone(name, device, dry)
-    model, x = model.double(), x.double()
+    model, x = model.double(), x[:2, :, :32, :32].double() if dry else x.double()
     exact = gradients(model, x, "grouped")
-    errors = {setting: off(gradients(model, x, setting), exact) for setting in settings_for(dry)}
+    settings = ("triton folded",) if dry else ("auto", *OTHERS)
+    errors = {setting: off(gradients(model, x, setting), exact) for setting in settings}
     assert all(value <= 1e-8 for value in errors.values()), errors
 
 
@@ -211,20 +208,21 @@ def test_under_autocast_a_backbone_is_about_as_exact_as_the_plain_implementation
         model, x = (value.to(memory_format=torch.channels_last) for value in (model, x))
     with torch.autocast(device.type, dtype):
         plain = off(gradients(model, x, "grouped"), exact)
-        errors = {setting: off(gradients(model, x, setting), exact) for setting in settings_for(dry)}
+        settings = ("blocks folded",) if dry else ("auto", *OTHERS)
+        errors = {setting: off(gradients(model, x, setting), exact) for setting in settings}
     assert all(value <= 1.5 * plain + 1e-3 for value in errors.values()), (plain, errors)
 
 
 class Small(nn.Module):
     """Layers of every kind that share warehouses, as a backbone has them."""
 
-    def __init__(self):
+    def __init__(self, width):
         super().__init__()
-        self.stem = nn.Conv2d(8, 32, 3, padding=1)
-        self.layers = nn.ModuleList([nn.Conv2d(32, 32, 3, padding=1) for _ in range(2)])
-        self.down = nn.Conv2d(32, 64, 3, stride=2, padding=1)
-        self.point = nn.Conv2d(64, 64, 1)
-        self.head = nn.Linear(64, 32)
+        self.stem = nn.Conv2d(8, width, 3, padding=1)
+        self.layers = nn.ModuleList([nn.Conv2d(width, width, 3, padding=1) for _ in range(2)])
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.point = nn.Conv2d(2 * width, 2 * width, 1)
+        self.head = nn.Linear(2 * width, width)
 
     def forward(self, x):
         x = self.stem(x).relu()
@@ -234,13 +232,13 @@ class Small(nn.Module):
 
 
 @pytest.fixture
-def small(device, tf32):
+def small(device, dry, tf32):
     tf32(False)
-    model = Small()
+    model = Small(4 if dry else 32)
     scope = {"layers.0": "a", "layers.1": "a", "down": "b", "point": "c", "head": "d"}
     kw.convert(model, scope, KWConfig(n=2, cell_in="1/2", cell_out="1/2"))
     kw.set_temperature(model, 0.3)
-    return model.to(device), torch.randn(6, 8, 9, 10, device=device)
+    return model.to(device), torch.randn(2 if dry else 6, 8, *((4, 5) if dry else (9, 10)), device=device)
 
 
 def grads_of(model, x, setting, call=None):
@@ -332,8 +330,10 @@ def test_settings_differ_by_rounding_alone_under_activation_checkpointing_and_au
             return checkpoint(model, x, use_reentrant=False).float()
 
     plain = grads_of(model, x, "grouped", call)
-    for setting in ("auto", "triton", "triton folded"):
-        assert_near(grads_of(model, x, setting, call), plain, 0.1)
+    plain = torch.cat([value.flatten() for value in plain]).double()
+    for setting in ("auto", "triton", "triton folded"):  # of all gradients: rounding may turn the sign before a ReLU
+        found = torch.cat([value.flatten() for value in grads_of(model, x, setting, call)])
+        assert error(found, plain) <= 0.1, setting
 
 
 @pytest.mark.parametrize("setting", ["auto", "triton", "triton folded"])
