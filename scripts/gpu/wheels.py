@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PURE = ("hydra-core", "omegaconf", "antlr4-python3-runtime", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection",
-        "addict", "yapf", "platformdirs", "termcolor", "terminaltables")  # fmt: skip
+        "addict", "imaug", "yapf", "platformdirs", "termcolor", "terminaltables")  # fmt: skip
 COMPILED = ("pycocotools", "shapely")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
