@@ -99,7 +99,7 @@ def test_a_part_gets_no_more_than_is_left_and_knows_its_limit(monkeypatch, tmp_p
 def test_the_parts_are_in_order_and_the_last_takes_what_is_left(dry):
     parts = parts_of(Run(Path("out"), 4.0, dry))
     assert [part.name for part in parts] == PARTS
-    assert [part.seconds for part in parts][-1] is None and parts[0].seconds == 60  # half of 8 minutes' 120
+    assert [part.seconds for part in parts][-1] is None and parts[0].seconds == 75  # half of what it has of 8 minutes
 
 
 def test_a_dry_run_leaves_the_prices_of_this_machine(tmp_path):

@@ -43,13 +43,13 @@ def parts_of(run: Run) -> list[Part]:
     """All parts, in their order; limits in proportion to the run's minutes."""
     scale = run.minutes / BUDGET
     commands: list[tuple[str, Callable[[float], list[str]], float | None]] = [
-        ("exactness", lambda limit: tests("implementations", run), 120),
+        ("exactness", lambda limit: tests("implementations", run), 150),
         ("prices", lambda limit: prices(limit, run), 75),
         ("benchmark", lambda limit: benchmark(limit, run), 110),
-        ("blocks", lambda limit: blocks(limit, run), 60),
+        ("blocks", lambda limit: blocks(limit, run), 50),
         ("trainer", lambda limit: tests("trainer", run), 60),
-        ("detection", lambda limit: tests("detection", run), 45),
-        ("graphs", lambda limit: graphs(limit, run), 40),
+        ("detection", lambda limit: tests("detection", run), 40),
+        ("graphs", lambda limit: graphs(limit, run), 30),
         ("training", lambda limit: training(limit, run), None),
     ]
     tables = (Path(__file__).parents[2] / "kw/compute/prices",)
@@ -68,7 +68,7 @@ def parts_of(run: Run) -> list[Part]:
 
 def tests(name: str, run: Run) -> list[str]:
     """Processes compile Triton's kernels side by side; a single one is enough for tiny tests."""
-    processes = [] if run.dry else ["-n", "8" if name == "implementations" else "4"]
+    processes = [] if run.dry else ["-n", "12" if name == "implementations" else "4"]
     options = ["-m", "gpu", "-rfEs", "--tb=short", "--show-capture=stdout", "--durations=8", "-p", "no:cacheprovider"]
     return python("pytest", f"tests/gpu/test_gpu_{name}.py", *options, *processes)
 

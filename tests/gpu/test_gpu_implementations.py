@@ -145,72 +145,7 @@ def test_a_batch_of_more_numbers_than_32_bits_count(make, order, device):
         torch.testing.assert_close(value, other, rtol=1e-2, atol=1e-2 * other.abs().max().item())
 
 
-# Whole models
-
-BACKBONES = {  # budget, and what makes it tiny in a dry run
-    "resnet18": ("1/4", {"channels": [8, 8, 8, 16], "stem_width": 8, "layers": [1, 1, 1, 1]}),
-    "resnet50": (1, {"channels": [8, 8, 8, 16], "stem_width": 8, "layers": [1, 1, 1, 1]}),
-    "convnext_tiny": (1, {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 32)}),
-    "mobilenetv2_100": (4, {}),
-    "deit_tiny_patch16_224": (4, {"depth": 1}),
-}
-
-
-def backbone(name, device, dry):
-    """It has enough positions in its last stage that BatchNorm does not multiply rounding."""
-    n, tiny = BACKBONES[name]
-    size = 64 if dry else 128
-    more = {"img_size": size} if "deit" in name else {}
-    model = timm.create_model(f"kw_{name}", n=n, num_classes=10, **more, **(tiny if dry else {})).to(device)
-    kw.set_temperature(model, 0.5)
-    return model, torch.randn(4 if dry else 16, 3, size, size, device=device)
-
-
-def gradients(model, x, setting):
-    """Logits, and every gradient, computed by a setting."""
-    with force(setting):
-        out = model(x)
-        loss = F.cross_entropy(out.double(), torch.arange(len(x), device=x.device) % 10)
-        found = torch.autograd.grad(loss, list(model.parameters()))
-    names = [name for name, _ in model.named_parameters()]
-    return {"output": out.detach(), **dict(zip(names, found, strict=True))}
-
-
-def off(found, exact):
-    """The error of all gradients as one vector, and of the output."""
-    names = [name for name in exact if name != "output"]
-    vectors = [torch.cat([values[name].double().flatten() for name in names]) for values in (found, exact)]
-    return max(error(*vectors), error(found["output"], exact["output"]))
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_a_backbone_is_the_same_whatever_computes_it(name, device, dry, tf32):
-    if dry and name != "resnet18":
-        pytest.skip("one is enough on a CPU")
-    tf32(False)
-    model, x = backbone(name, device, dry)
-    model, x = model.double(), x[:2, :, :32, :32].double() if dry else x.double()
-    exact = gradients(model, x, "grouped")
-    settings = ("triton folded",) if dry else ("auto", *OTHERS)
-    errors = {setting: off(gradients(model, x, setting), exact) for setting in settings}
-    assert all(value <= 1e-8 for value in errors.values()), errors
-
-
-@pytest.mark.parametrize("channels", ["first", "last"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("name", BACKBONES)
-def test_under_autocast_a_backbone_is_about_as_exact_as_the_plain_implementation(name, dtype, channels, device, dry):
-    if dry and (name, dtype, channels) != ("resnet18", torch.bfloat16, "last"):
-        pytest.skip("one is enough on a CPU")
-    model, x = backbone(name, device, dry)
-    exact = gradients(copy.deepcopy(model).double(), x.double(), "grouped")
-    if channels == "last":
-        model, x = (value.to(memory_format=torch.channels_last) for value in (model, x))
-    with torch.autocast(device.type, dtype):
-        plain = off(gradients(model, x, "grouped"), exact)
-        settings = ("blocks folded",) if dry else ("auto", *OTHERS)
-        errors = {setting: off(gradients(model, x, setting), exact) for setting in settings}
-    assert all(value <= 1.5 * plain + 1e-3 for value in errors.values()), (plain, errors)
+# A small model
 
 
 class Small(nn.Module):
@@ -362,3 +297,70 @@ def test_a_side_stream_sees_what_it_should(small, dry):
         found = grads_of(model, x, "triton")
     stream.synchronize()
     assert_near(found, expected, 1e-6)
+
+
+# Whole models, which take longest
+
+BACKBONES = {  # budget, and what makes it tiny in a dry run
+    "resnet18": ("1/4", {"channels": [8, 8, 8, 16], "stem_width": 8, "layers": [1, 1, 1, 1]}),
+    "resnet50": (1, {"channels": [8, 8, 8, 16], "stem_width": 8, "layers": [1, 1, 1, 1]}),
+    "convnext_tiny": (1, {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 32)}),
+    "mobilenetv2_100": (4, {}),
+    "deit_tiny_patch16_224": (4, {"depth": 1}),
+}
+
+
+def backbone(name, device, dry):
+    """It has enough positions in its last stage that BatchNorm does not multiply rounding."""
+    n, tiny = BACKBONES[name]
+    size = 64 if dry else 128
+    more = {"img_size": size} if "deit" in name else {}
+    model = timm.create_model(f"kw_{name}", n=n, num_classes=10, **more, **(tiny if dry else {})).to(device)
+    kw.set_temperature(model, 0.5)
+    return model, torch.randn(4 if dry else 16, 3, size, size, device=device)
+
+
+def gradients(model, x, setting):
+    """Logits, and every gradient, computed by a setting."""
+    with force(setting):
+        out = model(x)
+        loss = F.cross_entropy(out.double(), torch.arange(len(x), device=x.device) % 10)
+        found = torch.autograd.grad(loss, list(model.parameters()))
+    names = [name for name, _ in model.named_parameters()]
+    return {"output": out.detach(), **dict(zip(names, found, strict=True))}
+
+
+def off(found, exact):
+    """The error of all gradients as one vector, and of the output."""
+    names = [name for name in exact if name != "output"]
+    vectors = [torch.cat([values[name].double().flatten() for name in names]) for values in (found, exact)]
+    return max(error(*vectors), error(found["output"], exact["output"]))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_is_the_same_whatever_computes_it(name, device, dry, tf32):
+    if dry and name != "resnet18":
+        pytest.skip("one is enough on a CPU")
+    tf32(False)
+    model, x = backbone(name, device, dry)
+    model, x = model.double(), x[:2, :, :32, :32].double() if dry else x.double()
+    exact = gradients(model, x, "grouped")
+    settings = ("triton folded",) if dry else ("auto", *OTHERS)
+    errors = {setting: off(gradients(model, x, setting), exact) for setting in settings}
+    assert all(value <= 1e-8 for value in errors.values()), errors
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.bfloat16, "last"), (torch.float16, "first")])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_under_autocast_a_backbone_is_about_as_exact_as_the_plain_implementation(name, dtype, channels, device, dry):
+    if dry and (name, channels) != ("resnet18", "last"):
+        pytest.skip("one is enough on a CPU")
+    model, x = backbone(name, device, dry)
+    exact = gradients(copy.deepcopy(model).double(), x.double(), "grouped")
+    if channels == "last":
+        model, x = (value.to(memory_format=torch.channels_last) for value in (model, x))
+    with torch.autocast(device.type, dtype):
+        plain = off(gradients(model, x, "grouped"), exact)
+        settings = ("blocks folded",) if dry else ("auto", *OTHERS)
+        errors = {setting: off(gradients(model, x, setting), exact) for setting in settings}
+    assert all(value <= 1.5 * plain + 1e-3 for value in errors.values()), (plain, errors)
