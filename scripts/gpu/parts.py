@@ -67,10 +67,10 @@ def parts_of(run: Run) -> list[Part]:
 
 
 def tests(name: str, run: Run) -> list[str]:
-    """Processes compile Triton's kernels side by side; a single one is enough for tiny tests."""
-    processes = [] if run.dry else ["-n", "12" if name == "implementations" else "4"]
+    """Processes compile Triton's kernels side by side."""
+    processes = {"implementations": 2 if run.dry else 12, "trainer": 0 if run.dry else 4}.get(name, 0)
     options = ["-m", "gpu", "-rfEs", "--tb=short", "--show-capture=stdout", "--durations=8", "-p", "no:cacheprovider"]
-    return python("pytest", f"tests/gpu/test_gpu_{name}.py", *options, *processes)
+    return python("pytest", f"tests/gpu/test_gpu_{name}.py", *options, "-n", str(processes))
 
 
 def prices(limit: float, run: Run) -> list[str]:

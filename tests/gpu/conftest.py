@@ -18,6 +18,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU, or GPU_DRY=1 to run tiny on the CPU"))
         elif DRY and item.get_closest_marker("no_dry"):
             item.add_marker(pytest.mark.skip(reason="means nothing on a CPU"))
+        elif DRY and getattr(item, "callspec", None) and item.callspec.params.get("setting") == "triton":
+            item.add_marker(pytest.mark.skip(reason='"triton folded" is enough in the interpreter'))
 
 
 @pytest.fixture
