@@ -53,7 +53,7 @@ def test_each_part_finds_the_summary_of_those_before_it(go, tmp_path):
     assert status == 0 and parts["b"]["tail"] == ["a"] and parts["c"]["tail"] == ["a b"]
 
 
-def test_what_a_part_writes_is_listed(go, tmp_path):
+def test_what_a_part_writes_is_listed_and_in_the_report(go, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "old.txt").write_text("")
@@ -62,6 +62,7 @@ def test_what_a_part_writes_is_listed(go, tmp_path):
     writes += f"; p.Path({str(elsewhere)!r}, 'new.json').write_text('')"
     _, parts, _ = go(Part("only", code(writes), 60, (elsewhere,)))
     assert {Path(path).name for path in parts["only"]["wrote"]} == {"only.log", "a.csv", "new.json"}
+    assert (inside / "new.json").is_file() and not (inside / "old.txt").exists()
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
