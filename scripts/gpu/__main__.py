@@ -170,7 +170,7 @@ def run_part(part: Part, run: Run, environment: dict[str, str], left: float) -> 
             stop(process)
     wrote = [path for path, changed in _files(run.out, part).items() if before.get(path) != changed]
     for path in wrote:  # so that the report has everything
-        if any((ROOT / path).is_relative_to(place) for place in part.writes):
+        if any((ROOT / path).resolve().is_relative_to(place.resolve()) for place in part.writes):
             (run.out / part.name).mkdir(exist_ok=True)
             shutil.copy(ROOT / path, run.out / part.name)
     lines = log.read_text(errors="replace").splitlines()
