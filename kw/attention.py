@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kw.compute.mixing import mix
 from kw.temperature import Tempered
@@ -21,39 +22,39 @@ MIN_BASIS = 16
 EPSILON = 1e-3
 
 
-# Attentions as a product, values `(B, m, n + 1)` times a factor for each mixture `(B, m, 1)`: anchors are then mixed in
-# by the same pass over them, which are many.
-Product = tuple[Tensor, Tensor | float]
+# Attentions as a quotient: values `(B, m, n + 1)` over a divisor for each mixture `(B, m, 1)`.
+Quotient = tuple[Tensor, Tensor | float]
 
 
-def contrast(z: Tensor) -> Product:
-    """Attentions of either sign, whose sizes sum to nearly 1."""
-    return z, 1 / size(z)
+def contrast(z: Tensor) -> Quotient:
+    """Attentions of either sign, whose absolute values sum to nearly 1."""
+    return z, size(z)
 
 
 def size(z: Tensor) -> Tensor:
-    """`sum_j |z_j| + 1e-3` of each mixture, `(B, m, 1)`: all of `contrast` that is not linear in the scores."""
-    norm: Tensor = torch.linalg.vector_norm(z, ord=1, dim=2, keepdim=True)
+    """`sum_j |z_j| + 1e-3` of each mixture, `(B, m, 1)`, in float32 at least: half precision would lose too much."""
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(z, ord=1, dim=2, keepdim=True, dtype=dtype)
     return norm + EPSILON
 
 
-def softmax(z: Tensor) -> Product:
+def softmax(z: Tensor) -> Quotient:
     """Positive attentions that sum to 1, as in DY-Conv."""
-    return z.softmax(dim=2), 1.0
+    return z.softmax(dim=2, dtype=torch.promote_types(z.dtype, torch.float32)), 1.0
 
 
-def sigmoid(z: Tensor) -> Product:
+def sigmoid(z: Tensor) -> Quotient:
     """Attentions in (0, 1), each for itself, as in CondConv: the zero cell's score has no effect."""
     return z.sigmoid(), 1.0
 
 
-def tanh(z: Tensor) -> Product:
+def tanh(z: Tensor) -> Quotient:
     """Attentions in (-1, 1), each for itself."""
     return z.tanh(), 1.0
 
 
 # From all scores `(B, m, n + 1)`; the zero cell's attention is dropped afterwards.
-FUNCTIONS: dict[str, Callable[[Tensor], Product]] = {
+FUNCTIONS: dict[str, Callable[[Tensor], Quotient]] = {
     "caf": contrast,
     "contrast": contrast,
     "softmax": softmax,
@@ -128,6 +129,11 @@ class Attention(Tempered):
         self._reset_beta()
 
     @property
+    def features(self) -> int:
+        """H."""
+        return self.fc1.out_features
+
+    @property
     def is_affine(self) -> bool:
         """Whether attentions are affine in the hidden features, up to one factor for each mixture."""
         return FUNCTIONS[self.attention_function] is contrast
@@ -169,36 +175,36 @@ class Attention(Tempered):
         constant = bias.view(1, self.mixtures, self.cells + 1)
         return torch.cat([weight.to(constant.dtype), constant])[..., : self.cells]
 
-    def attend(self, hidden: Tensor) -> Tensor:
-        """Attentions from hidden features: `(B, H)` to `(B, m, n)`."""
-        values, factor = FUNCTIONS[self.attention_function](_at_least_float32(self.scores_of(hidden)))
+    def forward(self, pooled: Tensor, folded: bool = False) -> Tensor:
+        """The attentions, `(B, C)` to `(B, m, n)`; or `folded`, the weights `(B, m, J)` of `fold`'s kernels."""
+        hidden = self.hidden(pooled)
+        return self._folded_weights(hidden) if folded else self._attentions(hidden)
+
+    def _attentions(self, hidden: Tensor) -> Tensor:
+        values, divisor = FUNCTIONS[self.attention_function](self.scores_of(hidden))
         values = values[..., : self.cells]
         if self.beta is None or self.shared.is_zero:
-            return values * factor
+            return values / divisor
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
         tau = self.temperature.to(values)
-        return torch.addcmul(tau * self.beta, values, (1 - tau) * factor)
+        return torch.addcdiv(tau * self.beta, (1 - tau) * values, torch.as_tensor(divisor).to(values))
 
-    def folded(self, hidden: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """The same kernels, of cells folded by `maps` (kw/compute/mixing.py), where attentions are affine.
-
-        Returns:
-            weights `(B, m, J)` and basis `(J, m, o, i)`; above temperature 0 tau of the anchors is the last term.
-        """
-        weights, basis = self.folded_weights(hidden), mix(self.maps(), cells)
+    def _folded_weights(self, hidden: Tensor) -> Tensor:
+        """Hidden features and 1, over the sum of absolute scores; above temperature 0, tau is the last."""
+        features = F.pad(hidden, (0, 1), value=1.0)[:, None]  # (B, 1, H + 1)
+        weights = features / size(self.scores_of(hidden))
         if self.beta is None or self.shared.is_zero:
-            return weights, basis
+            return weights
         tau = self.temperature.to(weights)
-        weights = torch.cat([(1 - tau) * weights, tau.expand(*weights.shape[:2], 1)], dim=2)
-        return weights, torch.cat([basis, mix(self.beta[None].to(cells.dtype), cells).to(basis.dtype)])
+        return torch.cat([(1 - tau) * weights, tau.expand(*weights.shape[:2], 1)], dim=2)
 
-    def folded_weights(self, hidden: Tensor) -> Tensor:
-        """Of the folded cells at temperature 0: hidden features and 1, over the sum of absolute scores:
-        `(B, H)` to `(B, m, H + 1)`."""
-        factor = 1 / size(_at_least_float32(self.scores_of(hidden)))  # (B, m, 1)
-        return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)[:, None] * factor
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.attend(self.hidden(pooled))
+    def fold(self, cells: Tensor) -> Tensor:
+        """The cells `(n, o, i)` folded by `maps` into kernels `(J, m, o, i)`, of which a sample's are sums
+        (kw/compute/mixing.py). Above temperature 0, the anchors' cells are the last. Only where `is_affine`."""
+        basis = mix(self.maps(), cells)
+        if self.beta is None or self.shared.is_zero:
+            return basis
+        return torch.cat([basis, mix(self.beta[None].to(cells.dtype), cells).to(basis.dtype)])
 
     @property
     def tau(self) -> float:
@@ -207,11 +213,6 @@ class Attention(Tempered):
 
     def extra_repr(self) -> str:
         return f"{self.mixtures} mixtures of {self.cells} cells"
-
-
-def _at_least_float32(z: Tensor) -> Tensor:
-    """A sum over hundreds of cells loses too much in half precision."""
-    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
 def _one_hot(anchors: tuple[int, ...], n: int) -> Tensor:

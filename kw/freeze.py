@@ -190,7 +190,7 @@ class FoldedLayer(nn.Module):
 
     def _compute(self, x: Tensor, pooled: Tensor) -> Tensor:
         """`(B, C_in, *space)` and its mean over space, `(B, C_in)`, to the output `(B, C_out, *out)`."""
-        weights = self.attention.folded_weights(self.attention.hidden(pooled))
+        weights = self.attention(pooled, folded=True)
         choice = functional.choose(functional.setting_of(self), x, self.basis, self.geometry, makes=("folded",))
         return functional.compute(x, weights, self.basis, self.geometry, choice.apply, self.bias)
 
@@ -225,7 +225,7 @@ def fold(layer: KWLayer) -> FoldedLayer:
 
 def kernels_to_mix(layer: KWLayer) -> int:
     """H + 1."""
-    return layer.attention.fc1.out_features + 1
+    return layer.attention.features + 1
 
 
 def _pays(layer: KWLayer) -> bool:

@@ -1,8 +1,9 @@
-"""Computing one dynamic layer: from its input, its attentions and its warehouse's cells, by the implementation that suits.
+"""Computing one dynamic layer, by the implementation that suits it and its batch.
 
 Two choices are made for each layer and batch. How kernels are made: of the warehouse's "cells", or of "folded" kernels
-(kw/compute/mixing.py). And how they are applied: by one of `kw.compute.IMPLEMENTATIONS`. All combinations are exact; they
-differ in time and memory. By default the cost model (kw/compute/cost.py) chooses; `use` and `set_default` force a choice.
+(kw/compute/mixing.py). And how they are applied: by one of `kw.compute.IMPLEMENTATIONS`. All combinations are exact;
+they differ in time and memory. By default the cost model (kw/compute/cost.py) chooses; `use` and `set_default` force a
+choice.
 
 Shapes: `B` batch, `m` mixtures, `n` cells, `o` by `i` channels of a cell.
 """
@@ -42,8 +43,8 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 _default = Setting()
-# The setting that was entered last, by any thread: torch.compile compiles it in, and compiles anew where it is another. It
-# can watch a global variable, but not one of a thread.
+# The setting that was entered last, by any thread: torch.compile compiles it in, and compiles anew where it is another.
+# It can watch a global variable, but not one of a thread.
 _latest = _default
 
 
@@ -89,8 +90,8 @@ def _setting(apply: str, make: str | None) -> Setting:
 
 
 def setting_of(layer: nn.Module) -> Setting:
-    """The setting for a forward pass of `layer`. Activation checkpointing repeats a forward pass within the backward pass:
-    then it is that of the last forward pass before."""
+    """The setting for a forward pass of `layer`. Activation checkpointing repeats a forward pass within the backward
+    pass: then it is that of the last forward pass before."""
     if torch.compiler.is_compiling():
         return _latest
     if in_backward():
@@ -107,7 +108,7 @@ def choose(
     x: Tensor,
     cells: Tensor,
     geometry: Geometry,
-    hidden: int | None = None,
+    features: int | None = None,
     needs_grad: bool = False,
     makes: tuple[str, ...] = MAKES,
 ) -> Choice:
@@ -116,11 +117,12 @@ def choose(
     Args:
         x: the layer's input, `(B, C_in, *space)`.
         cells: `(n, o, i)`, or a basis for each mixture, `(J, m, o, i)`.
-        hidden: features in which the attentions are affine; None where they are not, and kernels do not fold.
+        features: H, of an attention in which the scores are affine; None where attentions are not, and kernels do not
+            fold.
         needs_grad: whether the attentions need a gradient.
         makes: how kernels can be made.
     """
-    if hidden is None:
+    if features is None:
         makes = makes[:1]
     if torch.jit.is_tracing() and setting.apply == AUTO:  # type: ignore[attr-defined, no-untyped-call]
         return Choice(makes[0], "grouped")  # a trace takes no operators of our own, nor loops over one batch's sizes
@@ -132,7 +134,7 @@ def choose(
     makes = makes if setting.make == AUTO else tuple(make for make in makes if make == setting.make) or makes[:1]
     possible = tuple(Choice(make, name) for make in makes for name in names if applies(name, make, x, geometry))
     pick = best if torch.compiler.is_compiling() else _remembered  # torch.compile cannot look into caches
-    return pick(possible, tuple(x.shape), tuple(cells.shape), geometry, hidden or 0, step, device_kind(x.device))
+    return pick(possible, tuple(x.shape), tuple(cells.shape), geometry, features or 0, step, device_kind(x.device))
 
 
 _remembered = lru_cache(maxsize=4096)(best)  # to weigh the choices of a small layer takes as long as to compute it

@@ -73,11 +73,13 @@ class KWLayer(DynamicLayer):
     def _compute(self, x: Tensor, pooled: Tensor) -> Tensor:
         """`(B, C_in, *space)` and its mean over space, `(B, C_in)`, to the output `(B, C_out, *out)`."""
         attention, cells = self.attention, self.warehouse.drawn()
-        hidden = attention.hidden(pooled)
-        width = hidden.shape[1] if attention.is_affine else None
-        setting = functional.setting_of(self)
-        made, applied = functional.choose(setting, x, cells, self.geometry, width, hidden.requires_grad)
-        weights, basis = attention.folded(hidden, cells) if made == "folded" else (attention.attend(hidden), cells)
+        features = attention.features if attention.is_affine else None
+        needs_grad = attention.fc2.weight.requires_grad
+        made, applied = functional.choose(
+            functional.setting_of(self), x, cells, self.geometry, features, needs_grad=needs_grad
+        )
+        folded = made == "folded"
+        weights, basis = attention(pooled, folded), attention.fold(cells) if folded else cells
         return functional.compute(x, weights, basis, self.geometry, applied, self.bias)
 
     def __getattr__(self, name: str) -> Any:
@@ -116,7 +118,9 @@ class OnPositions:
     dims: int
     in_channels: int
     padding_mode: str
-    beforehand: list[int] | None  # what `F.pad` does before the convolution, which pads by zeros, the same on both sides
+    beforehand: (
+        list[int] | None
+    )  # what `F.pad` does before the convolution, which pads by zeros, the same on both sides
     _compute: Callable[[Tensor, Tensor], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +181,9 @@ class _KWConvNd(OnPositions, KWLayer):
         kernel_size, stride, dilation = map(self._per_dim, (kernel_size, stride, dilation))
         padding = padding if isinstance(padding, str) else self._per_dim(padding)
         zeros, beforehand = paddings(padding, kernel_size, dilation, padding_mode)
-        KWLayer.__init__(self, in_channels, draw, Geometry(draw.grid, kernel_size, stride, zeros, dilation, groups), bias)
+        KWLayer.__init__(
+            self, in_channels, draw, Geometry(draw.grid, kernel_size, stride, zeros, dilation, groups), bias
+        )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.padding_mode, self.beforehand = padding, padding_mode, beforehand
@@ -212,8 +218,8 @@ for _layer in (KWConv1d, KWConv2d, KWConv3d):
 def paddings(
     padding: tuple[int, ...] | str, kernel_size: tuple[int, ...], dilation: tuple[int, ...], mode: str
 ) -> tuple[tuple[int, ...], list[int] | None]:
-    """Zeros on both sides of each dimension, which are the convolution's; and what `F.pad` does beforehand, if anything:
-    padding that is not zeros, or that has one position more behind than in front."""
+    """Zeros on both sides of each dimension, which are the convolution's; and what `F.pad` does beforehand, if
+    anything: padding that is not zeros, or that has one position more behind than in front."""
     if isinstance(padding, str):
         totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel_size, strict=True)]
     else:

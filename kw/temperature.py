@@ -1,5 +1,5 @@
-"""The temperature tau of a model's attentions (paper, section 3.3): one tensor for all of them, 1 when training begins and
-0 once it is warmed up."""
+"""The temperature tau of a model's attentions (paper, section 3.3): one tensor for all of them, 1 when training begins
+and 0 once it is warmed up."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Tempered(nn.Module):
         return self.shared.value
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "temperature"] = self.temperature
 
     def _load_from_state_dict(

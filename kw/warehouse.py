@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from kw.anchoring import Anchors, all_to_one, by_lot, one_to_one, shares
-from kw.config import KWConfig
 from kw.compute.gathering import AVAILABLE, forget_failed, gathered
+from kw.config import KWConfig
 
 # Of a warehouse for one image, mixtures times cells: each takes at least 16 weights, here 134 million.
 MAX_SCORES = 1 << 23
@@ -114,7 +114,8 @@ class Warehouse(nn.Module):
         return sum(draw.mixtures for draw in self.draws)
 
     def drawn(self) -> Tensor:
-        """The cells, for a layer's forward pass: gradients of all layers that draw go into one sum (compute/gathering.py).
+        """The cells, for a layer's forward pass: gradients of all layers that draw go into one sum
+        (compute/gathering.py).
 
         In eager training that is a stand-in, the same for all layers and steps while the cells are the same tensor.
         """

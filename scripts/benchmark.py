@@ -1,13 +1,14 @@
-"""What dynamic kernels cost beside static ones: the static backbone, the plain way of computing and the chosen one.
+"""What dynamic kernels cost beside static ones: the static backbone, the plain choice of computing and kw's own.
 
     python -m scripts.benchmark                                   the cases of `make bench`, float32, on the CPU
     python -m scripts.benchmark resnet18:1 resnet50:4@8 --what train eval --repeats 5
     python -m scripts.benchmark resnet18:4 resnet18:odconv4 resnet18:se    other dynamic convolutions
-    python -m scripts.benchmark resnet18:1 resnet18:4 --batch 128 --device cuda --dtype bfloat16
+    python -m scripts.benchmark --device cuda --dtype bfloat16 --choices grouped auto triton triton+folded frozen
+    python -m scripts.benchmark --device cuda --dtype bfloat16 --what eval one --cuda-graph --choices auto frozen
 
-A case is BACKBONE:N or BACKBONE:N@BATCH; in place of N also another method with its n (`dcd` and `se` have one way of
-computing: what is told of theirs is noise). `small` is for small images: ResNet18 with one block a stage and a 3x3 stem
-of stride 2 without max pooling, so that its last stage has 2x2 positions; it always takes images of 32 pixels.
+A case is BACKBONE:N or BACKBONE:N@BATCH; in place of N also another method with its n (`dcd` and `se` have one
+implementation: what is told of theirs is noise). `small` is for small images: ResNet18 with one block a stage and a 3x3
+stem of stride 2 without max pooling, so that its last stage has 2x2 positions; it always takes images of 32 pixels.
 
     train    one step: forward, cross entropy, backward, gradients dropped; no optimizer; temperature 0
     eval     one forward pass in inference mode
@@ -15,20 +16,23 @@ of stride 2 without max pooling, so that its last stage has 2x2 positions; it al
     memory   how far two training steps raise the peak over what model and images hold already: resident memory of the
              process on a CPU, allocated memory on a GPU
 
-A case is timed in a process of its own, in which the static backbone and the ways take turns in changing order, so that
-what else the machine does falls on all of them. Memory takes a process for each of them. Figures are medians, with
-quartiles. Excess is what a way takes over the static backbone; the last column is that of the chosen way in percent of
-the plain way's. TF32 and cuDNN's search for algorithms stay as PyTorch has them.
+A choice is of `kw.functional.use`: how kernels are applied, and with "+folded" how they are made. "frozen" is a frozen
+copy of the model (`kw.freeze`), for `eval` and `one`, chosen for as "auto".
+
+A case is timed in a process of its own, in which the static backbone and the choices take turns in changing order, so
+that what else the machine does falls on all of them. On a CPU, memory takes a process for each of them. Figures are
+medians, with quartiles. Excess is what a choice takes over the static backbone; the last columns are that in percent of
+the plain choice's. TF32 and cuDNN's search for algorithms stay as PyTorch has them.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import copy
+import gc
 import os
 import re
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -48,14 +52,17 @@ from kw.backbones import BACKBONES, STATIC
 from kw.baselines import BASELINES, check_budget
 from kw.config import parse_budget
 from kw.jobs.provenance import provenance
-from scripts.benchmark_table import MEASURED, Row, Sample, draw, markdown, show, write_csv
+from scripts import timing
+from scripts.benchmark_table import FROZEN, MEASURED, Row, draw, markdown, show, write_csv
+from scripts.choices import DTYPES, add_options
+from scripts.timing import Sample, by_turns
 
 SMALL, SMALL_SIZE = "small", 32
 CASES = ("resnet18:1", "resnet18:4", "resnet50:4", "convnext_tiny:1", "mobilenetv2_100:4", "small:1")
-BATCH, BATCHES = 16, {"resnet50": 8, "convnext_tiny": 8, SMALL: 64}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WARM_UP = {"cpu": 1, "cuda": 3}  # rounds that do not count
-FEWEST = 3  # rounds that do, whatever the time
+GPU_CASES = ("resnet18:1/4", "resnet18:1", "resnet18:4", "resnet50:1", "resnet50:4", "convnext_tiny:1",
+             "mobilenetv2_100:4", "deit_tiny_patch16_224:4")  # fmt: skip
+BATCH, BATCHES, GPU_BATCH = 16, {"resnet50": 8, "convnext_tiny": 8, SMALL: 64}, 128
+FEWEST = 3  # rounds that count, whatever the time
 
 
 @dataclass(frozen=True)
@@ -76,19 +83,40 @@ class Settings:
     threads: int
     repeats: int
     seconds: float
-    ways: tuple[str, ...]
+    choices: tuple[str, ...]
     what: tuple[str, ...]
     channels_last: bool
+    cuda_graph: bool
+    in_process: bool
 
     @property
     def layout(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
+    @property
+    def layout_name(self) -> str:
+        return "channels last" if self.channels_last else "contiguous"
+
     def batch_of(self, case: Case) -> int:
-        return case.batch or self.batch or BATCHES.get(case.backbone, BATCH)
+        return case.batch or self.batch or (GPU_BATCH if self.device == "cuda" else BATCHES.get(case.backbone, BATCH))
 
     def size_of(self, case: Case) -> int:
         return SMALL_SIZE if case.backbone == SMALL else self.size
+
+    def names(self, what: str) -> tuple[str, ...]:
+        """What takes part: a frozen model is for evaluation only."""
+        evaluates = what in ("eval", "one")
+        return (STATIC, *(name for name in self.choices if name != FROZEN or evaluates))
+
+
+def parse_choice(text: str) -> str:
+    if text != FROZEN:
+        try:
+            with kw.functional.use(*text.split("+")):
+                pass
+        except (ValueError, TypeError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error} Such as triton, triton+folded, {FROZEN}.") from error
+    return text
 
 
 def parse_case(text: str) -> Case:
@@ -122,84 +150,115 @@ def create(case: Case, n: str, settings: Settings) -> nn.Module:
     return model.to(settings.device, memory_format=settings.layout)
 
 
-def prepare(model: nn.Module, way: str, what: str, case: Case, settings: Settings) -> Callable[[], None]:
+def prepare(model: nn.Module, name: str, what: str, case: Case, settings: Settings) -> Callable[[], object]:
     """Set the model to training or evaluation; the call returned then does once what is to be measured."""
     size, batch = settings.size_of(case), 1 if what == "one" else settings.batch_of(case)
     images = torch.randn(batch, 3, size, size).to(settings.device, memory_format=settings.layout)
     targets = torch.arange(batch, device=settings.device) % 10
     dtype = DTYPES[settings.dtype]
     model.train(what in ("train", "memory"))
+    # Neither a static model nor a frozen one has anything to choose from.
+    choice = ["auto"] if name in (STATIC, FROZEN) else name.split("+")
 
     def forward() -> Tensor:
-        with torch.autocast(settings.device, dtype, enabled=dtype != torch.float32):
+        # A captured graph has to cast weights each time: the cache of the pass before is gone.
+        with torch.autocast(
+            settings.device, dtype, enabled=dtype != torch.float32, cache_enabled=not settings.cuda_graph
+        ):
             return F.cross_entropy(model(images), targets) if model.training else model(images)
 
-    def once() -> None:
-        with kw.functional.use("auto" if way == STATIC else way):  # a static model has nothing to choose
-            if model.training:
-                forward().backward()
-                model.zero_grad()
-            else:
-                with torch.inference_mode():
-                    forward()
+    def train() -> None:
+        with kw.functional.use(*choice):
+            forward().backward()
+        model.zero_grad()
 
-    return once
+    @torch.inference_mode()
+    def evaluate() -> None:
+        with kw.functional.use(*choice):
+            forward()
 
-
-def seconds_of(once: Callable[[], None], device: str) -> float:
-    began = time.perf_counter()
-    once()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    if model.training:
+        return train
+    return captured(evaluate) if settings.cuda_graph else evaluate
 
 
-def by_turns(calls: dict[str, Callable[[], None]], settings: Settings) -> dict[str, Sample]:
-    """Time the calls in rounds, each round in another order; one that fails is left out of the rounds after it."""
-    times: dict[str, list[float]] = {way: [] for way in calls}
-    errors: dict[str, str] = {}
-    orders = itertools.cycle(itertools.permutations(calls))
-    warm_up = WARM_UP[settings.device]
-    for turn in range(-warm_up, settings.repeats):
-        if turn == 0:
-            began = time.perf_counter()
-        if turn >= FEWEST and time.perf_counter() - began > settings.seconds:
-            break
-        for way in next(orders):
-            if way not in errors:
-                try:
-                    times[way].append(seconds_of(calls[way], settings.device))
-                except Exception as error:  # most likely out of memory; whatever it is, the table tells it
-                    errors[way] = message(error)
-    return {way: Sample((), errors[way]) if way in errors else Sample(tuple(times[way][warm_up:])) for way in calls}
+def captured(call: Callable[[], None]) -> Callable[[], object]:
+    """What the call launches on the GPU, as one CUDA graph: to launch it takes no time of Python's."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(timing.WARM_UP["cuda"]):  # compiles, and lets libraries get their memory: not to be captured
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def models_of(case: Case, settings: Settings, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The models by name; one dynamic model serves all choices."""
+    models = {STATIC: create(case, STATIC, settings)}
+    dynamic = create(case, case.n, settings)
+    for name in names:
+        if name == FROZEN:
+            models[name] = copy.deepcopy(dynamic).eval()
+            kw.freeze(models[name])
+        elif name != STATIC:
+            models[name] = dynamic
+    return models
 
 
 def times_of(case: Case, settings: Settings) -> dict[str, dict[str, Sample]]:
-    """Everything that is timed of a case, by what is measured and by way; one dynamic model serves all ways."""
+    """Everything that is timed of a case, by what is measured and by choice."""
     torch.set_num_threads(settings.threads)
-    models = {STATIC: create(case, STATIC, settings)}
-    models |= dict.fromkeys(settings.ways, create(case, case.n, settings))
+    timed = [what for what in settings.what if what != "memory"]
+    models = models_of(case, settings, tuple({name: None for what in timed for name in settings.names(what)}))
     samples = {}
-    for what in settings.what:
-        if what != "memory":
-            calls = {way: prepare(model, way, what, case, settings) for way, model in models.items()}
-            samples[what] = by_turns(calls, settings)
+    for what in timed:
+        calls, failed = {}, {}
+        for name in settings.names(what):
+            try:
+                calls[name] = prepare(models[name], name, what, case, settings)
+            except Exception as error:  # in capturing a graph
+                failed[name] = Sample((), timing.message(error))
+        samples[what] = failed | by_turns(calls, settings.device, settings.repeats, settings.seconds, FEWEST)
+        samples[what] = {name: samples[what][name] for name in settings.names(what)}
     return samples
 
 
-def peak_of(case: Case, way: str, settings: Settings) -> Sample:
-    """How far two training steps raise the peak of memory, in bytes; for a process that has done nothing else."""
+def peaks_of(case: Case, names: tuple[str, ...], settings: Settings) -> dict[str, Sample]:
+    """How far two training steps raise the peak of memory, in bytes. On a CPU, for one choice in a process that has
+    done nothing else."""
     torch.set_num_threads(settings.threads)
-    once = prepare(create(case, STATIC if way == STATIC else case.n, settings), way, "memory", case, settings)
+    peaks = {}
+    for name in names:
+        try:
+            peaks[name] = Sample((float(peak_of(case, name, settings)),))
+        except Exception as error:
+            peaks[name] = Sample((), timing.message(error))
+    return peaks
+
+
+def peak_of(case: Case, name: str, settings: Settings) -> int:
+    once = prepare(create(case, STATIC if name == STATIC else case.n, settings), name, "memory", case, settings)
     cuda = settings.device == "cuda"
     if cuda:
+        free()
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: building the model may have had its own
     before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     once()
     once()
-    return Sample((float((torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before),))
+    return (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
+
+
+def free() -> None:
+    """Give back a GPU's memory that the case before held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def resident(field: str) -> int:
@@ -209,56 +268,64 @@ def resident(field: str) -> int:
     return int(match[1]) * 1024
 
 
-def message(error: BaseException) -> str:
-    if isinstance(error, BrokenProcessPool):
-        return "the process was killed, most likely for want of memory"
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
 def elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call in a process of its own: with a fresh allocator, and one that may be killed."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
+def here(function: Callable[..., Any], *arguments: Any) -> Any:
+    free()
+    return function(*arguments)
+
+
 def measure(case: Case, settings: Settings) -> list[Row]:
-    ways = (STATIC, *settings.ways)
+    run = here if settings.in_process else elsewhere
     samples: dict[str, dict[str, Sample]] = {}
     if set(settings.what) != {"memory"}:
         try:
-            samples = elsewhere(times_of, case, settings)
+            samples = run(times_of, case, settings)
         except Exception as error:
-            failed = dict.fromkeys(ways, Sample((), message(error)))
-            samples = {what: failed for what in settings.what if what != "memory"}
+            failed = Sample((), message(error))
+            samples = {what: dict.fromkeys(settings.names(what), failed) for what in settings.what if what != "memory"}
     if "memory" in settings.what:
+        names = settings.names("memory")
         samples["memory"] = {}
-        for way in ways:
+        for some in [names] if settings.device == "cuda" else [(name,) for name in names]:
             try:
-                samples["memory"][way] = elsewhere(peak_of, case, way, settings)
+                samples["memory"] |= run(peaks_of, case, some, settings)
             except Exception as error:
-                samples["memory"][way] = Sample((), message(error))
+                samples["memory"] |= dict.fromkeys(some, Sample((), message(error)))
     batch, size = settings.batch_of(case), settings.size_of(case)
     return [
         Row(case.backbone, case.n, 1 if what == "one" else batch, size, what, samples[what]) for what in settings.what
     ]
 
 
+def message(error: BaseException) -> str:
+    if isinstance(error, BrokenProcessPool):
+        return "the process was killed, most likely for want of memory"
+    return timing.message(error)
+
+
+def machine_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{models[0] if models else 'CPU'}, {os.cpu_count()} cores"
+
+
 def machine(settings: Settings) -> dict[str, str]:
     """Everything outside the cases that decides a figure."""
-    if settings.device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-        name = f"{models[0] if models else 'CPU'}, {os.cpu_count()} cores"
     # What is known to decide speed or memory: the allocator, and how threads wait.
     keys = [key for key in sorted(os.environ) if re.match("LD_PRELOAD|MALLOC|GLIBC|OMP_|KMP_|MKL_|PYTORCH_", key)]
     return {
-        "machine": name,
+        "machine": machine_name(settings.device),
         "threads": str(settings.threads),
         "torch": torch.__version__,
         "dtype": settings.dtype,
-        "layout": "channels last" if settings.channels_last else "contiguous",
+        "layout": settings.layout_name + (", evaluation as a CUDA graph" if settings.cuda_graph else ""),
         "environment": " ".join(f"{key}={os.environ[key]}" for key in keys) or "nothing set",
         "commit": re.sub(r"(?<=^\w{8})\w+", "", provenance()["commit"] or "unknown"),
     }
@@ -267,26 +334,42 @@ def machine(settings: Settings) -> dict[str, str]:
 def parse(arguments: list[str] | None) -> tuple[list[Case], Settings, Path]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("cases", nargs="*", type=parse_case, metavar="BACKBONE:N[@BATCH]", help=f"default: {' '.join(CASES)}")
-    add("--batch", type=int, help=f"of cases without one (default: {BATCH}; {BATCHES})")
+    add("cases", nargs="*", type=parse_case, metavar="BACKBONE:N[@BATCH]",
+        help=f"default: {' '.join(CASES)}; on a GPU {' '.join(GPU_CASES)}")  # fmt: skip
+    add("--batch", type=int, help=f"of cases without one (default: {BATCH}; {BATCHES}; on a GPU {GPU_BATCH})")
     add("--size", type=int, default=224, help="of the images, except for `small` (default: 224)")
-    add("--device", choices=sorted(WARM_UP), default="cpu")
-    add("--dtype", choices=sorted(DTYPES), default="float32", help="bfloat16 means autocast")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: as PyTorch has it)")
     add("--repeats", type=int, default=20, help="rounds at most, after those to warm up (default: 20)")
     add("--seconds", type=float, default=60, help=f"after which no round is begun, from {FEWEST} on (default: 60)")
-    add("--ways", nargs="+", choices=kw.functional.WAYS, default=["grouped", "auto"], help="beside the static backbone")
+    add("--choices", nargs="+", type=parse_choice, default=["grouped", "auto"], metavar="CHOICE",
+        help=f"beside the static one: {', '.join(kw.functional.CHOICES)}, with +folded; {FROZEN}")  # fmt: skip
     add("--what", nargs="+", choices=list(MEASURED), default=list(MEASURED))
-    add("--channels-last", action="store_true")
+    add("--cuda-graph", action="store_true", help="run `eval` and `one` as a CUDA graph")
+    add("--in-process", action="store_true", help="no process for each case: that saves its start, some 10 s on a GPU")
     add("--out", type=Path, default=Path("report/benchmark"), help="where the files go (default: report/benchmark)")
+    add_options(parser)
     options = vars(parser.parse_args(arguments))
-    cases, out = options.pop("cases") or [parse_case(text) for text in CASES], options.pop("out")
-    options |= {"ways": tuple(options["ways"]), "what": tuple(options["what"])}
+    cuda = options["device"] == "cuda"
+    cases, out = options.pop("cases"), options.pop("out")
+    cases = cases or [parse_case(text) for text in (GPU_CASES if cuda else CASES)]
+    options |= {"choices": tuple(options["choices"]), "what": tuple(options["what"])}
+    if options["channels_last"] is None:
+        options["channels_last"] = cuda
+    _check(options, parser)
+    return cases, Settings(**options), out
+
+
+def _check(options: dict[str, Any], parser: argparse.ArgumentParser) -> None:
     if options["repeats"] < 1:
         parser.error("--repeats: at least 1.")
     if options["device"] == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here.")
-    return cases, Settings(**options), out
+    if options["device"] != "cuda" and options["cuda_graph"]:
+        parser.error("--cuda-graph: needs --device cuda.")
+    if options["device"] == "cpu" and options["in_process"] and "memory" in options["what"]:
+        parser.error("--in-process: memory on a CPU takes a process for each choice; leave one of both out.")
+    if options["choices"] == (FROZEN,) and not {"eval", "one"} & set(options["what"]):
+        parser.error(f"--choices {FROZEN}: a frozen model does not train; measure eval or one.")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import median
 
 import timm
 import torch
@@ -23,21 +22,19 @@ from torch import Tensor, nn
 import kw
 from kw.freeze import fold, kernels_to_mix
 from kw.layers import KWLayer
+from scripts.timing import by_turns
 
-SECONDS = 2.0  # for each pair
+SECONDS, FEWEST, MOST = 2.0, 5, 50  # for each pair, and rounds of it
 
 
 def in_turns(calls: Sequence[Callable[[], object]], flush: Tensor) -> list[float]:
     """Median milliseconds of each."""
-    times: list[list[float]] = [[] for _ in calls]
-    began = time.perf_counter()
-    while len(times[0]) < 5 or (time.perf_counter() - began < SECONDS and len(times[0]) < 50):
-        for call, own in zip(calls, times, strict=True):
-            flush.add_(1)
-            start = time.perf_counter()
-            call()
-            own.append((time.perf_counter() - start) * 1e3)
-    return [median(own) for own in times]
+    named = {str(place): call for place, call in enumerate(calls)}
+    samples = by_turns(named, "cpu", MOST, SECONDS, FEWEST, before_each=lambda: flush.add_(1))
+    errors = [sample.error for sample in samples.values() if sample.error]
+    if errors:
+        sys.exit(errors[0])
+    return [1e3 * sample.median for sample in samples.values()]
 
 
 def inputs_of(model: nn.Module, image: Tensor) -> dict[KWLayer, Tensor]:

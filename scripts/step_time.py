@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from kw.jobs.provenance import provenance
 from scripts.report.__main__ import STEPS
 from scripts.report.published import CLASSIFICATION, published
+from scripts.timing import repeated
 from train.config import TrainConfig, validate
 from train.distributed import connect
 from train.evaluate import cast
@@ -60,25 +59,13 @@ def measure(row: str, settings: list[str], repeats: int) -> dict[str, Any]:
             logits = model(x)
         loss(logits.float(), y).backward()
 
-    times = timed(backward, device, repeats)
-    step = median(timed(optimizer.step, device, repeats))
+    times = repeated(backward, device.type, repeats, WARM_UP)
+    step = median(repeated(optimizer.step, device.type, repeats, WARM_UP))
     batch = config.recipe.batch_size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     speed = batch / (batch / micro * median(times) + step)
     return {"row": row, "device": name, "images_per_second": round(speed, 3), "micro_batch": micro,
             "precision": config.runtime.precision, "repeats": repeats, **provenance()}  # fmt: skip
-
-
-def timed(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Seconds, of each repetition after some to warm up."""
-    found = []
-    for _ in range(WARM_UP + repeats):
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return found[WARM_UP:]
 
 
 def main() -> None:

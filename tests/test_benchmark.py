@@ -1,51 +1,81 @@
 """The benchmark: it runs, writes what it says, compares as defined, and tells of what fails. No time is judged."""
 
 import csv
+from functools import partial
 
 import pytest
 import torch
 
-from scripts import benchmark, fit_prices, ways
-from scripts.benchmark_table import Row, Sample, draw, markdown
+from scripts import benchmark, fit_prices
+from scripts.benchmark_table import Row, choices_of, draw, markdown
+from scripts.timing import Sample, by_turns, repeated
 
 SETTINGS = benchmark.parse(["resnet18:1", "--repeats", "4"])[1]
 SETUP = dict.fromkeys(("machine", "threads", "torch", "dtype", "layout", "environment", "commit"), "some")
 
 
 def test_a_run_leaves_table_csv_and_picture(tmp_path, capsys):
-    what = ["train", "one", "memory"]
-    options = ["--repeats", "1", "--threads", "1", "--out", str(tmp_path)]
+    what = ["train", "one"]
+    options = ["--repeats", "1", "--threads", "1", "--in-process", "--out", str(tmp_path)]
     benchmark.main(["small:1@2", *options, "--what", *what])
     with (tmp_path / "benchmark.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [(line["measured"], line["way"]) for line in lines] == [
-        (kind, way) for kind in what for way in ("static", "grouped", "auto")
+    assert [(line["measured"], line["choice"]) for line in lines] == [
+        (kind, choice) for kind in what for choice in ("static", "grouped", "auto")
     ]
-    assert [line["batch"] for line in lines] == ["2"] * 3 + ["1"] * 3 + ["2"] * 3
+    assert [line["batch"] for line in lines] == ["2"] * 3 + ["1"] * 3
     for line in lines:
         assert not line["error"] and float(line["median"]) > 0 and line["rounds"] == "1"
-        static = next(float(x["median"]) for x in lines if x["measured"] == line["measured"] and x["way"] == "static")
+        static = next(
+            float(x["median"]) for x in lines if x["measured"] == line["measured"] and x["choice"] == "static"
+        )
         assert float(line["over_static"]) == pytest.approx(float(line["median"]) / static)
         assert line["machine"] and line["threads"] == "1" and line["dtype"] == "float32" and line["commit"]
     text = (tmp_path / "benchmark.md").read_text()
-    assert text.count("| small n=1 |") == 3 and lines[0]["machine"] in text.splitlines()[0]
+    assert text.count("| small n=1 |") == 2 and lines[0]["machine"] in text.splitlines()[0]
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert "chosen" in capsys.readouterr().out
 
 
-def test_excess_is_over_the_static_backbone_and_in_percent_of_the_plain_ways():
+def test_memory_is_measured_in_processes_of_their_own(tmp_path):
+    options = ["--threads", "1", "--out", str(tmp_path), "--what", "memory", "--choices", "auto"]
+    benchmark.main(["small:1@2", *options])
+    with (tmp_path / "benchmark.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["choice"], line["error"]) for line in lines] == [("static", ""), ("auto", "")]
+    assert all(float(line["median"]) > 0 for line in lines)
+
+
+def test_a_frozen_model_and_folded_kernels_are_measured_where_they_take_part(tmp_path):
+    options = ["--repeats", "1", "--threads", "1", "--out", str(tmp_path), "--in-process", "--what", "train", "one"]
+    benchmark.main(["small:1@2", *options, "--choices", "blocks+folded", "frozen"])
+    with (tmp_path / "benchmark.csv").open() as file:
+        lines = [(line["measured"], line["choice"], line["error"]) for line in csv.DictReader(file)]
+    train = [("train", name, "") for name in ("static", "blocks+folded")]
+    assert lines == train + [("one", name, "") for name in ("static", "blocks+folded", "frozen")]
+    assert "| – | – |" in (tmp_path / "benchmark.md").read_text()
+
+
+def test_excess_is_over_the_static_backbone_and_in_percent_of_the_plain_choices():
     samples = {"static": Sample((1.0, 1.0, 5.0)), "grouped": Sample((5.0,)), "auto": Sample((2.0, 3.0, 1.0))}
     row = Row("resnet18", "4", 16, 224, "train", samples)
     assert (row.over_static("grouped"), row.over_static("auto")) == (5, 2)
     assert (row.excess("grouped"), row.excess("auto")) == (100, 25)
-    assert row.cells()[4:] == ["1,000 (1,000–3,000)", "5,000", "5.00x", "2,000 (1,500–2,500)", "2.00x", "25%"]
+    assert row.cells(choices_of([row]))[4:] == [
+        "1,000 (1,000–3,000)",
+        "5,000",
+        "5.00x",
+        "2,000 (1,500–2,500)",
+        "2.00x",
+        "25%",
+    ]
 
 
-def test_a_way_that_fails_is_told_and_the_others_are_measured(tmp_path):
+def test_a_choice_that_fails_is_told_and_the_others_are_measured(tmp_path):
     def fail():
         raise RuntimeError("out of memory\nand so on")
 
-    samples = benchmark.by_turns({"static": lambda: None, "grouped": fail, "auto": lambda: None}, SETTINGS)
+    samples = by_turns({"static": lambda: None, "grouped": fail, "auto": lambda: None}, "cpu", rounds=4)
     assert samples["grouped"] == Sample((), "RuntimeError: out of memory")
     assert len(samples["static"].values) == len(samples["auto"].values) == 4
     row = Row("resnet18", "4", 16, 224, "train", samples)
@@ -55,9 +85,36 @@ def test_a_way_that_fails_is_told_and_the_others_are_measured(tmp_path):
     draw([row], SETUP, tmp_path / "picture.png")
 
 
+def test_a_case_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
+    create = benchmark.create
+
+    def creating(case, n, settings):
+        if case.n == "4":
+            raise torch.OutOfMemoryError("no memory left")
+        return create(case, n, settings)
+
+    monkeypatch.setattr(benchmark, "create", creating)
+    options = ["--in-process", "--repeats", "1", "--what", "one", "--choices", "auto", "--out", str(tmp_path)]
+    benchmark.main(["small:4", "small:1", *options])
+    with (tmp_path / "benchmark.csv").open() as file:
+        lines = [(line["n"], line["error"]) for line in csv.DictReader(file)]
+    assert lines == [("4", "OutOfMemoryError: no memory left")] * 2 + [("1", "")] * 2
+
+
 def test_slow_calls_end_after_a_few_rounds():
-    settings = benchmark.parse(["--seconds", "0", "--repeats", "50"])[1]
-    assert len(benchmark.by_turns({"static": lambda: None}, settings)["static"].values) == benchmark.FEWEST
+    assert len(by_turns({"static": lambda: None}, "cpu", 50, seconds=0, fewest=3)["static"].values) == 3
+
+
+def test_calls_take_turns_in_changing_order_after_warming_up():
+    for count in (2, 3, 6):
+        calls = []
+        named = {str(k): partial(calls.append, k) for k in range(count)}
+        samples = by_turns(named, "cpu", rounds=6, warm_up=1, before_each=partial(calls.append, "-"))
+        assert calls[::2] == ["-"] * 7 * count and [len(sample.values) for sample in samples.values()] == [6] * count
+        rounds = [calls[1::2][k : k + count] for k in range(0, 7 * count, count)]
+        assert all(sorted(order) == list(range(count)) for order in rounds)
+        assert len({order[0] for order in rounds}) == count
+    assert len(repeated(lambda: None, "cpu", rounds=2, warm_up=3)) == 2
 
 
 def test_cases_carry_their_batch_or_take_the_commands_or_their_own_default():
@@ -69,6 +126,27 @@ def test_cases_carry_their_batch_or_take_the_commands_or_their_own_default():
     ]
     cases, settings, _ = benchmark.parse(["resnet50:4@3", "small:1", "--batch", "128"])
     assert [settings.batch_of(case) for case in cases] == [3, 128]
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--choices", "multiply"], "triton+folded"),
+        (["--choices", "triton+wrapped"], "folded"),
+        (["--cuda-graph"], "--device cuda"),
+        (["--in-process"], "memory"),
+        (["--choices", "frozen", "--what", "train"], "does not train"),
+    ],
+)
+def test_options_that_do_not_go_together_fail_at_once(options, named, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse(options)
+    assert named in capsys.readouterr().err
+
+
+def test_all_default_cases_are_known():
+    cases = (*benchmark.CASES, *benchmark.GPU_CASES, *fit_prices.CPU_CASES, *fit_prices.GPU_CASES)
+    assert all(benchmark.parse_case(case).backbone for case in cases)
 
 
 @pytest.mark.parametrize("case, named", [("resnet18", "BACKBONE:N"), ("resnet19:1", "resnet18"), ("resnet18:0", "0")])
@@ -84,29 +162,3 @@ def test_the_small_case_ends_at_four_positions():
     model = benchmark.create(case, "static", SETTINGS)
     features = model.forward_features(torch.zeros(1, 3, benchmark.SMALL_SIZE, benchmark.SMALL_SIZE))
     assert features.shape == (1, 512, 2, 2)
-
-
-def test_prices_are_recovered_from_times_that_follow_them():
-    work = [{"apply": a, "entry": e, "fixed": 1.0} for a, e in ((1e6, 2e3), (5e5, 9e4), (3e7, 1e5), (2e5, 5e4))]
-    true = {"apply": 0.01, "entry": 2.0, "fixed": 500.0}
-    prices, ratios = fit_prices.fit([(w, sum(true[k] * v for k, v in w.items())) for w in work])
-    assert prices == pytest.approx(true) and ratios == pytest.approx([1.0] * 4)
-
-
-def test_what_choosing_costs_is_over_the_best_way_of_each_layer():
-    layers = [
-        {"grouped": ({"apply": 10.0}, 10.0), "multiply": ({"apply": 10.0}, 5.0)},
-        {"grouped": ({"apply": 2.0}, 2.0), "multiply": ({"apply": 2.0}, 4.0)},
-        {"grouped": ({"apply": 3.0}, 3.0)},  # to which the other way does not apply
-    ]
-    prices = {"grouped": {"apply": 1.0}, "multiply": {"apply": 0.5}}  # right of the first layer, wrong of the second
-    assert fit_prices.over_best(layers, prices) == pytest.approx(
-        {"auto": 1.2, "grouped": 1.5, "multiply": 1.2, "best": 1.0}
-    )
-
-
-def test_hopeless_ways_are_not_timed():
-    model = benchmark.create(benchmark.parse_case("small:4"), "4", SETTINGS).eval()
-    calls = {call.names[0]: call for call in ways.record(model, torch.zeros(2, 3, 32, 32))}
-    assert ways.hopeful(calls["layer1.0.conv1"]) == ["grouped", "multiply"]
-    assert ways.hopeful(calls["layer4.0.conv2"]) == ["grouped", "multiply", "inputs"]

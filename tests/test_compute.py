@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from settings import OTHERS, REMADE, SETTINGS, force
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +22,6 @@ from kw import KWConfig, functional
 from kw.compute import IMPLEMENTATIONS, Geometry, blocks, gathering, mixing, operator, samples
 from kw.compute.cost import Choice
 from kw.compute.strips import Strips
-from settings import OTHERS, REMADE, SETTINGS, force
 
 pytestmark = pytest.mark.usefixtures("default_setting")
 
@@ -71,12 +71,10 @@ def test_any_shape_in_any_blocks(number, own, last, cut, monkeypatch):
             torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("some", [1, 2, 3], ids=["one sample at a time", "two", "all"])
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
-@pytest.mark.parametrize("number", range(12))
-def test_any_shape_by_some_samples_at_a_time(number, last, some, monkeypatch):
+@pytest.mark.parametrize("number", range(16))
+def test_any_shape_by_some_samples_at_a_time(number, monkeypatch):
     """Triton's kernels (not for three dimensions), and batched products over an unfolded input."""
-    own = number % 2 == 1
+    last, own, some = number % 2 == 0, number // 2 % 2 == 0, 1 + number % 3  # one to all three samples at a time
     *tensors, geometry = case(number, last, own=own)
     monkeypatch.setattr(samples, "ENTRIES", some * geometry.mixtures * 8)
     expected = gradients("grouped", *tensors, geometry)
@@ -136,7 +134,9 @@ def test_runs_of_a_strip_are_what_a_convolution_reads(number):
     for number, tap in enumerate(strips.taps):
         at = torch.unravel_index(torch.tensor(number), geometry.kernel_size)
         reads = padded[0, 0]
-        for dim, (first, d, step, size) in enumerate(zip(at, geometry.dilation, geometry.stride, strips.out, strict=True)):
+        for dim, (first, d, step, size) in enumerate(
+            zip(at, geometry.dilation, geometry.stride, strips.out, strict=True)
+        ):
             reads = reads.index_select(dim, first * d + step * torch.arange(size))
         assert torch.equal(strips.outputs(strips.reads(laid, tap))[0, 0], reads)
 
@@ -286,13 +286,13 @@ def test_a_moved_model_does_not_hold_its_old_memory(shared):
     assert old() is None
 
 
-@pytest.mark.parametrize("way", ["auto", "blocks", "triton", "blocks folded", "triton folded"])
+@pytest.mark.parametrize("way", ["auto", "blocks", "triton folded"])
 def test_a_compiled_model_trains_on_batches_of_several_sizes(shared, way):
     model, x = shared
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for batch in (4, 3, 2):
-        expected = grads_of(model, x[:batch], way)
+    for batch in (4, 3, 2) if "triton" not in way else (3, 2):  # its interpreter is slow
+        expected = grads_of(model, x[:batch], "grouped")
         model.zero_grad()
         with force(way):
             compiled(x[:batch]).square().sum().backward()

@@ -113,12 +113,15 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(devices, nu
     assert differences(outcome(calm), outcome(stopped)) == []
 
 
-STOPPED_IN_AN_EVALUATION = """
+JOB = """
+import math
 import signal
 import sys
 from pathlib import Path
+import torch
 from hydra import compose, initialize_config_dir
 from train.config import validate
+from train.errors import NonFiniteError
 from train.run import connect, disconnect
 from train.trainer import Trainer
 
@@ -127,31 +130,109 @@ with initialize_config_dir(sys.argv[1], version_base="1.3"):
 world = connect(config.runtime)
 trainer = Trainer(config, Path(sys.argv[2]), world)
 Path(sys.argv[2]).mkdir(exist_ok=True)
+{disturb}
+try:
+    trainer.fit()
+    print(f"process {{world.rank}} finished", flush=True)
+except SystemExit as left:
+    print(f"process {{world.rank}} left with {{left.code}} after step {{trainer.step}}", flush=True)
+except NonFiniteError as error:
+    print(f"process {{world.rank}} raised {{error}}", flush=True)
+disconnect()
+"""
+
+
+def job(folder, disturb, *settings):
+    """What two processes print, each of which disturbs its trainer."""
+    (folder / "job.py").write_text(JOB.format(disturb=disturb))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [str(folder / "job.py"), str(ROOT / "configs"), str(folder / "run"), *SMALL, "n=static", *settings]
+    done = subprocess.run([*command, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+STOPPED_IN_AN_EVALUATION = """
 load = trainer.eval_samples.images.load
 def asked(index):
     if index == 43:  # the second process has the odd ones
         signal.raise_signal(signal.SIGTERM)
     return load(index)
 trainer.eval_samples.images.load = asked
-try:
-    trainer.fit()
-except SystemExit as left:
-    print(f"process {world.rank} left with {left.code}", flush=True)
-disconnect()
 """
 
 
 def test_a_signal_to_one_process_in_an_evaluation_stops_all_and_loses_nothing(two, tmp_path):
-    (tmp_path / "job.py").write_text(STOPPED_IN_AN_EVALUATION)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    job = [str(tmp_path / "job.py"), str(ROOT / "configs"), str(tmp_path / "run"), *SMALL, "n=static"]
-    done = subprocess.run([*command, *job], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert all(f"process {rank} left with 143" in done.stdout for rank in range(2)), done.stderr
+    out = job(tmp_path, STOPPED_IN_AN_EVALUATION)
+    assert all(f"process {rank} left with 143 after step 22" in out for rank in range(2))
     state = read(tmp_path / "run" / "checkpoints" / "last.pt")
     assert state["step"] == 22 and state["unevaluated"] > 0
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     run(tmp_path / "run", "n=static", "runtime.devices=2")
     assert differences(outcome(two), outcome(tmp_path / "run")) == []
+
+
+IN_A_STEP = """
+forward = trainer._forward
+def disturbed(images, targets):
+    loss = forward(images, targets)
+    if trainer.step == {step} and world.rank == 1:
+        {what}
+    return loss
+trainer._forward = disturbed
+"""
+
+
+@pytest.mark.parametrize("step, every, left_after", [
+    (7, "null", 9),  # the step that was asked is done, and the next one
+    (21, "null", 22),  # unless a checkpoint comes first, as at an epoch's end
+])  # fmt: skip
+def test_a_signal_to_one_process_stops_all_after_the_same_step(step, every, left_after, two, tmp_path):
+    disturb = IN_A_STEP.format(step=step, what="signal.raise_signal(signal.SIGUSR1)")
+    out = job(tmp_path, disturb, f"runtime.checkpoint_steps={every}")
+    assert all(f"process {rank} left with {128 + signal.SIGUSR1} after step {left_after}" in out for rank in range(2))
+    assert read(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == left_after
+    run(tmp_path / "run", "n=static", "runtime.devices=2")
+    assert differences(outcome(two), outcome(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize("step, every, saved", [(8, 5, 5), (7, 4, 4)])
+def test_a_broken_loss_of_one_process_stops_all_at_the_same_step_and_is_not_saved(step, every, saved, two, tmp_path):
+    disturb = IN_A_STEP.format(step=step, what="loss = loss * math.nan")
+    out = job(tmp_path, disturb, f"runtime.checkpoint_steps={every}")
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    told = [line for line in out.splitlines() if " raised " in line]
+    assert sorted(line[:22] for line in told) == ["process 0 raised Step ", "process 1 raised Step "]
+    assert all(f"Step {step}: loss " in line and line.endswith(f"was kept: {last}.") for line in told)
+    assert len({line.partition("Indices")[2] for line in told}) == 1  # the second one's samples
+    assert read(last)["step"] == saved
+    run(tmp_path / "run", "n=static", "runtime.devices=2")
+    assert differences(outcome(two), outcome(tmp_path / "run")) == []
+
+
+EACH_HAS_ITS_OWN = """
+def mean(model):
+    return next(value for name, value in model.named_buffers() if name.endswith("running_mean"))
+evaluate, save = trainer._evaluate, trainer._save
+def saving():
+    save()
+    assert len(trainer.world.stack(mean(trainer.model)).unique(dim=0)) == 2, "still shared in each step"
+    trainer.saved = mean(trainer.model).clone()
+def evaluating(model):
+    found = evaluate(model)
+    assert len(trainer.world.stack(mean(model)).unique(dim=0)) == 1, "not shared"
+    if world.is_main:
+        state = torch.load(trainer.checkpoints.folder / "last.pt")["model"]
+        kept = next(value for name, value in state.items() if name.endswith("running_mean"))
+        assert torch.equal(kept, trainer.saved) and torch.equal(mean(trainer.model), kept)
+    return found
+trainer._save, trainer._evaluate = saving, evaluating
+"""
+
+
+def test_running_statistics_are_each_processs_own_until_the_first_ones_are_evaluated_and_saved(tmp_path):
+    out = job(tmp_path, EACH_HAS_ITS_OWN, "recipe.ema_decay=0.9", "recipe.epochs=1")
+    assert out.count("finished") == 2
 
 
 def test_a_run_goes_on_with_another_number_of_processes_and_says_so(two, tmp_path):
@@ -221,7 +302,7 @@ def test_torchrun_around_it_works_too(two, tmp_path):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_loss_that_is_not_finite_stops_before_the_update(devices, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(devices, tmp_path):
     settings = ("n=static", f"runtime.devices={devices}", "recipe.optimizer=sgd", "recipe.schedule=constant")
     _, errors = run(tmp_path, *settings, "recipe.lr=1e30", code=1)
     assert errors.count("NonFiniteError: Step ") == 1 and "Indices of its samples" in errors

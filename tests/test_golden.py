@@ -5,22 +5,22 @@ import numpy as np
 import pytest
 import timm
 import torch
+from settings import SETTINGS
 from torch import nn
 
 import kw
-from kw import functional
 from kw.attention import Attention
 from kw.backbones import STATIC
 from kw.layers import KWLayer
 
 CASES = recipe.load_cases()
 EXPECTED = np.load(recipe.HERE / "cases.npz")
-# Exactness of every way is tests/test_functional.py's, on shapes of all kinds; here two of them are enough by default.
-in_each_way = pytest.mark.parametrize(
-    "each_way",
-    [pytest.param(way, marks=() if way in ("auto", "multiply") else pytest.mark.slow) for way in functional.WAYS],
-    indirect=True,
-)
+# Exactness of every choice is tests/test_functional.py's, on shapes of all kinds; here a few are enough by default.
+
+
+def in_each(ways, some):
+    marked = [pytest.param(way, marks=() if way in some else pytest.mark.slow) for way in ways]
+    return pytest.mark.parametrize("each_way", marked, indirect=True)
 
 
 def build(case_name: str) -> nn.Module:
@@ -56,7 +56,7 @@ def test_parameters_warehouses_layers(loaded):
     assert sorted(ours) == sorted(theirs)
 
 
-@in_each_way
+@in_each([way for way in SETTINGS if "triton" not in way and "folded" not in way], ["auto", "blocks"])
 def test_eval_logits_and_attentions(loaded, each_way):
     name, case, model = loaded
     from kw.released import _entries  # layer names of the release are known nowhere else
@@ -79,9 +79,11 @@ def test_eval_logits_and_attentions(loaded, each_way):
         close(alpha.flatten(0, 1).numpy()[: len(expected)], expected)
 
 
-@in_each_way
+@in_each([way for way in SETTINGS if "triton" not in way], ["auto", "blocks folded"])
 def test_training_logits_and_gradients(loaded, each_way):
     name, case, _ = loaded
+    if "folded" in each_way and not name.startswith(("resnet18", "mobilenetv2")):
+        pytest.skip("its hidden layers are wide: folded kernels of float64 would take many gigabytes")
     model = build(name)
     kw.load_released(model, {key: torch.from_numpy(v) for key, v in recipe.state_dict(case).items()})
     kw.set_temperature(model, 0.5)

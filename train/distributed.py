@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def place(self, values: Sequence[int]) -> Tensor:
+        """Whole numbers on the device. From pinned memory: for a copy from other memory the host would wait."""
+        pin = self.device.type == "cuda"
+        return torch.tensor(values, dtype=torch.int32, pin_memory=pin).to(self.device, non_blocking=True)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place; exact counts need whole numbers or float64."""

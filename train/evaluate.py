@@ -93,7 +93,8 @@ def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
     results["image_size"] = config.data.image_size
     for prefix, weights in _weights(state, ours):
         model = _load(config, path, weights, len(images.classes), ours).to(world.device)
-        loader = eval_loader(samples, batch, config.runtime.workers, pin=False, rank=world.rank, world=world.size)
+        pin = world.device.type == "cuda"
+        loader = eval_loader(samples, batch, config.runtime.workers, pin, world.rank, world.size)
         found = evaluate(model, loader, world, cast(config, world.device))
         results |= {prefix + key: value for key, value in found.items()}
     return results

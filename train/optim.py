@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_layer_decay
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW
 
 from kw.layers import KWLayer
 from train.config import RecipeConfig
@@ -33,7 +34,9 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig) -> torch.optim.Optim
     if recipe.layer_decay is not None:
         parameters = layer_decay_groups(model, recipe.weight_decay, recipe.layer_decay)
     try:
-        return create_optimizer_v2(
+        if has_fused(recipe.optimizer, next(model.parameters()).device):
+            extra["fused"] = True
+        optimizer = create_optimizer_v2(
             parameters,
             opt=recipe.optimizer,
             lr=recipe.lr,
@@ -45,6 +48,32 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig) -> torch.optim.Optim
         raise ConfigError(
             f"recipe.optimizer={recipe.optimizer!r} cannot be built here: {type(error).__name__}: {error}"
         ) from error
+    _begin_momenta(optimizer)
+    return optimizer
+
+
+def has_fused(optimizer: str, device: torch.device) -> bool:
+    """Whether torch has fused kernels for it there. They pass over a float16 step that overflows by themselves; with
+    other optimizers the scaler has to know it on the host, and waits for the device in each step."""
+    return device.type == "cuda" and get_optimizer_class(optimizer, bind_defaults=False) in (SGD, Adam, AdamW)
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state, which may be of another device: whether the kernels are fused is this optimizer's to say."""
+    groups = []
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        groups.append({**saved, "fused": own["fused"]} if "fused" in own else saved)
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    _begin_momenta(optimizer)
+
+
+def _begin_momenta(optimizer: torch.optim.Optimizer) -> None:
+    """At zero, from where SGD's first step is the same as without. Its fused kernel does not write the momenta of a
+    step that overflows; were that the first one, they would stay as the memory was (torch 2.11)."""
+    for group in optimizer.param_groups:
+        if group.get("fused") and group.get("momentum"):
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def layer_decay_groups(model: nn.Module, weight_decay: float, decay: float) -> list[dict[str, Any]]:

@@ -34,11 +34,12 @@ from train.images import Part, open_split
 from train.interrupt import StopRequest, first_signal, requeue
 from train.logging import Display, MetricsFile
 from train.model import build_model
-from train.optim import build_loss, build_mixup, build_optimizer
+from train.optim import build_loss, build_mixup, build_optimizer, restore
 from train.profiling import StepProfiler
 from train.schedule import learning_rate, temperature
 from train.services import Services
 from train.transforms import eval_transform, train_transform
+from train.watch import Step, Watch
 
 
 class Trainer:
@@ -87,6 +88,7 @@ class Trainer:
             model.to(memory_format=torch.channels_last)
         self.model = model
         self.warms_up = bool(kw.temperatures(model))
+        self._tau: float | None = None  # the temperature that was set last
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
         self.optimizer = build_optimizer(model, recipe)
         self.mixup = build_mixup(recipe, num_classes)
@@ -95,7 +97,8 @@ class Trainer:
         self.forward: nn.Module = model  # the same weights, as a step goes through them
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(model, device_ids=devices)
+            # Running statistics stay each process's own: `World.share_buffers` takes the first one's when it matters.
+            self.forward = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
         if config.runtime.compile:
             self.forward.compile()
 
@@ -103,6 +106,7 @@ class Trainer:
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         # Images per second of an epoch that is trained and not evaluated yet.
         self.unevaluated: float | None = None
+        self.watch = Watch()  # of the step before: whether it was broken, and the signals that had come
         self.stop = StopRequest(alone=world.size == 1)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.runtime.keep_best)
         self.metrics = MetricsFile(folder / "metrics.jsonl")
@@ -147,9 +151,10 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             if self.ema:
                 self.ema.module.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            restore(self.optimizer, state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step = state["step"]
+            self._tau = None
             self.unevaluated = state.get("unevaluated")
             self._load_sums(state["sums"])
         except (KeyError, RuntimeError, ValueError) as error:
@@ -251,6 +256,7 @@ class Trainer:
             if last:
                 self.unevaluated = self._speed(started, first)
             if last or stopping or self.step % (self.config.runtime.checkpoint_steps or self.steps + 1) == 0:
+                stopping = self._settle() or stopping  # a step that was broken is not saved
                 self._save()  # at an epoch's end too: its evaluation may take longer than one is given to leave
             if stopping:
                 self._leave(stopping)
@@ -290,7 +296,8 @@ class Trainer:
         raise SystemExit(128 + number)
 
     def _train_step(self, loader: Iterator[Sample]) -> int:
-        """One optimizer step on the global batch, in micro-batches. The signal by which one was asked to stop, or 0."""
+        """One optimizer step on the global batch, in micro-batches. The signal by which one of the processes was asked
+        to stop before the step before ended, or 0."""
         lr = learning_rate(self.step, self.steps_per_epoch, self.config.recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -310,7 +317,8 @@ class Trainer:
         stopping = self._update(losses, indices)
         if self.ema:
             self.ema.update(self.model)
-            self._set_temperature(self.step * self.accumulation + self.accumulation - 1)  # not an average of it
+            if self._tau:  # not an average of it; once both are 0, their average is
+                kw.set_temperature(self.ema.module, self._tau)
         self.step += 1
         return stopping
 
@@ -329,35 +337,54 @@ class Trainer:
         return loss
 
     def _update(self, losses: Tensor, indices: list[Tensor]) -> int:
-        """Apply the gradients, unless loss or gradients are not finite: then all processes stop before anything is
-        changed. To know that in time, this waits for the device once a step, at the end of the backward pass, where
-        there is least to lose; whether one of the processes was asked to stop is learnt on the way.
+        """Apply the gradients, and learn how the step before went (`_settle`). Whether this step's loss and gradients
+        are finite is summed over the processes together with the signals that came, and read when the next step is
+        queued or before a checkpoint is written: the host does not wait for the device.
 
         In float16 a gradient that overflows makes the scaler pass over the step and lower its scale. At a scale of 1
         and less (without a scaler it is 1) that is no overflow."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.recipe.clip_grad or math.inf)
-        broken = ~torch.isfinite(torch.stack([losses, norm]))
-        came = broken.new_tensor(self.stop.came())
-        broken_loss, broken_norm, *counts = self.world.sum(torch.cat([broken, came]).to(torch.int32)).tolist()
-        if broken_loss or (broken_norm and self.scaler.get_scale() <= 1):
-            self._refuse(losses.item() / self.accumulation, norm.item(), torch.cat(indices))
+        scale = self.scaler.scale(torch.ones_like(norm))  # get_scale() would wait for the device
+        broken = ~torch.isfinite(losses) | (~torch.isfinite(norm) & (scale <= 1))
+        counts = self.world.sum(torch.cat([broken[None].int(), self.world.place(self.stop.came())]))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return first_signal(counts)
+        stopping = self._settle()
+        self.watch.put(counts, Step(self.step, losses / self.accumulation, norm, indices))
+        return stopping
 
-    def _refuse(self, loss: float, norm: float, indices: Tensor) -> None:
-        losses = self.world.stack(torch.tensor(loss, device=self.world.device)).tolist()
-        everyone = self.world.stack(indices.to(self.world.device)).cpu()
+    def _settle(self) -> int:
+        """Read how the last step went, of those not read yet: the signal by which one was asked to stop, or 0. All
+        processes read the same.
+
+        Raises:
+            NonFiniteError: its loss or gradients are not finite.
+        """
+        taken = self.watch.take()
+        if taken is None:
+            return 0
+        (broken, *came), step = taken
+        if broken:
+            self._refuse(step)
+        return first_signal(came)
+
+    def _refuse(self, step: Step) -> None:
+        losses = self.world.stack(step.loss).tolist()
+        everyone = self.world.stack(torch.cat(step.indices).to(self.world.device)).cpu()
         culprits = everyone[[not math.isfinite(each) for each in losses]]
         shown = (culprits if len(culprits) else everyone).flatten()[:64].tolist()
         last = self.checkpoints.folder / "last.pt"
         raise NonFiniteError(
-            f"Step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}. The step was not applied. Indices of its "
-            f"samples: {', '.join(map(str, shown))}. "
-            + (f"Last good checkpoint: {last}." if last.exists() else "There is no checkpoint yet.")
+            f"Step {step.number}: loss {step.loss.item():.4g}, gradient norm {step.norm.item():.4g}. "
+            f"Indices of its samples: {', '.join(map(str, shown))}. "
+            + (
+                f"Nothing after the last good checkpoint was kept: {last}."
+                if last.exists()
+                else "There is no checkpoint yet: nothing was kept."
+            )
         )
 
     def _set_temperature(self, micro_batch: int) -> None:
@@ -365,9 +392,12 @@ class Trainer:
         if not self.warms_up:
             return
         tau = self._temperature(micro_batch)
+        if tau == self._tau:
+            return
         kw.set_temperature(self.model, tau)
         if self.ema:
             kw.set_temperature(self.ema.module, tau)
+        self._tau = tau
 
     def _warn_of_temperature(self) -> None:
         """It may be wanted, as in a trial of a few epochs: no error."""
@@ -396,19 +426,21 @@ class Trainer:
     def _stoppable(self, loader: Iterable[Sample], batch: int) -> Iterator[Sample]:
         """The batches of an evaluation; before each, the processes agree on whether to leave. They may have different
         numbers of batches, and the first process has the most."""
-        batches = iter(loader)
+        batches, watch = iter(loader), Watch()
         most = math.ceil(math.ceil(len(self.eval_samples.images) / self.world.size) / batch)
         for _ in range(most):
-            if stopping := self._asked():
+            if stopping := self._asked(watch):
                 self._leave(stopping)
             yield from itertools.islice(batches, 1)
 
-    def _asked(self) -> int:
-        """The signal by which any of the processes was asked to stop, or 0."""
+    def _asked(self, watch: Watch) -> int:
+        """The signal by which any of the processes had been asked to stop when this was called last; of a process
+        alone, by now. 0 if none did."""
         if self.world.size == 1:
             return self.stop.signal
-        came = torch.tensor(self.stop.came(), dtype=torch.int32, device=self.world.device)
-        return first_signal(self.world.sum(came).tolist())
+        taken = watch.take()
+        watch.put(self.world.sum(self.world.place(self.stop.came())))
+        return first_signal(taken[0]) if taken else 0
 
     def _end_epoch(self) -> None:
         """Evaluate, and save with the epoch's line. A run that was stopped in the midst of it does it again."""

@@ -76,8 +76,8 @@ class KernelBank(DynamicConv2d):
     """A layer of K kernels, from which each sample's is mixed: `attention` gives the shares `(B, K)`.
 
     `weight` is `(K * P, C_out, C_in / groups)`, the positions of a kernel one after the other: laid out as the cells of
-    a warehouse, so that the implementations of KernelWarehouse's layers serve here too. As there, a gradient of a gradient
-    and torch.func take `kw.functional.use("grouped")`.
+    a warehouse, so that the implementations of KernelWarehouse's layers serve here too. As there, a gradient of a
+    gradient and torch.func take `kw.functional.use("grouped")`.
 
     Args:
         n: the number of kernels, K.
@@ -107,7 +107,9 @@ class KernelBank(DynamicConv2d):
         weights = self._weights(shares, space)
         geometry = Geometry((self.positions, 1, 1), self.kernel_size, self.stride, padding, self.dilation, self.groups)
         setting = functional.setting_of(self)
-        applied = functional.choose(setting, x, basis, geometry, needs_grad=weights.requires_grad, makes=("folded",)).apply
+        applied = functional.choose(
+            setting, x, basis, geometry, needs_grad=weights.requires_grad, makes=("folded",)
+        ).apply
         return functional.compute(x, weights, basis, geometry, applied)
 
     def _weights(self, shares: Tensor | None, space: Tensor | None) -> Tensor:

@@ -1,5 +1,5 @@
-"""Implementation "batched": assemble every sample's kernel, and multiply it with the sample's unfolded input, all samples
-in one batched product. Of operations that every device, compiler and exporter knows.
+"""Implementation "batched": assemble every sample's kernel, and multiply it with the sample's unfolded input, all
+samples in one batched product. Of operations that every device, compiler and exporter knows.
 
 Unfolded, an input has a row for each of its channels at each tap (position of the kernel), and in it what the output
 positions read there: P times the input. Pointwise and linear layers have one tap; their input is unfolded as it is.
@@ -25,7 +25,8 @@ def batched(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Te
 
 
 def unfold(x: Tensor, geometry: Geometry) -> Tensor:
-    """`(B, C_in, *space)` to `(B, C_in * P, S)`, for `S` output positions. Like `F.unfold`, in any number of dimensions."""
+    """`(B, C_in, *space)` to `(B, C_in * P, S)`, for `S` output positions. Like `F.unfold`, in any number of
+    dimensions."""
     if geometry.is_pointwise:
         return x.flatten(2)
     out = geometry.out_size(tuple(x.shape[2:]))

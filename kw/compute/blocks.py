@@ -1,9 +1,9 @@
 """Implementation "blocks": a block of kernels at a time, multiplied with runs of the input (strips.py) where they lie.
 
 A block is some rows of every cell, for all samples or, where that is too much, for some. One matrix product makes its
-mixtures (mixing.py), in the order (tap, input cell, sample, output cell), that is as a matrix for each sample at each tap
-and input cell: nothing is moved before it is applied. A block stays in a processor's cache, and the batch's kernels never
-exist at once: the backward pass makes them again.
+mixtures (mixing.py), in the order (tap, input cell, sample, output cell), that is as a matrix for each sample at each
+tap and input cell: nothing is moved before it is applied. A block stays in a processor's cache, and the batch's kernels
+never exist at once: the backward pass makes them again.
 
 Shapes: `B` batch, `b` samples of a block; `P` taps, `R = C_out / o` and `C = C_in / i` cells across, `m = P * R * C`
 mixtures of `J` terms; cells of `o` by `i`, `r` rows of each in a block; `L` length of a run.
@@ -61,7 +61,8 @@ def backward(
     needed: tuple[bool, bool, bool],
     total: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to `total` if there is one."""
+    """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to `total` if there is
+    one."""
     low_weights, low_basis = weights.to(x.dtype), basis.to(x.dtype)
     grad_x = _grad_input(grad, x, low_weights, low_basis, geometry) if needed[0] else None
     grad_weights = weights.new_zeros(weights.shape, dtype=_sums(weights.dtype)) if needed[1] else None

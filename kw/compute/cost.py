@@ -5,21 +5,21 @@ A choice's time for a batch is the sum of what it does, each at a price of the d
     apply    multiply-adds with the kernels: |W| * S a sample
     mix      multiply-adds that make them of the cells: |W| * n a sample. "inputs" mixes the input's taps instead:
              |W| * S * n / o, and applies |W| * S * n / T
-    mix folded    of folded kernels: |W| * J a sample
+    mix folded  multiply-adds that make them of folded kernels: |W| * J a sample
     fold     multiply-adds that fold the cells: |W| * n * (H + 1) for the whole batch
     entry    the kernels' |W| numbers a sample, written and read again; "grouped" also moves them
     new      those of them that come in new memory: of "grouped", where the batch's do not fit what the allocator keeps
     io       the samples' inputs and outputs; of pointwise and linear layers, these two have prices of their own
     copy     numbers copied beside: the unfolded input of "batched"; the taps and the mixed inputs of "inputs"
-    cell     the warehouse's or the folded kernels' numbers, read once for all samples: most of the time for a single one
+    cell     numbers of the warehouse, or of folded kernels, read once for all samples: most of the time of a single one
     fixed    one, for each call of a layer
     call     products that "blocks" calls the library for: each tap and input cell of each block
 
 `|W|` entries of the kernel, `S` output positions, `n` cells of `o` by `i`, `H` hidden features, `J = H + 1` terms of a
 folded kernel's sum, `T = P * C_in / i` cells that an output cell reads.
 
-A choice is weighed only where its prices were measured. On a GPU of a kind without a table nothing is weighed: kernels are
-applied by "triton" where it applies, else by batched products, and made by the fewest multiply-adds.
+A choice is weighed only where its prices were measured. On a GPU of a kind without a table nothing is weighed: kernels
+are applied by "triton" where it applies, else by batched products, and made by the fewest multiply-adds.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def applies(name: str, make: str, x: Tensor, geometry: Geometry) -> bool:
 
 
 def work(
-    choice: Choice, x_shape: tuple[int, ...], cells_shape: tuple[int, ...], geometry: Geometry, hidden: int, kind: str
+    choice: Choice, x_shape: tuple[int, ...], cells_shape: tuple[int, ...], geometry: Geometry, features: int, kind: str
 ) -> Quantities:
     """What a choice does for the batch, by the names above.
 
     Args:
         x_shape: `(B, C_in, *space)`.
         cells_shape: `(n, o, i)`; or `(J, m, o, i)` where each mixture has a basis already.
-        hidden: H; of no consequence for "cells".
+        features: H; of no consequence for "cells".
         kind: of the device.
     """
     n, (o, i) = cells_shape[0], cells_shape[-2:]
@@ -95,7 +95,7 @@ def work(
         done |= {"mix": kernels * n, "cell": n * o * i}
     else:
         folds = len(cells_shape) == 3
-        terms = hidden + 1 if folds else n
+        terms = features + 1 if folds else n
         done |= {"mix folded": kernels * terms, "fold": weight * n * terms if folds else 0, "cell": weight * terms}
     if choice.apply == "grouped":
         done["new"] = kernels if kernels > HELD else 0
@@ -128,17 +128,17 @@ def best(
     x_shape: tuple[int, ...],
     cells_shape: tuple[int, ...],
     geometry: Geometry,
-    hidden: int,
+    features: int,
     step: bool,
     kind: str,
 ) -> Choice:
     """Of the choices that apply, the one that is expected to be fastest. Arguments as of `work` and `cost`."""
     prices = table(kind)
     if prices is None:
-        return _unmeasured(possible, x_shape, cells_shape, geometry, hidden, kind)
+        return _unmeasured(possible, x_shape, cells_shape, geometry, features, kind)
     found, least = possible[0], math.inf
     for choice in possible:  # not min(), which torch.compile cannot follow where sizes vary
-        expected = cost(choice, work(choice, x_shape, cells_shape, geometry, hidden, kind), prices, step)
+        expected = cost(choice, work(choice, x_shape, cells_shape, geometry, features, kind), prices, step)
         if expected is not None and expected < least:
             found, least = choice, expected
     return found
@@ -149,14 +149,14 @@ def _unmeasured(
     x_shape: tuple[int, ...],
     cells_shape: tuple[int, ...],
     geometry: Geometry,
-    hidden: int,
+    features: int,
     kind: str,
 ) -> Choice:
     order = UNMEASURED if kind.startswith("cuda") else ("grouped",)
     name = next((name for name in order if any(choice.apply == name for choice in possible)), possible[0].apply)
     found, least = possible[0], math.inf
     for choice in possible:
-        macs = multiply_adds(work(choice, x_shape, cells_shape, geometry, hidden, kind))
+        macs = multiply_adds(work(choice, x_shape, cells_shape, geometry, features, kind))
         if choice.apply == name and macs < least:
             found, least = choice, macs
     return found

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Which pass of the autograd engine this thread is in, and calls when a pass ends: torch's own data-parallel wrappers use
-# both, but they are private. Without them autograd adds up the gradients.
+# Which pass of the autograd engine this thread is in, and calls when a pass ends: torch's own data-parallel wrappers
+# use both, but they are private. Without them autograd adds up the gradients.
 try:
     _pass: Callable[[], int] = torch._C._current_graph_task_id  # -1 outside of a backward pass
     _at_end: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
@@ -75,7 +75,6 @@ def forget_failed(stand_in: Tensor) -> None:
 
 def _forget(sums: Sums, of: int) -> None:
     sums.pop(of, None)
-
 
 
 def in_backward() -> bool:

@@ -16,7 +16,8 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Geometry:
-    """One layer's convolution; a layer has one from its constructor on. A linear layer is a convolution of one position.
+    """One layer's convolution; a layer has one from its constructor on. A linear layer is a convolution of one
+    position.
 
     `grid` is `(P, R, C)` with `R = C_out / o` and `C = C_in / groups / i`: the kernel's cells in the order of its
     mixtures, the last fastest. Where cells span all positions (`i` counts them in), the grid's P is 1.

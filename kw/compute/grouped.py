@@ -14,7 +14,8 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def assemble(weights: Tensor, basis: Tensor, grid: Grid) -> Tensor:
-    """Each sample's kernel, `(B, C_out, C_in / groups, P)`, from its weights `(B, m, J)` and what they are of (mixing.py).
+    """Each sample's kernel, `(B, C_out, C_in / groups, P)`, from its weights `(B, m, J)` and what they are of
+    (mixing.py).
 
     Mixture `(p, a, b)` of `grid = (P, C_out / o, C_in / i)` is the cell at position p, rows `a * o`, columns `b * i`.
     """

@@ -36,9 +36,10 @@ try:
     import triton.language as tl
     from triton import knobs
 except ImportError:  # as on macOS: `kw.compute.applies` then says so
-    triton = None  # type: ignore[assignment]
+    triton = None
 
-INTERPRETED = triton is not None and bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: on the CPU, for tests
+AVAILABLE = triton is not None
+INTERPRETED = AVAILABLE and bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: on the CPU, for tests
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -64,11 +65,12 @@ def blocks(rows: int, columns: int, dtype: torch.dtype) -> Block:
 
 
 def _side(size: int) -> int:
-    """128, unless half of that or less leaves fewer rows empty."""
-    return min((128, 64, 32, 16), key=lambda side: (-(-size // side) * side * (1 + 8 / side), -side))
+    """The side of a block that wastes least, where each block costs as much as 8 more rows."""
+    return min((128, 64, 16), key=lambda side: cdiv(size, side) * (side + 8))
 
 
-if triton is not None:
+if AVAILABLE:
+
     @triton.jit
     def _convolve(
         source, kernels, out,
@@ -104,7 +106,9 @@ if triton is not None:
         of_column = column // ACROSS_CELL * across_cell + column % ACROSS_CELL * across_one
 
         total = tl.zeros((ROWS, COLUMNS), SUM)
-        for step in range(steps if STEPS is None else STEPS):  # a tap after the other, and of each one block of channels after the other
+        for step in range(
+            steps if STEPS is None else STEPS
+        ):  # a tap after the other, and of each one block of channels after the other
             tap = step // sum_blocks
             depth = step % sum_blocks * DEPTH + tl.arange(0, DEPTH)
             u = tap // taps_w
@@ -122,7 +126,9 @@ if triton is not None:
                 right = right.to(SUM)
             total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=SUM)
         write = out + (out_y * out_h + out_x * out_w)[:, None] + (column * out_c)[None, :]
-        tl.store(write, total.to(out.dtype.element_ty), mask=(position < positions)[:, None] & (column < across)[None, :])
+        tl.store(
+            write, total.to(out.dtype.element_ty), mask=(position < positions)[:, None] & (column < across)[None, :]
+        )
 
     @triton.jit
     def _grad_kernels(
@@ -185,12 +191,13 @@ def forward(x: Tensor, kernels: Tensor, geometry: Geometry, out: Tensor) -> None
     k_b, k_p, k_r, k_c, k_o, k_i = kernels.stride()
     block = blocks(out.shape[2] * out.shape[3], R * o, x.dtype)
     sum_blocks = cdiv(C * i, block.depth)
+    options = _options(x.dtype, block, P * sum_blocks)
     grid = (cdiv(out.shape[2] * out.shape[3], block.rows) * cdiv(R * o, block.columns), len(x))
     _convolve[grid](
         x, kernels, out, *x.stride(), k_b, k_p, k_c, k_i, k_r, k_o, *out.stride(), *x.shape[2:],
         out.shape[2] * out.shape[3], out.shape[3], C * i, R * o,
         *plane.stride, *plane.dilation, -plane.padding[0], -plane.padding[1],
-        plane.kernel[1], 0, plane.kernel[1], 1, sum_blocks, P * sum_blocks, i, o, **_options(x.dtype, block, P * sum_blocks),
+        plane.kernel[1], 0, plane.kernel[1], 1, sum_blocks, P * sum_blocks, i, o, **options,
     )  # fmt: skip
 
 
@@ -200,10 +207,9 @@ def grad_input(grad: Tensor, kernels: Tensor, geometry: Geometry, out: Tensor) -
     Input position q was read at tap u by output position (q + padding - u * dilation) / stride, where that is whole:
     for the q of one phase, at every `step`-th tap, and there by positions one after the other.
     """
-    P, R, C, o, i = kernels.shape[1:]
+    _, R, C, o, i = kernels.shape[1:]
     grad, out, plane = _plane(grad), _plane(out), Plane.of(geometry)
     k_b, k_p, k_r, k_c, k_o, k_i = kernels.stride()
-    sum_blocks = 0
     for y, x, taps in plane.phases(out.shape[2:]):
         if taps is None:  # nothing reads these positions
             out[:, :, y :: plane.stride[0], x :: plane.stride[1]] = 0
@@ -213,12 +219,13 @@ def grad_input(grad: Tensor, kernels: Tensor, geometry: Geometry, out: Tensor) -
         sum_blocks = cdiv(R * o, block.depth)
         programs = cdiv(part.shape[2] * part.shape[3], block.rows) * cdiv(C * i, block.columns)
         (first_h, step_h, count_h, move_h, from_h), (first_w, step_w, count_w, move_w, from_w) = taps
+        steps = count_h * count_w * sum_blocks
         _convolve[(programs, len(grad))](
             grad, kernels, part, *grad.stride(), k_b, k_p, k_r, k_o, k_c, k_i, *part.stride(), *grad.shape[2:],
             part.shape[2] * part.shape[3], part.shape[3], R * o, C * i,
             1, 1, move_h, move_w, from_h, from_w,
             count_w, first_h * plane.kernel[1] + first_w, step_h * plane.kernel[1], step_w,
-            sum_blocks, count_h * count_w * sum_blocks, o, i, **_options(grad.dtype, block, count_h * count_w * sum_blocks),
+            sum_blocks, steps, o, i, **_options(grad.dtype, block, steps),
         )  # fmt: skip
 
 
@@ -239,8 +246,9 @@ def grad_kernels(grad: Tensor, x: Tensor, geometry: Geometry, out: Tensor) -> No
     )  # fmt: skip
 
 
-# Of one dimension, for the input positions of a phase: the first tap at which something reads them, how many taps on the
-# next one is, how many there are; how far the reader moves for each of these taps; and which one reads the first position.
+# Of one dimension, for the input positions of a phase: the first tap at which something reads them, how many taps on
+# the next one is, how many there are; how far the reader moves for each of these taps; and which one reads the first
+# position.
 Taps = tuple[int, int, int, int, int]
 
 
@@ -309,9 +317,7 @@ def cdiv(a: int, b: int) -> int:
 
 def tf32() -> bool:
     """Whether torch lets convolutions of float32 be computed in TF32, by its new setting or the older one."""
-    backend = torch.backends.cudnn
-    try:
-        setting = backend.conv.fp32_precision
-    except AttributeError:
-        return bool(backend.allow_tf32)
-    return bool(setting == "tf32")
+    convolutions = getattr(torch.backends.cudnn, "conv", None)
+    if convolutions is None:
+        return torch.backends.cudnn.allow_tf32
+    return bool(convolutions.fp32_precision == "tf32")

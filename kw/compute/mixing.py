@@ -80,7 +80,9 @@ class Block:
         if is_shared(basis):
             self.weights = by_grid.permute(1, 3, 0, 2, 4).reshape(-1, weights.shape[2])  # (P * C * b * R, J)
         else:
-            self.weights = by_grid.permute(1, 3, 2, 0, 4).reshape(-1, len(weights), weights.shape[2])  # (P * C * R, b, J)
+            self.weights = by_grid.permute(1, 3, 2, 0, 4).reshape(
+                -1, len(weights), weights.shape[2]
+            )  # (P * C * R, b, J)
 
     def mix(self, rows: slice) -> Tensor:
         """`(P, C, b, R * r, i)`."""
@@ -92,9 +94,7 @@ class Block:
             mixtures = torch.bmm(self.weights, piece).view(P, C, R, self.samples, -1).transpose(2, 3)
         return mixtures.reshape(P, C, self.samples, -1, self.basis.shape[-1])
 
-    def add_grads(
-        self, grad: Tensor, rows: slice, grad_weights: Tensor | None, grad_basis: Tensor | None
-    ) -> None:
+    def add_grads(self, grad: Tensor, rows: slice, grad_weights: Tensor | None, grad_basis: Tensor | None) -> None:
         """From the gradient of `mix(rows)`, add that of the weights `(b, m, J)`, and that of the basis."""
         P, R, C = self.grid
         terms = self.basis.shape[0]

@@ -25,7 +25,11 @@ def remade(name: str) -> Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]:
     """The implementation of this name, with gradients."""
 
     def compute(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
-        eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+        eager = (
+            not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and type(x) in (Tensor, torch.nn.Parameter)
+        )
         if eager:  # the operator's own costs are as much as a small layer's
             out: Tensor = REMADE[name].forward(x, weights, basis, geometry)
             return out
@@ -102,8 +106,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            f"A gradient of a gradient (create_graph=True) cannot be taken of layers computed by {ctx.how[0]!r}: run the "
-            f'forward pass within kw.functional.use("grouped").'
+            f"A gradient of a gradient (create_graph=True) cannot be taken of layers computed by {ctx.how[0]!r}: "
+            f'run the forward pass within kw.functional.use("grouped").'
         )
     needed = ctx.needs_input_grad[:3]
     x, weights, basis = ctx.saved_tensors

@@ -1,8 +1,9 @@
-"""Implementation "triton", for GPUs: some samples at a time, their kernels are made, applied where they lie, and dropped.
+"""Implementation "triton", for GPUs: some samples at a time, their kernels are made, applied where they lie, and
+dropped.
 
-Kernels are made by one matrix product (mixing.py). They are applied by a kernel of Triton that unfolds and moves nothing
-(implicit.py); those of pointwise and linear layers, which lie as matrices, by batched products of the library. The
-backward pass makes them again, so that a batch's kernels never exist at once.
+Kernels are made by one matrix product (mixing.py). They are applied by a kernel of Triton that unfolds and moves
+nothing (implicit.py); those of pointwise and linear layers, which lie as matrices, by batched products of the library.
+The backward pass makes them again, so that a batch's kernels never exist at once.
 
 Shapes: `B` batch, `P` taps, `R` by `C` cells of a kernel at a tap, `o` by `i` channels of a cell, `S` positions.
 """
@@ -42,13 +43,12 @@ def backward(
     needed: tuple[bool, bool, bool],
     total: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to `total` if there is one."""
+    """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to `total` if there is
+    one."""
     low_weights, low_basis = weights.to(x.dtype), basis.to(x.dtype)
     grad_x = empty_like(x) if needed[0] else None
-    of_weights = torch.empty_like(weights) if needed[1] else None
+    of_weights: list[Tensor] = []
     of_basis = total
-    if needed[2] and total is None:
-        of_basis = torch.zeros_like(basis, dtype=torch.promote_types(basis.dtype, torch.float32))
     for part, kernels in _kernels(x, low_weights, low_basis, geometry, made=needed[0]):
         if grad_x is not None:
             _grad_input(grad[part], kernels, geometry, grad_x[part])
@@ -56,11 +56,19 @@ def backward(
             continue
         _grad_kernels(grad[part], x[part], geometry, kernels)  # in the memory of the kernels
         mixtures = kernels.flatten(1, 3)  # (b, m, o, i)
-        if of_weights is not None:
-            of_weights[part] = grad_weights(mixtures, low_basis)
-        if of_basis is not None:
-            of_basis += grad_basis(mixtures, low_weights[part], basis.shape)
-    return grad_x, of_weights, None if of_basis is None else of_basis.to(basis.dtype)
+        if needed[1]:
+            of_weights.append(grad_weights(mixtures, low_basis).to(weights.dtype))
+        if needed[2]:
+            of_part = grad_basis(mixtures, low_weights[part], basis.shape)
+            # Parts are added up in float32: half precision would lose what many samples add.
+            of_basis = of_part.to(_sums(basis, kernels, x)) if of_basis is None else of_basis.add_(of_part)
+    whole = of_weights[0] if len(of_weights) == 1 else torch.cat(of_weights) if of_weights else None
+    return grad_x, whole, None if of_basis is None else of_basis.to(basis.dtype)
+
+
+def _sums(basis: Tensor, kernels: Tensor, x: Tensor) -> torch.dtype:
+    """The type of a sum over the parts of a batch."""
+    return basis.dtype if len(kernels) == len(x) else torch.promote_types(basis.dtype, torch.float32)
 
 
 def _kernels(
@@ -114,7 +122,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 def applies(x: Tensor, geometry: Geometry) -> bool:
     """Whether this implementation can compute the layer, here and now."""
     return (
-        implicit.triton is not None
+        implicit.AVAILABLE
         and x.dtype in implicit.DTYPES
         and geometry.groups == 1
         and not geometry.spans_positions

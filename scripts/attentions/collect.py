@@ -20,8 +20,8 @@ from train.errors import DataError
 def attend(attention: Attention, pooled: Tensor) -> Tensor:
     """The attentions `(B, m, n + 1)` that `attention` computes from `(B, C)`, with that of the zero cell, which it
     drops: only with it do a row's absolute values add up to 1 (where the attention function sees to that at all)."""
-    values, factor = FUNCTIONS[attention.attention_function](attention.scores(pooled).double())
-    return (1 - attention.tau) * factor * values + attention.tau * anchors(attention)
+    values, divisor = FUNCTIONS[attention.attention_function](attention.scores(pooled).double())
+    return (1 - attention.tau) * values / divisor + attention.tau * anchors(attention)
 
 
 def anchors(attention: Attention) -> Tensor:
