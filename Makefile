@@ -1,7 +1,7 @@
 # make demo: from a fresh clone to a table in minutes; make demo-detection: to detections.   make test: the suite.
 # make setup: what all but detection needs; make setup-detection: all.   make lock: the versions anew.
 # make lint: ruff and mypy.   make check-wheel: the library alone, oldest and newest torch.
-# make bench: what speed there is.   make cifar10: methods compared.
+# make gpu: all that needs a GPU.   make bench: what speed there is.   make cifar10: methods compared.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -108,5 +108,18 @@ bench: $(DETECTION)
 	$(BIN)/python -m scripts.benchmark_detection
 	$(if $(DATA),$(BIN)/python -m scripts.benchmark_data $(DATA))
 
+# Everything that needs a GPU, in 8 minutes: the tests marked gpu, prices, benchmarks, blocks, a short training; results are
+# in report/gpu, fitted prices in kw/compute/prices. DATA=PATH: CIFAR-10 to train on; MINUTES=9: of more time. On a machine
+# without .venv its own python3 runs it; what that lacks, make gpu-wheels collects here in .wheels, to be carried along.
+# DRY=1 runs all of it on the CPU, tiny, to see that it works.
+.PHONY: gpu gpu-wheels
+GPU_PYTHON ?= $(if $(DRY)$(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+gpu: $(if $(DRY),$(DETECTION))
+	$(GPU_PYTHON) -m scripts.gpu $(if $(DRY),--dry) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DATA),--data $(DATA))
+
+gpu-wheels: $(READY)
+	$(BIN)/python -m scripts.gpu.wheels .wheels
+
 clean:
-	rm -rf $(VENV) runs report data build *.egg-info
+	rm -rf $(VENV) .wheels runs report data build *.egg-info

@@ -1,0 +1,62 @@
+"""Collect the wheels that a machine without a registry lacks, for `python -m scripts.gpu` to install there.
+
+    python -m scripts.gpu.wheels .wheels
+
+They are what the trainer and MMDetection need beside PyTorch and what usually comes with it, in the versions that are
+installed here, for Python 3.12 on Linux (x86-64). Packages of pure Python become wheels here, also those that are
+published as source only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PURE = ("hydra-core", "omegaconf", "antlr4-python3-runtime", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection",
+        "addict", "imaug", "yapf", "platformdirs", "termcolor", "terminaltables")  # fmt: skip
+COMPILED = ("pycocotools", "shapely")
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.gpu.wheels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for wheel in folder.glob("*.whl"):  # of two versions pip would install none
+        wheel.unlink()
+    # No cache: it may hold an mmcv that was built beside torch, with operators compiled for this machine.
+    pip("wheel", "--no-cache-dir", "--wheel-dir", folder, *pinned(PURE))
+    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+    target = ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp", *platforms]
+    pip("download", *target, "--dest", folder, *pinned(COMPILED))
+    wheels = sorted(folder.glob("*.whl"))
+    impure = [wheel.name for wheel in wheels if not wheel.name.endswith("none-any.whl")]
+    if len(impure) != len(COMPILED):
+        sys.exit(
+            f"Of {', '.join(impure)} only {', '.join(COMPILED)} should be compiled: the others may not load there."
+        )
+    print(f"{len(wheels)} wheels in {folder}, {sum(wheel.stat().st_size for wheel in wheels) / 2**20:.1f} MiB.")
+
+
+def pinned(names: tuple[str, ...]) -> list[str]:
+    try:
+        return [f"{name}=={version(name)}" for name in names]
+    except PackageNotFoundError as error:
+        sys.exit(
+            f"{error.name} is not installed here, so that its version is not known: install it (make setup) first."
+        )
+
+
+def pip(command: str, *arguments: str | Path) -> None:
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([sys.executable, "-m", "pip", command, *quiet, *map(str, arguments)], check=True)
+
+
+if __name__ == "__main__":
+    main()
