@@ -57,7 +57,8 @@ def backward(
         _grad_kernels(grad[part], x[part], geometry, kernels)  # in the memory of the kernels
         mixtures = kernels.flatten(1, 3)  # (b, m, o, i)
         if needed[1]:
-            of_weights.append(torch.empty_like(weights[part]).copy_(grad_weights(mixtures, low_basis)))
+            of_part = grad_weights(mixtures, low_basis)
+            of_weights.append(of_part.to(weights.dtype, memory_format=torch.contiguous_format).contiguous())
         if needed[2]:
             of_part = grad_basis(mixtures, low_weights[part], basis.shape)
             # Parts are added up in float32: half precision would lose what many samples add.
