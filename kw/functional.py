@@ -59,19 +59,21 @@ def use(apply: str = AUTO, make: str | None = None) -> Iterator[None]:
         apply: one of `CHOICES`. "grouped" is the plain way, as in the release.
         make: "cells" or "folded", or "auto". Left out: "auto" if `apply` is, else "cells".
 
-    A layer that the choice does not apply to is computed by "grouped", of cells.
+    Where an implementation does not apply to a layer, "grouped" takes its place; where kernels do not fold, they are
+    made of cells. Compiled models (torch.compile) follow the setting that was entered last by any thread.
 
     Raises:
         ValueError: there is no such choice.
     """
     global _latest
     entered = _setting(apply, make)
-    before, latest = _thread.setting, _latest
+    before = _thread.setting
     _thread.setting = _latest = entered
     try:
         yield
     finally:
-        _thread.setting, _latest = before, latest
+        _thread.setting = before
+        _latest = before or _default
 
 
 def set_default(apply: str = AUTO, make: str | None = None) -> None:
@@ -130,9 +132,10 @@ def choose(
         made = setting.make if setting.make in makes else makes[0]
         return Choice(made, setting.apply) if applies(setting.apply, made, x, geometry) else Choice(makes[0], "grouped")
     step = torch.is_grad_enabled() and (needs_grad or x.requires_grad or cells.requires_grad)
-    names = tuple(IMPLEMENTATIONS) if setting.apply == AUTO else (setting.apply, "grouped")
+    names = tuple(IMPLEMENTATIONS) if setting.apply == AUTO else (setting.apply,)
     makes = makes if setting.make == AUTO else tuple(make for make in makes if make == setting.make) or makes[:1]
     possible = tuple(Choice(make, name) for make in makes for name in names if applies(name, make, x, geometry))
+    possible = possible or tuple(Choice(make, "grouped") for make in makes)
     pick = best if torch.compiler.is_compiling() else _remembered  # torch.compile cannot look into caches
     return pick(possible, tuple(x.shape), tuple(cells.shape), geometry, features or 0, step, device_kind(x.device))
 

@@ -1,8 +1,13 @@
 """The temperature tau of a model's attentions (paper, section 3.3): one tensor for all of them, 1 when training begins
-and 0 once it is warmed up."""
+and 0 once it is warmed up.
+
+Each attention saves it, so it is in a state dict once for each of them. What averages a state dict's entries in place,
+such as timm's ModelEmaV3, averages it as often: call `kw.set_temperature(average, tau)` after each update.
+"""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -17,14 +22,18 @@ class Temperature(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("value", torch.zeros(()), persistent=False)  # each attention saves it
-        self._zero_at: int | None = _version(self.value)  # the version of `value` that is known to be 0
+        # Which tensor, at which version, is known to be 0.
+        self._zero_of: weakref.ref[Tensor] | None = weakref.ref(self.value)
+        self._zero_at: int | None = _version(self.value)
 
     @property
     def is_zero(self) -> bool:
-        """Whether tau is known to be 0, without waiting for the device. Then what it is for costs nothing."""
+        """Whether tau is known to be 0, without waiting for the device. Then what it is for costs nothing. Compiled
+        models know it of `set` and of loading alone."""
         if torch.compiler.is_compiling():
             return self._zero_at is not None
-        return self._zero_at == _version(self.value)
+        known = self._zero_of is not None and self._zero_of() is self.value
+        return known and self._zero_at == _version(self.value)
 
     def set(self, tau: float) -> None:
         self.value.fill_(tau)
@@ -39,16 +48,19 @@ class Temperature(nn.Module):
         self._note(not value.is_meta and float(value) == 0)
 
     def _note(self, is_zero: bool) -> None:
+        self._zero_of = weakref.ref(self.value) if is_zero else None
         self._zero_at = _version(self.value) if is_zero else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Temperature:
         was_zero = self.is_zero
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_zero and not self.value.is_meta:
+            self.value.zero_()  # `to_empty` leaves what was in memory
         self._note(was_zero)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_zero_at": self.is_zero}
+        return {**self.__dict__, "_zero_at": self.is_zero, "_zero_of": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -227,3 +227,22 @@ def test_half_precision_scores_are_normalized_in_float32():
 def test_budget_beyond_published_ones_has_one_attention_row_per_mixture():
     attention = Attention(CHANNELS, Warehouse([KernelShape("layer", (8, 8))], KWConfig(n=Fraction(1, 8))).draws[0])
     assert attention.eval()(torch.randn(2, CHANNELS)).shape == (2, 8, 1)
+
+
+def test_a_temperature_in_another_tensors_place_counts(model):
+    """Whether tau is known to be 0 is known of one tensor, at one version of it."""
+    x = torch.randn(3, 4, 8, 8)
+    given = {key: torch.ones(()) for key, _ in model.named_buffers() if key.endswith("shared.value")}
+    assert given and not torch.equal(torch.func.functional_call(model, given, (x,)), model(x))
+    model[0].attention.temperature.fill_(1)
+    assert not model[0].attention.shared.is_zero
+    kw.set_temperature(model, 0)
+    assert copy.deepcopy(model)[0].attention.shared.is_zero and model.double()[0].attention.shared.is_zero
+
+
+def test_memory_that_to_empty_leaves_is_no_temperature():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3))
+        kw.convert(model, {"0": "w"})
+    model.to_empty(device="cpu")
+    assert model[0].attention.temperature == 0

@@ -192,6 +192,20 @@ def test_a_choice_within_a_block_is_that_threads_alone_and_one_for_good_is_all_t
         assert plain() and other.submit(plain).result()
 
 
+def test_blocks_of_several_threads_leave_nothing_behind_for_compiled_models():
+    """Which follow the setting that was entered last: after all blocks, the default."""
+    first, second = functional.use("grouped"), functional.use("batched")
+    with ThreadPoolExecutor(1) as other:
+        first.__enter__()
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        other.submit(second.__exit__, None, None, None).result()
+    assert functional._latest == functional.Setting()
+    with functional.use("grouped"):
+        functional.set_default("blocks")
+    assert functional._latest == functional.Setting("blocks", "cells")
+
+
 def test_how_kernels_are_made_can_be_chosen_alone(monkeypatch):
     """The cost model is then asked of these choices only."""
     asked = []
@@ -203,7 +217,7 @@ def test_how_kernels_are_made_can_be_chosen_alone(monkeypatch):
         model(torch.randn(3, *size, dtype=torch.float64))
     made, applied = asked
     assert {choice.make for choice in made} == {"folded"} and len(made) > 2
-    assert {choice.apply for choice in applied} == {"blocks", "grouped"}
+    assert {choice.apply for choice in applied} == {"blocks"}
     assert {choice.make for choice in applied} == {"cells", "folded"}
 
 

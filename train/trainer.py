@@ -455,6 +455,8 @@ class Trainer:
             **self._evaluate(self.model),
         }
         if self.ema:
+            if self._tau == 0:  # the average of zeros is 0, but not known to be: evaluate without anchors
+                kw.set_temperature(self.ema.module, 0)
             line |= {f"ema_{key}": value for key, value in self._evaluate(self.ema.module).items()}
         line["lr"] = learning_rate(self.step - 1, self.steps_per_epoch, self.config.recipe)
         line["temperature"] = self._temperature(self.step * self.accumulation - 1) if self.warms_up else 0.0

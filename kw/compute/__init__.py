@@ -1,7 +1,7 @@
-"""Implementations of one dynamic layer, one a file. All are exact; `kw.compute.cost` says what each costs.
+"""Implementations of one dynamic layer, each in its own file. All are exact; `kw.compute.cost` says what each costs.
 
-Each is a function of the input `(B, C_in, *space)`, weights and basis of the kernels (mixing.py) and the layer's
-`Geometry`, and gives `(B, C_out, *out)`, without bias. Which to take is `kw.functional`'s business.
+Each takes the input `(B, C_in, *space)`, the weights and the basis that kernels are made from (mixing.py) and the
+layer's `Geometry`, and returns `(B, C_out, *out)`, without bias. Which to take is `kw.functional`'s business.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,5 @@
 """Implementation "batched": assemble every sample's kernel, and multiply it with the sample's unfolded input, all
-samples in one batched product. Of operations that every device, compiler and exporter knows.
+samples in one batched product. It uses only operations that every device, compiler and exporter knows.
 
 Unfolded, an input has a row for each of its channels at each tap (position of the kernel), and in it what the output
 positions read there: P times the input. Pointwise and linear layers have one tap; their input is unfolded as it is.

@@ -152,7 +152,7 @@ def _unmeasured(
     features: int,
     kind: str,
 ) -> Choice:
-    order = UNMEASURED if kind.startswith("cuda") else ("grouped",)
+    order = UNMEASURED if kind.startswith(("cuda", "rocm")) else ("grouped",)
     name = next((name for name in order if any(choice.apply == name for choice in possible)), possible[0].apply)
     found, least = possible[0], math.inf
     for choice in possible:

@@ -2,8 +2,9 @@
 
 Each layer has a gradient for every cell of its warehouse. Left to autograd, each would be a tensor of the warehouse's
 size, made anew and then added to the sum: where the cells are many, that takes longer than all else in a training step.
-So layers draw from `gathered(cells)`, a stand-in with the same numbers. The way "multiply" adds its gradients to the
-stand-in's sum, and gives autograd none; autograd waits until all layers are done, and then takes the sum.
+So layers draw from `gathered(cells)`, a stand-in with the same numbers. The implementations that make kernels again in
+the backward pass add their gradients to the stand-in's sum, and give autograd none; autograd waits until all layers are
+done, and then takes the sum.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def channels_last(x: Tensor) -> bool:
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Memory of a shape `(B, C, *space)`, channels last where they are so in `like`, else contiguous."""
     order = [0, *range(2, len(shape)), 1] if channels_last(like) else list(range(len(shape)))  # outermost first
-    # Not a view, for a bias is added in place.
+    # It must not be a view: autograd would copy the gradient when the bias is added in place.
     return torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device)
 
 

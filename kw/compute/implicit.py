@@ -35,7 +35,7 @@ try:
     import triton
     import triton.language as tl
     from triton import knobs
-except ImportError:  # as on macOS: `kw.compute.applies` then says so
+except ImportError:  # as on macOS, or an older one than 3.4 (which came with torch 2.8): `samples.applies` says no
     triton = None
 
 AVAILABLE = triton is not None
@@ -70,8 +70,23 @@ def _side(size: int) -> int:
 
 
 if AVAILABLE:
+    # Triton compiles a variant for integers that are 1, multiples of 16, or others. Of strides and channels that makes
+    # loads wide; of these it would only compile more.
+    AS_THEY_ARE = [
+        "height",
+        "width",
+        "out_width",
+        "move_h",
+        "move_w",
+        "tap_h",
+        "tap_w",
+        "from_h",
+        "from_w",
+        "taps_w",
+        "steps",
+    ]
 
-    @triton.jit
+    @triton.jit(do_not_specialize=[*AS_THEY_ARE, "positions", "first", "next_h", "next_w", "sum_blocks"])
     def _convolve(
         source, kernels, out,
         # How far apart in memory: samples, channels, rows and columns of the source ...
@@ -130,7 +145,7 @@ if AVAILABLE:
             write, total.to(out.dtype.element_ty), mask=(position < positions)[:, None] & (column < across)[None, :]
         )
 
-    @triton.jit
+    @triton.jit(do_not_specialize=[*AS_THEY_ARE, "position_count"])
     def _grad_kernels(
         grad, source, out,
         grad_b, grad_c, grad_h, grad_w,
@@ -285,8 +300,8 @@ class Plane(NamedTuple):
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether Triton compiles for this device: NVIDIA's from capability 8.0 on. It is said of a GPU that is not there,
-    where torch's fake tensors are on one."""
+    """Whether Triton compiles for this device: NVIDIA's from capability 8.0 on. Without a GPU, for fake tensors on one,
+    the answer is yes."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -3,10 +3,10 @@
     mixture[b, t] = sum_j weights[b, t, j] * basis[j]        "cells": all mixtures share the cells of their warehouse
     mixture[b, t] = sum_j weights[b, t, j] * basis[j, t]     "folded": each mixture has a basis of its own
 
-"folded" is for attentions that are affine in the H hidden features of a sample, up to one factor for each mixture. Then
-the sum over all n cells needs to be made once a batch for each hidden feature and for the constant term, and a sample's
-kernel is a sum of H + 1 of these (`kw.attention.Attention.folded`): `|W| (H + 1)` multiply-adds a sample in place of
-`|W| n`, and `|W| n (H + 1)` once a batch.
+The basis is what is summed: the warehouse's cells, or folded kernels. "folded" is for attentions that are affine in the
+H hidden features of a sample, up to one factor for each mixture. Then the cells are first summed into H + 1 kernels,
+one for each hidden feature and one for the constant term, once a batch (`kw.attention.Attention.fold`). A sample's
+kernel is a sum of these: `|W| (H + 1)` multiply-adds a sample in place of `|W| n`, and `|W| n (H + 1)` once a batch.
 
 Shapes: `B` batch, `b` samples of it, `m = P * R * C` mixtures of a layer in the order of its grid, `J` terms of a sum,
 `o` by `i` channels of a cell, `r` rows of it. `weights` are `(B, m, J)`, `basis` is `(J, o, i)` or `(J, m, o, i)`.
@@ -51,19 +51,24 @@ def mix_into(out: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
 
 
 def grad_weights(grad: Tensor, basis: Tensor) -> Tensor:
-    """The gradient of the weights, from that of the mixtures."""
+    """The gradient of the weights, from that of the mixtures; contiguous, as torch.compile is told. Without
+    gradients."""
     grad = grad.flatten(2)
     if is_shared(basis):
         return (grad.flatten(0, 1) @ basis.flatten(1).t()).view(*grad.shape[:2], -1)
-    return torch.bmm(grad.transpose(0, 1), basis.flatten(2).permute(1, 2, 0)).transpose(0, 1)
+    out = grad.new_empty(*grad.shape[:2], len(basis))
+    torch.bmm(grad.transpose(0, 1), basis.flatten(2).permute(1, 2, 0), out=out.transpose(0, 1))
+    return out
 
 
 def grad_basis(grad: Tensor, weights: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient of a basis of this shape, from that of the mixtures."""
+    """The gradient of a basis of this shape, from that of the mixtures; contiguous, too. Without gradients."""
     grad = grad.flatten(2)
     if len(shape) == 3:
         return (weights.reshape(-1, weights.shape[2]).t() @ grad.flatten(0, 1)).view(shape)
-    return torch.bmm(weights.permute(1, 2, 0), grad.transpose(0, 1)).transpose(0, 1).reshape(shape)
+    out = grad.new_empty(shape)
+    torch.bmm(weights.permute(1, 2, 0), grad.transpose(0, 1), out=out.flatten(2).transpose(0, 1))
+    return out
 
 
 class Block:

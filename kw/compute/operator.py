@@ -94,7 +94,7 @@ def _(x: Tensor, weights: Tensor, basis: Tensor, name: str, *geometry: Any) -> T
 def _(
     grad: Tensor, x: Tensor, weights: Tensor, basis: Tensor, needed: Sequence[bool], name: str, *geometry: Any
 ) -> tuple[Tensor, ...]:
-    shapes = (empty_like(x), torch.empty_like(weights), torch.empty_like(basis))
+    shapes = (empty_like(x), weights.new_empty(weights.shape), basis.new_empty(basis.shape))
     return tuple(like if need else like.new_empty(0) for like, need in zip(shapes, needed, strict=True))
 
 

@@ -42,7 +42,9 @@ def table(kind: str) -> Table | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def device_kind(device: torch.device) -> str:
-    """ "cpu", "cuda 9.0" (by capability), "cuda" of a GPU that is not there (fake tensors), or the type of others."""
+    """ "cpu", "cuda 9.0" or "rocm 9.0" (by capability), "cuda" of a GPU that is not there (fake tensors), or the
+    type."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type
-    return "cuda {}.{}".format(*torch.cuda.get_device_capability(device))
+    name = "cuda" if torch.version.hip is None else "rocm"
+    return "{} {}.{}".format(name, *torch.cuda.get_device_capability(device))

@@ -20,17 +20,19 @@ from kw.compute.geometry import Geometry, empty_like
 from kw.compute.mixing import grad_basis, grad_weights, mix_into
 
 ENTRIES = 1 << 27  # of kernels at a time: 256 MiB in half precision, enough for products of any size to fill a GPU
+SAMPLES = 65_535  # at a time, the most that CUDA takes along the second axis of a grid
 
 
 def forward(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
     """The output `(B, C_out, *out)`, computed in the precision of `x`, with sums in float32."""
     weights, basis = weights.to(x.dtype), basis.to(x.dtype)
     out = geometry.empty_out(x, basis.shape[-2])
-    for part, kernels in _kernels(x, weights, basis, geometry):
-        if _is_matrix(geometry):
-            _product(_matrix(kernels), x[part].flatten(2), out[part].flatten(2))
-        else:
-            implicit.forward(x[part], kernels, geometry, out[part])
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors are on
+        for part, kernels in _kernels(x, weights, basis, geometry):
+            if _is_matrix(geometry):
+                _product(_matrix(kernels), x[part].flatten(2), out[part].flatten(2))
+            else:
+                implicit.forward(x[part], kernels, geometry, out[part])
     return out
 
 
@@ -45,6 +47,19 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to `total` if there is
     one."""
+    with torch.cuda.device_of(x):
+        return _backward(grad, x, weights, basis, geometry, needed, total)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    basis: Tensor,
+    geometry: Geometry,
+    needed: tuple[bool, bool, bool],
+    total: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     low_weights, low_basis = weights.to(x.dtype), basis.to(x.dtype)
     grad_x = empty_like(x) if needed[0] else None
     of_weights: list[Tensor] = []
@@ -57,8 +72,7 @@ def backward(
         _grad_kernels(grad[part], x[part], geometry, kernels)  # in the memory of the kernels
         mixtures = kernels.flatten(1, 3)  # (b, m, o, i)
         if needed[1]:
-            of_part = grad_weights(mixtures, low_basis)
-            of_weights.append(of_part.to(weights.dtype, memory_format=torch.contiguous_format).contiguous())
+            of_weights.append(grad_weights(mixtures, low_basis).to(weights.dtype))
         if needed[2]:
             of_part = grad_basis(mixtures, low_weights[part], basis.shape)
             # Parts are added up in float32: half precision would lose what many samples add.
@@ -77,12 +91,13 @@ def _kernels(
 ) -> Iterator[tuple[slice, Tensor]]:
     """The kernels of some samples at a time, `(b, P, R, C, o, i)`; memory for them only, unless `made`."""
     o, i = basis.shape[-2:]
-    some = max(1, ENTRIES // (geometry.mixtures * o * i))
+    some = min(SAMPLES, max(1, ENTRIES // (geometry.mixtures * o * i)))
     parts = -(-len(x) // some)
     each = -(-len(x) // parts)  # equal parts, so that none is too small to fill the device
+    memory = x.new_empty(each, geometry.mixtures, o, i)  # of one part after the other
     for first in range(0, len(x), each):
         part = slice(first, min(first + each, len(x)))
-        kernels = x.new_empty(part.stop - first, geometry.mixtures, o, i)
+        kernels = memory[: part.stop - first]
         if made:
             mix_into(kernels, weights[part], basis)
         yield part, kernels.view(-1, *geometry.grid, o, i)
