@@ -27,7 +27,8 @@ def forward(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Te
     """The output `(B, C_out, *out)`, computed in the precision of `x`, with sums in float32."""
     weights, basis = weights.to(x.dtype), basis.to(x.dtype)
     out = geometry.empty_out(x, basis.shape[-2])
-    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors are on
+    # Triton launches on the current device, whatever the tensors are on.
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         for part, kernels in _kernels(x, weights, basis, geometry):
             if _is_matrix(geometry):
                 _product(_matrix(kernels), x[part].flatten(2), out[part].flatten(2))
@@ -47,7 +48,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to `total` if there is
     one."""
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         return _backward(grad, x, weights, basis, geometry, needed, total)
 
 
