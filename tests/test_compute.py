@@ -410,10 +410,10 @@ def test_gradients_of_any_batch_and_groups(way, groups, batch):
             torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("way", "times"), [("blocks", 1.5), ("triton", 1.5), ("inputs", 2)])
+@pytest.mark.parametrize(("way", "times"), [("blocks", 1.5), ("triton", 2), ("inputs", 2)])
 def test_half_precision_is_about_as_exact_as_the_plain_way(way, times):
     """Errors of output and gradients against float64, with sums over nine taps and four input groups. "inputs" leaves
-    the sum over taps to autograd, in half precision."""
+    the sum over taps to autograd, in half precision; Triton's interpreter cuts bfloat16 off where a GPU rounds."""
     geometry = Geometry((9, 2, 4), (3, 3), (1, 1), (1, 1), (1, 1))
     x, alpha, cells = torch.randn(4, 64, 8, 8), torch.randn(4, geometry.mixtures, 7) / 3, torch.randn(7, 16, 16)
     tensors = [t.bfloat16().requires_grad_() for t in (x, alpha, cells)]
