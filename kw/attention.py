@@ -23,7 +23,7 @@ EPSILON = 1e-3
 
 
 # Attentions as a quotient: values `(B, m, n + 1)` over a divisor for each mixture `(B, m, 1)`.
-Quotient = tuple[Tensor, Tensor | float]
+Quotient = tuple[Tensor, Tensor | float]  # a number: 1
 
 
 def contrast(z: Tensor) -> Quotient:
@@ -187,7 +187,9 @@ class Attention(Tempered):
             return values / divisor
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         tau = self.temperature.to(values)
-        return torch.addcdiv(tau * self.beta, (1 - tau) * values, torch.as_tensor(divisor).to(values))
+        if not isinstance(divisor, Tensor):
+            divisor = values.new_ones(())
+        return torch.addcdiv(tau * self.beta, (1 - tau) * values, divisor)
 
     def _folded_weights(self, hidden: Tensor) -> Tensor:
         """Hidden features and 1, over the sum of absolute scores; above temperature 0, tau is the last."""

@@ -274,7 +274,7 @@ def test_a_temperature_is_set_where_it_changes_and_the_averages_after_each_updat
         made.append(len(calls))
         tau = trainer._temperature(trainer.step - 1)
         for model in (trainer.model, trainer.ema.module):
-            assert {each.item() for each in kw.temperatures(model)} == {torch.tensor(tau).item()}
+            assert {each.value.item() for each in kw.temperatures(model)} == {torch.tensor(tau).item()}
     assert made == [3, 3, 3, 3, 2, 0, 0] and tau == 0
     trainer.load(trainer.state())
     trainer._train_step(loader)

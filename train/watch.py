@@ -31,7 +31,7 @@ class Watch:
     def put(self, counts: Tensor, step: Step | None = None) -> None:
         on_gpu = counts.is_cuda
         host = torch.empty_like(counts, device="cpu", pin_memory=on_gpu)  # the host waits for a copy to other memory
-        host.copy_(counts, non_blocking=on_gpu)
+        host.copy_(counts, non_blocking=True)
         event = torch.cuda.Event() if on_gpu else None
         if event:
             event.record()
