@@ -74,7 +74,7 @@ def set_temperature(model: nn.Module, tau: float) -> None:
     """Set the temperature of every attention in `model`, 1 when training begins and 0 once it is warmed up.
 
     In a warehouse's layers 1 anchors each mixture to its cell and 0 leaves it free; what it means to the layers of
-    `kw.baselines` is told there.
+    `kw.baselines` is described there.
 
     Raises:
         ValueError: tau is not in [0, 1], or no attention of the model has a temperature, or it is frozen.

@@ -87,7 +87,7 @@ def _setting(apply: str, make: str | None) -> Setting:
     make = make or (AUTO if apply == AUTO else MAKES[0])
     for name, value, known in (("apply", apply, CHOICES), ("make", make, (AUTO, *MAKES))):
         if value not in known:
-            raise ValueError(f"{name}={value!r} is not a way to compute a layer; there are {', '.join(known)}.")
+            raise ValueError(f"{name}={value!r} is not a known choice; there are {', '.join(known)}.")
     return Setting(apply, make)
 
 

@@ -117,7 +117,8 @@ class Warehouse(nn.Module):
         """The cells, for a layer's forward pass: gradients of all layers that draw go into one sum
         (compute/gathering.py).
 
-        In eager training that is a stand-in, the same for all layers and steps while the cells are the same tensor.
+        In eager training this is an identity of the cells: one autograd node for all layers and steps, while the
+        cells are the same tensor.
         """
         cells = self.cells
         plain = type(cells) is nn.Parameter and not torch.compiler.is_compiling() and not _is_traced()

@@ -99,7 +99,7 @@ class Labels:
         waiting = [node]
         while waiting:
             node = waiting.pop()
-            # The stand-in for a warehouse's cells is of all layers (kw/compute/gathering.py).
+            # The autograd node of a warehouse's cells belongs to all its layers (kw/compute/gathering.py).
             if node is None or node is before or node in self._labelled or "_Gather" in node.name():
                 continue
             self._labelled.add(node)

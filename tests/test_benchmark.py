@@ -1,4 +1,4 @@
-"""The benchmark: it runs, writes what it says, compares as defined, and tells of what fails. No time is judged."""
+"""The benchmark: it runs, writes what it says, compares as defined, and reports what fails. No time is judged."""
 
 import csv
 from functools import partial

@@ -206,7 +206,7 @@ def test_a_float16_step_reads_nothing_where_the_optimizer_is_fused(fused, optimi
 
 
 def until_broken(folder, step, *settings):
-    """A run whose loss is not finite at one step; how often the model was trained when that was told of."""
+    """A run whose loss is not finite at one step; how many steps were made when that was noticed."""
     trainer = Trainer(config(*TINY, *NARROW, *settings), folder, ALONE)
     forward, passed = trainer._forward, []
 

@@ -51,8 +51,8 @@ def mix_into(out: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
 
 
 def grad_weights(grad: Tensor, basis: Tensor) -> Tensor:
-    """The gradient of the weights, from that of the mixtures; contiguous, as torch.compile is told. Without
-    gradients."""
+    """The gradient of the weights `(B, m, J)`, from that of the mixtures `(B, m, o, i)`. Contiguous, as the operator's
+    fake promises; not differentiable."""
     grad = grad.flatten(2)
     if is_shared(basis):
         return (grad.flatten(0, 1) @ basis.flatten(1).t()).view(*grad.shape[:2], -1)
@@ -62,7 +62,7 @@ def grad_weights(grad: Tensor, basis: Tensor) -> Tensor:
 
 
 def grad_basis(grad: Tensor, weights: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient of a basis of this shape, from that of the mixtures; contiguous, too. Without gradients."""
+    """The gradient of a basis of this shape, from that of the mixtures. Contiguous; not differentiable."""
     grad = grad.flatten(2)
     if len(shape) == 3:
         return (weights.reshape(-1, weights.shape[2]).t() @ grad.flatten(0, 1)).view(shape)

@@ -87,7 +87,7 @@ def error(value, exact):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_output_and_gradients_are_those_of_float64_but_for_rounding(name, precision, device, dry, tf32):
-    """All implementations, made of cells and folded, channels first and last; all failures are told at once."""
+    """All implementations, made of cells and folded, channels first and last; all failures are reported at once."""
     if dry and name not in DRY_LAYERS:
         pytest.skip("too large for the interpreter")
     dtype, allowed, tolerance = PRECISIONS[precision]
