@@ -8,7 +8,8 @@
 
 A case is BACKBONE:N or BACKBONE:N@BATCH; in place of N also another method with its n (`dcd` and `se` have one
 implementation: a difference between their columns is noise). `small` is for small images: ResNet18 with one block a
-stage and a 3x3 stem of stride 2 without max pooling, so that its last stage has 2x2 positions; it always takes images of 32 pixels.
+stage and a 3x3 stem of stride 2 without max pooling, so that its last stage has 2x2 positions; it always takes images
+of 32 pixels.
 
     train    one step: forward, cross entropy, backward, gradients dropped; no optimizer; temperature 0
     eval     one forward pass in inference mode
