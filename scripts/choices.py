@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kw
+from kw.backbones import BACKBONES
 from kw.compute import IMPLEMENTATIONS, MAKES, Geometry
 from kw.compute.cost import Choice, Quantities, applies, best, cost, multiply_adds, work
 from kw.compute.prices import device_kind, file_name, table
+from kw.config import parse_budget
 from kw.layers import KWLayer, KWLinear
 from scripts.timing import Clock, Sample, by_turns
 
@@ -225,10 +227,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="default: on a GPU")
 
 
+def budget(text: str) -> str:
+    """n as it was typed. Raises argparse's error for what is no budget."""
+    try:
+        parse_budget(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backbone", help="a name of kw.backbones, such as resnet18")
-    parser.add_argument("n", nargs="?", default="1")
+    parser.add_argument("backbone", choices=list(BACKBONES), help="such as resnet18")
+    parser.add_argument("n", nargs="?", default="1", type=budget)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--measure", type=int, nargs="?", const=3, default=0, metavar="TIMES")

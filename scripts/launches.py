@@ -34,10 +34,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kw
-from kw.backbones import STATIC
+from kw.backbones import BACKBONES, STATIC
 from kw.compute import implicit, operator
 from kw.layers import DynamicLayer, KWLayer
-from scripts.choices import DTYPES, add_options
+from scripts.choices import DTYPES, add_options, budget
 
 REST = "rest"
 RANGE = "layer: "  # names of the profiler's ranges begin so
@@ -336,8 +336,8 @@ def _pretend(model: nn.Module, dtype: torch.dtype) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("backbone", help="a name of kw.backbones, such as resnet18")
-    add("n", nargs="?", default="1")
+    add("backbone", choices=list(BACKBONES), help="such as resnet18")
+    add("n", nargs="?", default="1", type=budget)
     add("--batch", type=int, default=2)
     add("--size", type=int, default=64)
     add("--tau", type=float, default=0.0, help="temperature (default: 0)")
