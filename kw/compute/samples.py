@@ -11,6 +11,7 @@ Shapes: `B` batch, `P` taps, `R` by `C` cells of a kernel at a tap, `o` by `i` c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -27,8 +28,7 @@ def forward(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Te
     """The output `(B, C_out, *out)`, computed in the precision of `x`, with sums in float32."""
     weights, basis = weights.to(x.dtype), basis.to(x.dtype)
     out = geometry.empty_out(x, basis.shape[-2])
-    # Triton launches on the current device, whatever the tensors are on.
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    with _device_of(x):
         for part, kernels in _kernels(x, weights, basis, geometry):
             if _is_matrix(geometry):
                 _product(_matrix(kernels), x[part].flatten(2), out[part].flatten(2))
@@ -48,7 +48,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to `total` if there is
     one."""
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    with _device_of(x):
         return _backward(grad, x, weights, basis, geometry, needed, total)
 
 
@@ -85,6 +85,12 @@ def _backward(
 def _sums(basis: Tensor, kernels: Tensor, x: Tensor) -> torch.dtype:
     """The type of a sum over the parts of a batch."""
     return basis.dtype if len(kernels) == len(x) else torch.promote_types(basis.dtype, torch.float32)
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of `x` the current one: Triton launches there, whatever the tensors are on. Fake tensors of a GPU
+    that is not there need none."""
+    return torch.cuda.device(x.device) if x.is_cuda and torch.cuda.is_available() else nullcontext()
 
 
 def _kernels(
