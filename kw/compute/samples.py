@@ -88,8 +88,8 @@ def _sums(basis: Tensor, kernels: Tensor, x: Tensor) -> torch.dtype:
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of `x` the current one: Triton launches there, whatever the tensors are on. Fake tensors of a GPU
-    that is not there need none."""
+    """Makes the device of `x` the current one: Triton launches there, whatever the tensors are on. Fake tensors of a
+    GPU that is not there need none."""
     return torch.cuda.device(x.device) if x.is_cuda and torch.cuda.is_available() else nullcontext()
 
 
