@@ -77,7 +77,7 @@ report: $(READY)
 
 # A classifier of digits first, whose checkpoint the detector's backbone begins from.
 demo-detection: $(DETECTION)
-	$(BIN)/python -m scripts.make_digits_coco data/digits
+	$(BIN)/python -m scripts.data.digits_coco data/digits
 	$(BIN)/python -m train n=1
 	$(BIN)/python -m detection config=mask_rcnn_kw1x_digits name=digits init=runs/digits/resnet_digits_kw1x/seed0/checkpoints/last.pt
 	$(BIN)/python -m scripts.draw_detections runs/detection/digits/seed0 report/detections.jpg
@@ -102,11 +102,11 @@ check-wheel: $(READY)
 # what the trainer costs over a bare loop, and a KW backbone in a detector; with DATA=folder of train/<class>/*, how fast
 # images load beside timm and torchvision.
 bench: $(DETECTION)
-	$(BIN)/python -m scripts.benchmark
-	$(BIN)/python -m scripts.benchmark_trainer
-	$(BIN)/python -m scripts.benchmark_trainer n=1
-	$(BIN)/python -m scripts.benchmark_detection
-	$(if $(DATA),$(BIN)/python -m scripts.benchmark_data $(DATA))
+	$(BIN)/python -m scripts.bench
+	$(BIN)/python -m scripts.bench.trainer
+	$(BIN)/python -m scripts.bench.trainer n=1
+	$(BIN)/python -m scripts.bench.detection
+	$(if $(DATA),$(BIN)/python -m scripts.bench.data $(DATA))
 
 # Everything that needs a GPU, in 8 minutes: the tests marked gpu, prices, benchmarks, blocks, a short training; results are
 # in report/gpu, fitted prices in kw/compute/prices. DATA=PATH: CIFAR-10 to train on; MINUTES=9: of more time. On a machine

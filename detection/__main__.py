@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 from detection.compose import compose
 from detection.config import open_up, validate
 from detection.run import launch, quiet
-from kw.jobs.errors import ConfigError, report
-from kw.jobs.folder import remove_lock
+from train.jobs.errors import ConfigError, report
+from train.jobs.folder import remove_lock
 
 failed: list[str] = []  # jobs of this command: overrides and error
 folders: set[Path] = set()  # of its jobs that train

@@ -19,8 +19,8 @@ import kw
 from detection.pretrained import load_classifier
 from kw.attention import Attention
 from kw.backbones import BACKBONES, STATIC
-from kw.jobs.errors import ConfigError
 from kw.layers import KWLayer, drop_unused_warehouses
+from train.jobs.errors import ConfigError
 
 Settings = Mapping[str, Any] | None
 

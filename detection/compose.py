@@ -15,7 +15,7 @@ from detection.backbone import feature_channels
 from detection.config import HOW_IT_RUNS, OWN, DetectionConfig
 from detection.data import datasets, read_classes, set_classes
 from kw.backbones import STATIC
-from kw.jobs.errors import ConfigError, check
+from train.jobs.errors import ConfigError, check
 
 CONFIGS = Path(__file__).parent / "configs"
 SIZES = ("scale", "scales", "img_scale", "size", "crop_size")

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kw.backbones import STATIC
 from kw.config import format_budget, parse_budget
-from kw.jobs.errors import ConfigError, check, check_choice
+from train.jobs.errors import ConfigError, check, check_choice
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 
-from kw.jobs.errors import ConfigError, DataError
+from train.jobs.errors import ConfigError, DataError
 
 
 def datasets(cfg: Config, split: str) -> Iterator[Any]:

@@ -16,8 +16,8 @@ from mmengine.runner import CheckpointLoader
 from numpy._core import multiarray
 
 from detection.pretrained import read_weights
-from kw.jobs.checkpoint import read
-from kw.jobs.errors import CheckpointError
+from train.jobs.checkpoint import read
+from train.jobs.errors import CheckpointError
 
 
 def method_of_history(owner: type, name: str) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kw.jobs.errors import ConfigError
+from train.jobs.errors import ConfigError
 
 
 @MODELS.register_module()

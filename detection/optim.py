@@ -9,8 +9,8 @@ from mmdet.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
-from kw.jobs.errors import ConfigError
 from kw.layers import KWLayer
+from train.jobs.errors import ConfigError
 
 BLOCKS_PER_GROUP = 3  # in the long third stage
 

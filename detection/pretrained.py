@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import kw
-from kw.jobs.checkpoint import FORMAT, read
-from kw.jobs.errors import CheckpointError, ConfigError
 from kw.layers import KWLayer
+from train.jobs.checkpoint import FORMAT, read
+from train.jobs.errors import CheckpointError, ConfigError
 
 KEYS = {"type", "checkpoint", "num_classes", "ema"}
 IMAGENET = 1000

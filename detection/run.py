@@ -30,10 +30,10 @@ from detection.display import Display
 from detection.ops import EXTENSION, Extension
 from detection.services import watch
 from kw.backbones import STATIC
-from kw.jobs.errors import CheckpointError, ConfigError
-from kw.jobs.folder import lock, write_whole
-from kw.jobs.launch import launch as launch_processes
-from kw.jobs.provenance import provenance
+from train.jobs.errors import CheckpointError, ConfigError
+from train.jobs.folder import lock, write_whole
+from train.jobs.launch import launch as launch_processes
+from train.jobs.provenance import provenance
 
 SETTINGS = "settings.json"  # in a run folder: what decides what is learnt
 RESULTS = {"coco/bbox_mAP": "box_ap", "coco/bbox_mAP_50": "box_ap50", "coco/segm_mAP": "mask_ap",

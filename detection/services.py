@@ -8,8 +8,8 @@ from typing import Any
 from mmengine.config import Config
 
 from detection.config import DetectionConfig
-from kw.jobs.errors import writing
-from kw.jobs.wandb_run import check_login, run_id
+from train.jobs.errors import writing
+from train.jobs.wandb_run import check_login, run_id
 
 
 def watch(config: DetectionConfig, cfg: Config, folder: Path) -> None:

@@ -7,10 +7,10 @@
 
 from kw import backbones, baselines, functional
 from kw.config import KWConfig
-from kw.convert import convert, set_temperature
-from kw.freeze import freeze
+from kw.conversion import convert, set_temperature
+from kw.freezing import freeze
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
-from kw.profile import Profile, profile
+from kw.profiling import Profile, profile
 from kw.released import load_released, to_released
 from kw.scope import default_scope
 from kw.temperature import temperatures

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kw.config import CHOICES
-from kw.convert import set_temperature
-from kw.freeze import refuse_frozen
+from kw.conversion import set_temperature
+from kw.freezing import refuse_frozen
 from kw.layers import DynamicLayer, KWLayer, KWLinear
 
 

@@ -40,22 +40,28 @@ print(f"kw {kw.__version__}, torch {torch.__version__}, timm {timm.__version__}:
 
 
 def imports_at_top(source: Path) -> set[str]:
-    """The packages that a file imports when it is itself imported; those of a test's own body do not count."""
+    """What a file imports when it is itself imported: packages by name, and modules of tests/helpers as `helpers.NAME`.
+    Imports in a test's own body do not count."""
     found = set()
     for node in ast.parse(source.read_text()).body:
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "helpers":
+            found |= {f"helpers.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").partition(".")[0])
+            module = node.module or ""
+            found.add(module if module.startswith("helpers.") else module.partition(".")[0])
     return found
 
 
 def library_tests() -> list[Path]:
-    """The files of tests/ that import nothing but what comes with torch and timm, themselves or by another of them."""
-    helpers = {path.stem: path for path in TESTS.glob("*.py")}
+    """The files of tests/ that need only torch, timm and what comes with them: they and the helpers they import."""
 
     def at_hand(source: Path) -> bool:
-        return all(at_hand(helpers[name]) if name in helpers else name in AT_HAND for name in imports_at_top(source))
+        return all(
+            at_hand(TESTS / f"{name.replace('.', '/')}.py") if name.startswith("helpers.") else name in AT_HAND
+            for name in imports_at_top(source)
+        )
 
     return [path for path in sorted(TESTS.glob("test_*.py")) if at_hand(path)]
 
@@ -90,7 +96,17 @@ def check(wheel: Path, python: str, requirements: list[str], only: str | None) -
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         files = [str(path) for path in library_tests() if only is None or path.stem == only]
         commands = (
-            ["pip", "install", "--quiet", "--no-cache-dir", str(wheel), "pytest", "pytest-xdist", *requirements],
+            [
+                "pip",
+                "install",
+                "--quiet",
+                "--no-cache-dir",
+                str(wheel),
+                "pytest",
+                "pytest-xdist",
+                "pytest-timeout",
+                *requirements,
+            ],
             ["pytest", "-n", "2", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", *files],
         )
         install, test = ([inside, "-m", *command] for command in commands)

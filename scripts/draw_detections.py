@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 import detection  # noqa: F401  first, as it stands in for mmcv's operators
 from detection.data import class_names
 from detection.run import calm, quiet
-from kw.jobs.errors import RunError
+from train.jobs.errors import RunError
 
 COLORS = [(214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207)]
 MARGIN = 4  # pixels between images

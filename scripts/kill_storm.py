@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from kw.jobs.checkpoint import read
+from train.jobs.checkpoint import read
 
 SMALL = [
     "recipe.batch_size=64",

@@ -27,9 +27,9 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
 import kw
-from kw.profile import LayerCost, Profile, Share, WarehouseCost
+from kw.profiling import LayerCost, Profile, Share, WarehouseCost
 from train.config import TrainConfig, validate
-from train.errors import ConfigError
+from train.jobs.errors import ConfigError
 from train.model import build_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"

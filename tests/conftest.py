@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before kw imports it: Triton's kernels then run on the CPU
 
-from settings import SETTINGS, force
+from helpers.implementations import SETTINGS, force
 
 from kw import functional
 

@@ -10,12 +10,11 @@ import sys
 from fractions import Fraction
 
 import pytest
-import reference
 import timm
 import torch
 import yaml
-from test_attention import CHANNELS, MIXTURES
-from test_train import ROOT, _environment, config, launch
+from helpers import reference
+from helpers.training import ROOT, config, environment, launch
 from torch import nn
 
 import kw
@@ -24,7 +23,7 @@ from kw.anchoring import by_lot, shares
 from kw.attention import Attention
 from kw.backbones import BACKBONES
 from kw.config import CHOICES
-from kw.freeze import fold
+from kw.freezing import fold
 from kw.layers import KWLayer
 from kw.sharing import regroup
 from scripts.attentions.collect import collect
@@ -32,7 +31,7 @@ from scripts.attentions.statistics import layer_statistics
 from scripts.report.rows import sections
 from scripts.report.runs import find_runs
 from train.config import to_plain
-from train.errors import ConfigError
+from train.jobs.errors import ConfigError
 from train.model import build_model
 
 SWITCHES = [
@@ -47,6 +46,8 @@ switched = pytest.mark.parametrize("key, value", SWITCHES)
 
 
 # Attention function and anchoring
+
+CHANNELS, MIXTURES = 6, (4, 8, 4)  # of a layer's input; of the layers of a warehouse
 
 
 def expected_anchors(anchoring, n, budget):
@@ -345,7 +346,7 @@ def test_a_saved_model_computes_the_same_when_loaded(key, value):
 @pytest.mark.parametrize("tau", [0, 0.5, 1])
 @torch.no_grad()
 def test_freezing_changes_no_output(tau, key, value, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("kw.freeze"), "_pays", lambda layer: True)
+    monkeypatch.setattr(importlib.import_module("kw.freezing"), "_pays", lambda layer: True)
     model = tiny(**{key: value}).double().eval()
     kw.set_temperature(model, tau)
     image = torch.randn(2, 4, 8, 8, dtype=torch.float64)
@@ -455,7 +456,7 @@ def test_an_experiment_differs_from_its_reference_in_one_thing_and_is_built(name
 
 def test_ablations_are_swept_by_glob_each_in_a_folder_of_its_own(tmp_path):
     command = [sys.executable, "-m", "train", "-m", "experiment/ablation=glob(attention_*)", "data.root=nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_environment())
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment())
     failed = set(re.findall(r"experiment/ablation=(\S+) data.root=nowhere: ConfigError", done.stderr))
     assert failed == {name for name in EXPERIMENTS if name.startswith("attention_")} and len(failed) == 4
 

@@ -5,8 +5,8 @@ import io
 from fractions import Fraction
 
 import pytest
-import reference
 import torch
+from helpers import reference
 from torch import nn
 
 import kw

@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers.browser import CHROMIUM, PLAYWRIGHT
+from helpers.training import NARROW, TINY, config
 from PIL import Image
-from test_report import CHROMIUM, PLAYWRIGHT
-from test_train import NARROW, TINY, config
 from torch import nn
 
 import kw
@@ -21,7 +21,7 @@ from scripts.attentions.load import Options, choose_images
 from scripts.attentions.statistics import by_warehouse, statistics, usage, warehouse_values
 from train.checkpoint import FORMAT
 from train.config import to_plain
-from train.errors import ConfigError, DataError
+from train.jobs.errors import ConfigError, DataError
 from train.model import build_model
 
 CLASSES = [str(digit) for digit in range(10)]

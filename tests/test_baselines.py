@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 import yaml
-from settings import force
-from test_convert import assert_unchanged, snapshot
-from test_train import ROOT, config, launch
+from helpers.implementations import force
+from helpers.models import assert_unchanged, snapshot
+from helpers.training import ROOT, config, launch
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,14 +17,14 @@ import kw
 from kw.backbones import BACKBONES, STATIC
 from kw.baselines import BASELINES, DynamicConv2d, KernelBank, register
 from kw.layers import DynamicLayer
-from scripts import benchmark
+from scripts.bench import __main__ as benchmark
+from scripts.bench.step_time import composed
 from scripts.report.published import COSTS, RIVALS, published
 from scripts.report.rows import sections
 from scripts.report.runs import find_runs
-from scripts.step_time import composed
 from train.checkpoint import newest
 from train.config import run_name
-from train.errors import ConfigError
+from train.jobs.errors import ConfigError
 from train.model import build_model
 
 METHODS = sorted(BASELINES)

@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from scripts import benchmark, fit_prices
-from scripts.benchmark_table import Row, choices_of, draw, markdown
-from scripts.timing import Sample, by_turns, repeated
+from scripts.bench import __main__ as benchmark
+from scripts.bench import fit_prices
+from scripts.bench.table import Row, choices_of, draw, markdown
+from scripts.bench.timing import Sample, by_turns, repeated
 
 SETTINGS = benchmark.parse(["resnet18:1", "--repeats", "4"])[1]
 SETUP = dict.fromkeys(("machine", "threads", "torch", "dtype", "layout", "environment", "commit"), "some")

@@ -11,9 +11,10 @@ import kw
 from kw.compute import prices
 from kw.compute.cost import Choice, cost
 from kw.functional import choose
-from scripts import benchmark, choices, fit_prices
-from scripts.choices import PLAIN
-from scripts.fit_prices import Timed
+from scripts.bench import __main__ as benchmark
+from scripts.bench import choices, fit_prices
+from scripts.bench.choices import PLAIN
+from scripts.bench.fit_prices import Timed
 
 SETTINGS = benchmark.parse(["small:4"])[1]
 FOLDED = Choice("folded", "grouped")

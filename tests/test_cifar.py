@@ -10,21 +10,21 @@ import pytest
 import timm
 import torch
 import torchvision
-from test_data import ROOT, own_cache, save_image  # noqa: F401 (a fixture)
-from test_train import NARROW, config
+from helpers.images import save_image
+from helpers.training import NARROW, ROOT, config
 from torch import nn
 
 import kw
 from kw.baselines import BASELINES
-from scripts.make_shards import make_shards
+from scripts.data.shards import make_shards
 from scripts.report.published import departures, published
 from scripts.report.rows import sections
 from scripts.report.runs import find_runs
-from train.cifar import FOLDER, META, SPLITS
 from train.config import DataConfig, to_plain
-from train.distributed import World
-from train.errors import ConfigError, DataError
-from train.images import Part, open_split
+from train.data.cifar import FOLDER, META, SPLITS
+from train.data.images import Part, open_split
+from train.jobs.errors import ConfigError, DataError
+from train.jobs.world import World
 from train.model import build_model
 from train.trainer import Trainer
 

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from settings import OTHERS, REMADE, SETTINGS, force
+from helpers.implementations import OTHERS, REMADE, SETTINGS, force
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from helpers.models import assert_unchanged, snapshot
 from torch import nn
 
 import kw
@@ -47,19 +48,6 @@ def dynamic(model):
 
 def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def snapshot(model):
-    """What conversion could change: the modules, their types, entries and modes."""
-    modules = [(name, id(module), module.training) for name, module in model.named_modules()]
-    return modules, {key: value.clone() for key, value in model.state_dict().items()}, set(vars(model))
-
-
-def assert_unchanged(model, before):
-    modules, entries, attributes = snapshot(model)
-    assert modules == before[0] and attributes == before[2]
-    assert entries.keys() == before[1].keys()
-    assert all(torch.equal(value, before[1][key]) for key, value in entries.items())
 
 
 # Models without a scope of their own

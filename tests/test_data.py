@@ -17,19 +17,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.images import save_image
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-import scripts.make_shards
-import train.archives
-from scripts.make_shards import make_shards
+import scripts.data.shards
+import train.data.archives
+from scripts.data.shards import make_shards
 from train.config import AugmentConfig, DataConfig, RecipeConfig, validate
-from train.data import Key, MicroBatches, Samples, Substitutes, epoch_order, eval_loader, train_loader
-from train.distributed import World
-from train.errors import ConfigError, DataError
-from train.images import BrokenImage, open_split
+from train.data.images import BrokenImage, open_split
+from train.data.loader import Key, MicroBatches, Samples, Substitutes, epoch_order, eval_loader, train_loader
+from train.data.transforms import eval_transform, train_transform
+from train.jobs.errors import ConfigError, DataError
+from train.jobs.world import World
 from train.trainer import Trainer
-from train.transforms import eval_transform, train_transform
 
 ROOT = Path(__file__).parents[1]
 NAMES = {"chat noir": ["b.png", "a.JPG", "sous/dossier/ç.Png", "sous.d/z.jpeg"], "猫": ["ω.png", "x.y.png", "2.webp"]}
@@ -39,12 +40,6 @@ STRONG = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, ra
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def save_image(path, seed):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 255, (12, 16, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
 
 
 @pytest.fixture
@@ -144,16 +139,16 @@ def test_shards_are_the_same_from_folder_and_archive_and_again(folder, archive, 
 def test_the_program_that_makes_shards_explains_itself(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["make_shards", "--help"])
     with pytest.raises(SystemExit):
-        scripts.make_shards.main()
+        scripts.data.shards.main()
     assert "--samples" in (told := capsys.readouterr().out)
-    assert scripts.make_shards.__doc__ in told  # with its line breaks
+    assert scripts.data.shards.__doc__ in told  # with its line breaks
     for words, said in (
         (["--splits", "test"], "'test'.*--splits: a folder's name"),
         (["--samples", "0"], "--samples=0"),
     ):
         monkeypatch.setattr(sys, "argv", ["make_shards", str(folder), str(tmp_path / "out"), *words])
         with pytest.raises(SystemExit, match=said):
-            scripts.make_shards.main()
+            scripts.data.shards.main()
     assert not (tmp_path / "out").exists()
 
 
@@ -175,12 +170,12 @@ def test_a_data_set_can_be_pickled_for_processes_that_are_not_forked(data):
 
 
 def test_an_index_is_kept_and_made_anew_when_the_archive_changes(archive, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.archives, "CACHE_FROM", 1)
+    monkeypatch.setattr(train.data.archives, "CACHE_FROM", 1)
     data = DataConfig(format="tar", root=str(archive))
     first = open_split(data, "train")
     assert len(list((tmp_path / "cache" / "kernelwarehouse").iterdir())) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(train.archives, "members", lambda path: pytest.fail("read again"))
+        patch.setattr(train.data.archives, "members", lambda path: pytest.fail("read again"))
         assert open_split(data, "train").describe(3) == first.describe(3)
     save_image(folder / "train" / "猫" / "new.png", 99)
     archive.unlink()
@@ -516,14 +511,14 @@ def test_the_last_shards_or_samples_that_are_missing_are_told_of(shards, tmp_pat
 
 
 def test_shards_of_a_program_that_was_killed_are_incomplete(folder, tmp_path, monkeypatch):
-    write_shard = scripts.make_shards.write_shard
+    write_shard = scripts.data.shards.write_shard
 
     def killed(path, *more):
         if path.name == "train-000002.tar":
             raise KeyboardInterrupt
         write_shard(path, *more)
 
-    monkeypatch.setattr(scripts.make_shards, "write_shard", killed)
+    monkeypatch.setattr(scripts.data.shards, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         make_shards(str(folder), tmp_path / "cut", ["train", "val"], samples=4)
     assert "has 2 shards of 'train'; by its shards.json there are 5" in refusal(format="shards", root=tmp_path / "cut")

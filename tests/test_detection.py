@@ -10,23 +10,23 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers.training import ROOT, environment
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
 from test_services import whole_wandb_run
-from test_train import ROOT, _environment
 
 import detection.__main__ as entry
 from detection.compose import compose, learnt_settings
 from detection.config import open_up, validate
 from detection.data import check_data
 from detection.loading import load
-from kw.jobs import folder as run_folder
-from kw.jobs.errors import CheckpointError, ConfigError, DataError
-from scripts.make_digits_coco import SPLITS, make_split
-from train.images import Digits
+from scripts.data.digits_coco import SPLITS, make_split
+from train.data.images import Digits
+from train.jobs import folder as run_folder
+from train.jobs.errors import CheckpointError, ConfigError, DataError
 
 SMALL = [
     "config=mask_rcnn_kw1x_digits",
@@ -324,7 +324,7 @@ def test_what_mmengine_saves_is_read(tmp_path):
 
 def launch(*words, cwd, digits, check=True):
     command = [sys.executable, "-m", "detection", *SMALL, f"data.root={digits}", *words]
-    environ = {**_environment(), "COLUMNS": "200", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    environ = {**environment(), "COLUMNS": "200", "WANDB_BASE_URL": "http://127.0.0.1:9"}
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environ)
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -390,7 +390,7 @@ def test_the_configurations_serve_mmdetections_own_tools(digits, tmp_path):
     options += [f"{split}_evaluator.ann_file={digits}/annotations/instances_val2017.json" for split in ("val", "test")]
     command = [sys.executable, tool, str(ROOT / "detection/configs/mask_rcnn_kw1x_digits.py"), "--work-dir", "work"]
     done = subprocess.run([*command, "--cfg-options", *options], cwd=tmp_path, capture_output=True, text=True,
-                          env=_environment())  # fmt: skip
+                          env=environment())  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "work/epoch_1.pth").exists()
 
@@ -402,10 +402,10 @@ def test_a_short_training_lowers_the_loss_and_finds_the_digits(tmp_path):
         make_split(tmp_path / "data", folder, Digits(split), count, 96, np.random.default_rng(count))
     run = [sys.executable, "-m"]
     subprocess.run([*run, "train", "n=1", "recipe.epochs=6", "hydra.run.dir=classifier"], cwd=tmp_path, check=True,
-                   env=_environment(), stdout=subprocess.DEVNULL)  # fmt: skip
+                   env=environment(), stdout=subprocess.DEVNULL)  # fmt: skip
     words = ["config=mask_rcnn_kw1x_digits", "data.root=data", "init=classifier/checkpoints/last.pt"]
     subprocess.run([*run, "detection", *words, "hydra.run.dir=run", "train_cfg.max_epochs=6"], cwd=tmp_path, check=True,
-                   env=_environment())  # fmt: skip
+                   env=environment())  # fmt: skip
     scalars = next((tmp_path / "run").glob("*/vis_data/scalars.json")).read_text().splitlines()
     losses = [line["loss"] for line in map(json.loads, scalars) if "loss" in line]
     summary = json.loads((tmp_path / "run/summary.json").read_text())

@@ -16,9 +16,9 @@ from detection.backbone import KWBackbone, feature_channels
 from detection.neck import SimplePyramid
 from detection.temperature import TemperatureWarmup
 from kw.attention import Attention
-from kw.jobs.checkpoint import FORMAT
-from kw.jobs.errors import CheckpointError, ConfigError
 from kw.layers import KWLayer
+from train.jobs.checkpoint import FORMAT
+from train.jobs.errors import CheckpointError, ConfigError
 
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}
 

@@ -6,12 +6,12 @@ import mmdet
 import pytest
 import torch
 import yaml
+from helpers.training import ROOT
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
-from test_train import ROOT
 from torch import nn
 
 import detection  # noqa: F401  first, as it stands in for mmcv's operators
@@ -20,8 +20,8 @@ from detection.compose import CONFIGS
 from detection.optim import group_of
 from kw.attention import Attention
 from kw.config import format_budget
-from kw.jobs.errors import ConfigError
 from kw.layers import KWLayer
+from train.jobs.errors import ConfigError
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 ROWS = yaml.safe_load((ROOT / "scripts/published.yaml").read_text())["coco"]

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kw.jobs.checkpoint import read
 from scripts import kill_storm
 from scripts.kill_storm import differences, outcome
+from train.jobs.checkpoint import read
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -122,7 +122,7 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from train.config import validate
-from train.errors import NonFiniteError
+from train.jobs.errors import NonFiniteError
 from train.run import connect, disconnect
 from train.trainer import Trainer
 
@@ -312,8 +312,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(devices, tmp_path):
 
 
 def test_a_second_job_is_kept_out_of_the_folder(tmp_path, monkeypatch):
-    from kw.jobs import folder
-    from train.errors import ConfigError
+    from train.jobs import folder
+    from train.jobs.errors import ConfigError
 
     monkeypatch.setattr(folder, "LOCK_SECONDS", 0.2)
     with folder.lock(tmp_path), pytest.raises(ConfigError, match="Another job"):
@@ -322,7 +322,7 @@ def test_a_second_job_is_kept_out_of_the_folder(tmp_path, monkeypatch):
 
 
 def test_slurm_gets_the_job_back(tmp_path, monkeypatch):
-    from train.interrupt import requeue
+    from train.jobs.signals import requeue
 
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert not requeue()

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from helpers.training import NARROW, TINY, config
 from PIL import Image
-from test_train import NARROW, TINY, config
 
-from train.distributed import World
-from train.errors import ConfigError
 from train.evaluate import data_settings, evaluate_checkpoint
+from train.jobs.errors import ConfigError
+from train.jobs.world import World
 from train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))

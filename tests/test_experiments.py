@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
-from test_train import ROOT, _environment, config
+from helpers.training import ROOT, config, environment
 from timm.layers import DropPath
 
 import kw
@@ -139,7 +139,7 @@ def test_the_report_finds_no_departure_in_a_rows_own_settings_and_each_in_others
 
 def test_a_tables_rows_are_found_by_glob(tmp_path):
     command = [sys.executable, "-m", "train", "-m", "experiment=glob(resnet18*)", "data.root=nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_environment())
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment())
     failed = set(re.findall(r"experiment=(\S+) data.root=nowhere: ConfigError", done.stderr))
     assert failed == {row for row in ROWS if row.startswith("resnet18")} and "Traceback" not in done.stderr
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import kw
 from kw.backbones import BACKBONES, STATIC
-from kw.freeze import FOLDED, FoldedLayer
+from kw.freezing import FOLDED, FoldedLayer
 from kw.layers import KWLayer
 from kw.warehouse import Warehouse
 
@@ -80,7 +80,7 @@ def dynamic(model):
 
 @pytest.fixture
 def fold_all(monkeypatch):
-    module = importlib.import_module("kw.freeze")  # `kw.freeze` is the function
+    module = importlib.import_module("kw.freezing")
     monkeypatch.setattr(module, "WORTHWHILE", 0)
     monkeypatch.setattr(module, "LEAST_SAVED", -math.inf)
 

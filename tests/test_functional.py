@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from settings import FOLDED, OTHERS, PLAIN, SETTINGS, force
+from helpers.implementations import FOLDED, OTHERS, PLAIN, SETTINGS, force
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,11 +1,11 @@
-"""Every golden case: the released configurations on hashed weights, in float64 (tests/golden_recipe.py)."""
+"""Every golden case: the released configurations on hashed weights, in float64 (tests/helpers/golden_recipe.py)."""
 
-import golden_recipe as recipe
 import numpy as np
 import pytest
 import timm
 import torch
-from settings import SETTINGS
+from helpers import golden_recipe as recipe
+from helpers.implementations import SETTINGS
 from torch import nn
 
 import kw

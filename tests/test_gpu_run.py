@@ -1,5 +1,6 @@
 """`python -m scripts.gpu`: it goes on after a failure, writes a summary after each part, and keeps to its time."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -114,12 +115,12 @@ def test_a_dry_run_leaves_the_prices_of_this_machine(tmp_path):
 def test_command_lines_name_options_that_exist(dry, tmp_path):
     """They stand in the scripts' sources; to ask each with --help would take half a minute."""
     scripts = Path(entry.__file__).parents[1]
-    sources = "".join(path.read_text() for path in (*scripts.glob("*.py"), scripts / "gpu/blocks.py"))
+    sources = "".join(path.read_text() for path in scripts.rglob("*.py"))
     for part in parts_of(Run(tmp_path, 8, dry)):
         _, flag, module, *words = part.command(60)
         assert flag == "-m"
         if module.startswith("scripts."):
-            assert (scripts.parent / f"{module.replace('.', '/')}.py").is_file()
+            assert importlib.util.find_spec(module)
             missing = [word for word in words if word.startswith("--") and f'"{word}"' not in sources]
             assert not missing, part.name
 
@@ -127,7 +128,7 @@ def test_command_lines_name_options_that_exist(dry, tmp_path):
 @pytest.mark.parametrize("data", [None, Path("cifar10.tar")])
 @pytest.mark.parametrize("dry", [False, True])
 def test_the_training_composes(dry, data, tmp_path):
-    from test_train import config
+    from helpers.training import config
 
     (part,) = (part for part in parts_of(Run(tmp_path, 8, dry, data)) if part.name == "training")
     words = [word for word in part.command(90)[3:] if word != "-m" and not word.startswith(("n=", "hydra."))]

@@ -6,14 +6,14 @@ import threading
 import time
 
 import pytest
+from helpers.training import NARROW, ROOT, TINY, config
 from PIL import Image
-from test_train import NARROW, ROOT, TINY, config
 from torch import nn
 
 import train.__main__ as entry
-from kw.jobs import folder as run_folder
 from train import folders
-from train.errors import ConfigError, LaunchError
+from train.jobs import folder as run_folder
+from train.jobs.errors import ConfigError, LaunchError
 from train.launch import launch
 from train.model import build_model
 from train.optim import build_optimizer

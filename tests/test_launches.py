@@ -9,8 +9,8 @@ from torch import nn
 
 import kw
 from kw.compute import implicit
-from scripts import launches
-from scripts.launches import Count, attribute, count_operators
+from scripts.bench import launches
+from scripts.bench.launches import Count, attribute, count_operators
 
 triton_only = pytest.mark.skipif(implicit.triton is None, reason="Triton is not installed")
 IMAGE = torch.zeros(2, 3, 32, 32)

@@ -5,8 +5,8 @@ import io
 import pickle
 
 import pytest
-import reference
 import torch
+from helpers import reference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

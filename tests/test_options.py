@@ -8,23 +8,21 @@ import sys
 
 import pytest
 import torch
-from test_train import NARROW, TINY, _environment, config
+from helpers.training import ALONE, NARROW, TINY, config, environment
 from timm.layers import DropPath
 from torch import nn
 
-from kw.jobs.folder import write_whole
 from kw.layers import KWLayer
 from train.checkpoint import Checkpoints
-from train.data import Drawn, Substitutes
-from train.distributed import World, connect
-from train.errors import ConfigError, NonFiniteError, RunError, WriteError
-from train.images import Digits
+from train.data.images import Digits
+from train.data.loader import Drawn, Substitutes
+from train.jobs.errors import ConfigError, NonFiniteError, RunError, WriteError
+from train.jobs.folder import write_whole
+from train.jobs.world import connect
 from train.logging import MetricsFile
 from train.model import build_model
 from train.optim import build_optimizer
 from train.trainer import Trainer
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def train(folder, *settings):
@@ -168,7 +166,7 @@ def start(folder, *settings, limit=None):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     command = [sys.executable, "-m", "train", *TINY, *NARROW, *settings, f"hydra.run.dir={folder}"]
-    return subprocess.run(command, env=_environment(), capture_output=True, text=True, preexec_fn=bound)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, preexec_fn=bound)
 
 
 def test_a_disk_that_is_full_is_told_of_and_loses_nothing(tmp_path):

@@ -1,20 +1,19 @@
 """The report: runs joined with published rows, whatever fifty folders hold; its tables, and its page in a browser."""
 
 import csv
-import importlib.util
 import io
 import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 import yaml
+from helpers.browser import CHROMIUM, PLAYWRIGHT
+from helpers.training import environment
 from rich.console import Console
-from test_train import _environment
 
 from scripts.report.__main__ import main, write
 from scripts.report.page import report_page
@@ -310,7 +309,7 @@ def test_counts_have_four_digits(value, text):
 
 def test_the_command_ends_with_a_table_and_no_traceback(fifty, tmp_path):
     command = [sys.executable, "-m", "scripts.report", str(fifty), "--out", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_environment())
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment())
     assert done.returncode == 0 and "Traceback" not in done.stderr + done.stdout, done.stderr
     assert "resnet18_kw1d4x" in done.stdout and (tmp_path / "out" / "index.html").exists()
 
@@ -322,10 +321,6 @@ def test_folders_without_a_finished_run_are_said_to_have_none(tmp_path, monkeypa
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="No such folder"):
         main()
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PLAYWRIGHT = importlib.util.find_spec("playwright") is not None
 
 
 @pytest.mark.skipif(

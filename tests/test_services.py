@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.training import NARROW, ROOT, TINY, config, environment, launch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import NARROW, ROOT, TINY, _environment, config, launch
 
 from train.config import ConfigError, learnt_settings
-from train.distributed import World
+from train.jobs.slurm import first_host, rendezvous
+from train.jobs.world import World
 from train.launch import meeting_point
 from train.logging import MetricsFile
 from train.services import Services, import_wandb
-from train.slurm import first_host, rendezvous
 from train.trainer import Trainer
 
 SMALL = (*TINY, *NARROW, "n=static", "recipe.epochs=3")
@@ -277,7 +277,7 @@ def test_a_slurm_job_at_its_time_limit_is_requeued_and_goes_on(tmp_path, devices
         path.chmod(0o755)
     command = [sys.executable, "-m", "train", "-m", *TINY, *NARROW, "n=static"]
     command += ["recipe.epochs=20", "runtime.device=cpu", f"runtime.devices={devices}", "hydra/launcher=slurm"]
-    environ = {**_environment(), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    environ = {**environment(), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True) as launcher:
         wait_for(lambda: any(tmp_path.rglob("last.pt")), launcher)
         os.kill(int(process_of(tmp_path)), signal.SIGUSR1)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts import step_time
+from scripts.bench import step_time
 from scripts.report.steps import read_steps
 
 

@@ -14,41 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
+from helpers.training import NARROW, TINY, config, environment, launch
 
 import kw
-from kw.jobs.checkpoint import FORMAT, read
 from scripts.kill_storm import differences, outcome
 from train.checkpoint import Checkpoints, newest
-from train.config import RecipeConfig, validate
-from train.data import MicroBatches, epoch_order
-from train.errors import CheckpointError, ConfigError
+from train.config import RecipeConfig
+from train.data.loader import MicroBatches, epoch_order
+from train.jobs.checkpoint import FORMAT, read
+from train.jobs.errors import CheckpointError, ConfigError
 from train.model import build_model
 from train.optim import build_optimizer
 from train.schedule import learning_rate, temperature
 from train.trainer import accumulation
-
-ROOT = Path(__file__).parents[1]
-TINY = ["recipe.epochs=1", "recipe.warmup_epochs=0", "recipe.batch_size=256", "data.image_size=16"]
-NARROW = ["backbone.kwargs.channels=[8,8,8,16]", "backbone.kwargs.stem_width=8"]
-
-
-def config(*overrides):
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return validate(compose("train", list(overrides)))
-
-
-def launch(*overrides, cwd, check=True, shrunk=(*TINY, *NARROW)):
-    flags = [word for word in overrides if word.startswith("-")]
-    given = [word for word in overrides if word not in flags]
-    command = [sys.executable, "-m", "train", *flags, *shrunk, *given]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**_environment(), "COLUMNS": "200"})
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
-def _environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv2_050", "deit_tiny_patch16_224"])
@@ -148,7 +126,7 @@ def test_micro_batches_far_smaller_than_asked_for_are_refused_with_values_that_w
 @pytest.mark.parametrize("epochs, warned", [(0, False), (1, False), (2, True)])
 @pytest.mark.parametrize("n", ["static", "1/2"])
 def test_a_warm_up_of_the_temperature_beyond_the_end_is_told_of(n, epochs, warned, tmp_path, capsys):
-    from train.distributed import World
+    from train.jobs.world import World
     from train.trainer import Trainer
 
     made = config(*TINY, *NARROW, f"n={n}", f"recipe.temperature_epochs={epochs}")
@@ -212,7 +190,7 @@ def test_the_report_tells_of_finished_and_unfinished_runs(folder):
     (folder / "runs" / "unfinished").mkdir()
     (folder / "runs" / "unfinished" / "config.yaml").write_text("n: 1\n")
     command = [sys.executable, "-m", "scripts.report", "runs"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=_environment(), check=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(), check=True)
     assert "unfinished: not finished" in done.stdout
     assert "| x_kw1d2x+" in (folder / "report" / "table.md").read_text()
     assert len((folder / "report" / "runs.csv").read_text().splitlines()) == 3
@@ -221,7 +199,7 @@ def test_the_report_tells_of_finished_and_unfinished_runs(folder):
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
     """Stopped after one epoch of two, by a recipe that only the test shortens: weights and metrics are the same."""
-    from train.distributed import World
+    from train.jobs.world import World
     from train.trainer import Trainer
 
     made = config(*TINY, *NARROW, "recipe.epochs=2", "recipe.ema_decay=0.9", "recipe.mixup=0.5", "recipe.drop_path=0.1")
@@ -270,7 +248,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
 def test_a_run_stopped_in_an_evaluation_has_lost_nothing(which, signalled, tmp_path):
     """By a kill, or by a signal that is acted on between the batches."""
     from train import trainer as module
-    from train.distributed import World
+    from train.jobs.world import World
 
     made = config(*TINY, *NARROW, "recipe.epochs=2", "recipe.ema_decay=0.9", "recipe.drop_path=0.1")
     world = World(0, 1, torch.device("cpu"))
@@ -322,7 +300,7 @@ def images(tmp_path):
 
 
 def on(root):
-    from train.distributed import World
+    from train.jobs.world import World
     from train.trainer import Trainer
 
     made = config(*TINY, *NARROW, "data=folder", f"data.root={root}", "recipe=digits", "recipe.batch_size=4", *TINY[:2])
@@ -354,7 +332,7 @@ def test_a_run_goes_on_with_data_that_was_moved_and_from_a_checkpoint_that_does_
 
 def test_precision_is_in_a_runs_name_and_cannot_change(tmp_path):
     from train.config import learnt_settings
-    from train.distributed import World
+    from train.jobs.world import World
     from train.trainer import Trainer
 
     launch("-m", "runtime.precision=float32,bfloat16", cwd=tmp_path)
@@ -367,8 +345,8 @@ def test_precision_is_in_a_runs_name_and_cannot_change(tmp_path):
 
 
 def test_signals_are_noted_within_the_fit_alone(tmp_path):
-    from train.distributed import World
-    from train.interrupt import SIGNALS, StopRequest
+    from train.jobs.signals import SIGNALS, StopRequest
+    from train.jobs.world import World
     from train.trainer import Trainer
 
     before = [signal.getsignal(number) for number in SIGNALS]
@@ -472,8 +450,8 @@ def thousand_classes(tmp_path_factory):
 )  # fmt: skip
 def test_a_published_row_takes_its_first_step(row, thousand_classes, tmp_path):
     """All settings as published, but for the batch."""
-    from train.data import train_loader
-    from train.distributed import World
+    from train.data.loader import train_loader
+    from train.jobs.world import World
     from train.trainer import Trainer
 
     made = config(f"experiment={row}", f"data.root={thousand_classes}", "recipe.batch_size=4", "runtime.device=cpu")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from settings import force
+from helpers.implementations import force
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -23,7 +23,7 @@ SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a block of threads can hav
 
 @pytest.mark.parametrize("capability", SHARED)
 def test_every_block_that_can_be_chosen_compiles_and_fits(capability):
-    command = [sys.executable, str(Path(__file__).with_name("compile_ahead.py")), str(capability)]
+    command = [sys.executable, str(Path(__file__).with_name("helpers") / "compile_ahead.py"), str(capability)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

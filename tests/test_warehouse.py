@@ -5,8 +5,8 @@ from fractions import Fraction
 from itertools import product
 
 import pytest
-import reference
 import torch
+from helpers import reference
 
 from kw import KernelShape, KWConfig, Warehouse
 

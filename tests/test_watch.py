@@ -9,21 +9,20 @@ import math
 
 import pytest
 import torch
-from test_options import ALONE
-from test_train import NARROW, TINY, config
+from helpers.training import ALONE, NARROW, TINY, config
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kw
-from kw.jobs.checkpoint import read
 from scripts.kill_storm import differences, outcome
 from train import optim
 from train import trainer as module
-from train.distributed import World
-from train.errors import NonFiniteError
 from train.evaluate import evaluate
+from train.jobs.checkpoint import read
+from train.jobs.errors import NonFiniteError
+from train.jobs.world import World
 from train.trainer import Trainer
 from train.watch import Watch
 

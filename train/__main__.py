@@ -13,10 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from train.config import COMMAND, TrainConfig, check_launched, to_plain, validate
-from train.errors import ConfigError, report
 from train.folders import make, take_back
+from train.jobs.errors import ConfigError, report
+from train.jobs.slurm import in_submitit
 from train.launch import launch
-from train.slurm import in_submitit
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kw.jobs.checkpoint import FORMAT, read
-from train.errors import CheckpointError, writing
+from train.jobs.checkpoint import FORMAT, read
+from train.jobs.errors import CheckpointError, writing
 
 State = dict[str, Any]
 NAMES = ("fresh.pt", "last.pt", "previous.pt")  # of a run's checkpoints, newest first

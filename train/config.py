@@ -23,8 +23,8 @@ from timm.optim import list_optimizers
 from kw import KWConfig
 from kw.baselines.registry import BASELINES, KW, STATIC, check_budget, choices
 from kw.config import format_budget, parse_budget
-from kw.jobs.errors import ConfigError, check, check_choice
-from train import slurm
+from train.jobs import slurm
+from train.jobs.errors import ConfigError, check, check_choice
 
 
 @dataclass

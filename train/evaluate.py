@@ -13,15 +13,15 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import kw
-from kw.jobs.checkpoint import FORMAT, read
 from train.checkpoint import State, newest
 from train.config import DataConfig, TrainConfig, validate
-from train.data import Sample, Samples, eval_loader
-from train.distributed import World
-from train.errors import CheckpointError, ConfigError
-from train.images import open_split
+from train.data.images import open_split
+from train.data.loader import Sample, Samples, eval_loader
+from train.data.transforms import eval_transform
+from train.jobs.checkpoint import FORMAT, read
+from train.jobs.errors import CheckpointError, ConfigError
+from train.jobs.world import World
 from train.model import build_model
-from train.transforms import eval_transform
 
 TOP = (1, 5)
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

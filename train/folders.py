@@ -16,8 +16,8 @@ import hydra.core.utils
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from kw.jobs.folder import remove_lock
-from train.errors import ConfigError
+from train.jobs.errors import ConfigError
+from train.jobs.folder import remove_lock
 
 made: set[Path] = set()  # by this process
 

@@ -1,15 +1,15 @@
-"""From one command to one process or many: here, in new ones (kw.jobs.launch), or with torchrun around it."""
+"""From one command to one process or many: here, in new ones (train.jobs.launch), or with torchrun around it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from kw.jobs.launch import launch as launch_processes
 from train.config import TrainConfig
-from train.errors import ConfigError
+from train.jobs.errors import ConfigError
+from train.jobs.launch import launch as launch_processes
+from train.jobs.slurm import rendezvous
 from train.run import run
-from train.slurm import rendezvous
 from train.trainer import accumulation
 
 

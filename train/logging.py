@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kw.jobs.folder import write_whole
-from train.errors import writing
+from train.jobs.errors import writing
+from train.jobs.folder import write_whole
 
 
 class MetricsFile:

@@ -12,7 +12,7 @@ import kw
 from kw.backbones import BACKBONES
 from kw.baselines import BASELINES
 from train.config import TrainConfig
-from train.errors import ConfigError
+from train.jobs.errors import ConfigError
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:

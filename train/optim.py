@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW
 
 from kw.layers import KWLayer
 from train.config import RecipeConfig
-from train.errors import ConfigError
+from train.jobs.errors import ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from kw.jobs.folder import lock, write_whole
 from train.config import TrainConfig, to_plain
-from train.distributed import World, connect, disconnect
 from train.evaluate import evaluate_checkpoint
+from train.jobs.folder import lock, write_whole
+from train.jobs.world import World, connect, disconnect
 from train.trainer import Trainer
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from kw.jobs.wandb_run import check_login, run_id
 from train.config import ConfigError, TrainConfig, shorten, to_plain
+from train.jobs.wandb_run import check_login, run_id
 from train.logging import MetricsFile
 
 Line = dict[str, Any]

@@ -21,24 +21,33 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kw
-from kw.jobs.checkpoint import FORMAT
-from kw.jobs.folder import write_whole
-from kw.jobs.provenance import provenance
 from train.checkpoint import Checkpoints, State
 from train.config import TrainConfig, learnt_settings, to_plain, validate
-from train.data import MicroBatches, Sample, Samples, Substitutes, eval_loader, identity, seed_everything, train_loader
-from train.distributed import World
-from train.errors import CheckpointError, ConfigError, NonFiniteError, RunError
+from train.data.images import Part, open_split
+from train.data.loader import (
+    MicroBatches,
+    Sample,
+    Samples,
+    Substitutes,
+    eval_loader,
+    identity,
+    seed_everything,
+    train_loader,
+)
+from train.data.transforms import eval_transform, train_transform
 from train.evaluate import cast, evaluate
-from train.images import Part, open_split
-from train.interrupt import StopRequest, first_signal, requeue
+from train.jobs.checkpoint import FORMAT
+from train.jobs.errors import CheckpointError, ConfigError, NonFiniteError, RunError
+from train.jobs.folder import write_whole
+from train.jobs.provenance import provenance
+from train.jobs.signals import StopRequest, first_signal, requeue
+from train.jobs.world import World
 from train.logging import Display, MetricsFile
 from train.model import build_model
 from train.optim import build_loss, build_mixup, build_optimizer, restore
 from train.profiling import StepProfiler
 from train.schedule import learning_rate, temperature
 from train.services import Services
-from train.transforms import eval_transform, train_transform
 from train.watch import Step, Watch
 
 

@@ -1,4 +1,4 @@
-# make demo-detection: a small Mask R-CNN on real digits (scripts/make_digits_coco.py), for two CPU cores. Its backbone
+# make demo-detection: a small Mask R-CNN on real digits (scripts/data/digits_coco.py), for two CPU cores. Its backbone
 # is that of `python -m train`'s default run, whose checkpoint it begins from: init=runs/digits/resnet_digits_kw1x/...
 _base_ = ["_base_/mask_rcnn.py", "_base_/schedule_1x.py"]
 

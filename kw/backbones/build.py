@@ -12,10 +12,10 @@ import timm
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from kw.baselines.convert import convert as convert_to_baseline
+from kw.baselines.conversion import convert as convert_to_baseline
 from kw.baselines.registry import KW, STATIC, choices
 from kw.config import BudgetLike, KWConfig, parse_budget
-from kw.convert import Scope, convert
+from kw.conversion import Scope, convert
 from kw.layers import drop_unused_warehouses
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(KWConfig) if field.name != "n")

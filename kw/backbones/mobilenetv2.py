@@ -11,7 +11,7 @@ from torch import nn
 
 from kw.backbones.build import Backbone
 from kw.config import KWConfig
-from kw.convert import Scope
+from kw.conversion import Scope
 
 # timm's seven groups of inverted residuals in six warehouse stages: the last two groups share one.
 STAGES = (1, 2, 3, 4, 5, 6, 6)

@@ -10,7 +10,7 @@ on `python -m train dynamic=NAME`, `kw.profile`, the report and the benchmark kn
 from importlib import import_module
 from pkgutil import iter_modules
 
-from kw.baselines.convert import convert, default_scope
+from kw.baselines.conversion import convert, default_scope
 from kw.baselines.layer import DynamicConv2d, KernelBank
 from kw.baselines.registry import BASELINES, Baseline, check_budget, register
 

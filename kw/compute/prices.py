@@ -1,4 +1,4 @@
-"""What each device charges: prices measured on it, by kind of device, as `python -m scripts.fit_prices` writes them.
+"""Prices of multiply-adds and memory, measured for each kind of device by `python -m scripts.bench.fit_prices`.
 
 A table is a file `prices/KIND.json` ("cpu", "cuda_9.0", ...): where, when and by which command it was measured, and for
 a forward pass and a training step the nanoseconds of each implementation's work (kw/compute/cost.py).

@@ -21,7 +21,7 @@ from scripts.attentions.load import Options, batches, choose_images, load_model
 from scripts.attentions.page import attentions_page
 from scripts.attentions.pictures import draw_all
 from scripts.attentions.statistics import MEANINGS, LayerStatistics, by_warehouse, statistics, warehouse_values
-from train.errors import RunError
+from train.jobs.errors import RunError
 
 
 def main(words: list[str]) -> None:

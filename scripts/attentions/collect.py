@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kw.attention import FUNCTIONS, Attention
 from kw.layers import KWLayer
 from kw.warehouse import Draw
-from train.errors import DataError
+from train.jobs.errors import DataError
 
 
 def attend(attention: Attention, pooled: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 import kw
-from kw.jobs.checkpoint import FORMAT, read
 from kw.layers import KWLayer
 from train.checkpoint import State, newest
 from train.config import TrainConfig, validate
-from train.errors import CheckpointError, ConfigError
-from train.images import open_split
+from train.data.images import open_split
+from train.data.transforms import eval_transform
+from train.jobs.checkpoint import FORMAT, read
+from train.jobs.errors import CheckpointError, ConfigError
 from train.model import build_model
-from train.transforms import eval_transform
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}

@@ -76,25 +76,25 @@ def tests(name: str, run: Run) -> list[str]:
 def prices(limit: float, run: Run) -> list[str]:
     """The table goes where kw reads it, ready to commit; in a dry run to the report, for the CPU's must stay."""
     if run.dry:
-        return python("scripts.fit_prices", *DRY_MEASURE, "--out", str(run.out / "prices/cpu.json"))
-    return python("scripts.fit_prices", *on_gpu(), "--seconds", f"{0.75 * limit:.0f}")
+        return python("scripts.bench.fit_prices", *DRY_MEASURE, "--out", str(run.out / "prices/cpu.json"))
+    return python("scripts.bench.fit_prices", *on_gpu(), "--seconds", f"{0.75 * limit:.0f}")
 
 
 def benchmark(limit: float, run: Run) -> list[str]:
     out = ["--in-process", "--out", str(run.out / "benchmark")]
     if run.dry:  # memory on a CPU takes a process for each measurement
-        return python("scripts.benchmark", *DRY_MEASURE, "--what", "train", "eval", "one", *out)
+        return python("scripts.bench", *DRY_MEASURE, "--what", "train", "eval", "one", *out)
     # 8 cases, 3 timed things each; half of the time goes to models, warming up and memory.
-    return python("scripts.benchmark", *on_gpu(), "--seconds", f"{limit / 2 / 24:.1f}", *out)
+    return python("scripts.bench", *on_gpu(), "--seconds", f"{limit / 2 / 24:.1f}", *out)
 
 
 def graphs(limit: float, run: Run) -> list[str]:
     """Evaluation as a CUDA graph, where launches cost nothing; and of frozen models."""
     out = ["--in-process", "--out", str(run.out / "graphs"), "--what", "eval", "one", "--choices", "auto", "frozen"]
     if run.dry:
-        return python("scripts.benchmark", *DRY_MEASURE, *out)
+        return python("scripts.bench", *DRY_MEASURE, *out)
     cases = ["resnet18:1", "resnet18:4", "resnet50:4", "mobilenetv2_100:4"]
-    return python("scripts.benchmark", *cases, *on_gpu(), "--cuda-graph", "--seconds", f"{limit / 2 / 8:.1f}", *out)
+    return python("scripts.bench", *cases, *on_gpu(), "--cuda-graph", "--seconds", f"{limit / 2 / 8:.1f}", *out)
 
 
 def on_gpu() -> list[str]:

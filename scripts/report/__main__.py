@@ -5,7 +5,7 @@
     python -m scripts.report runs --all                  also rows of the paper that were not run, on the terminal
 
 Runs of one name on one data set that differ in their seed make one row. Folders that hold no finished run are named.
-The files have every row of the paper; what those not run would cost is told once `scripts.step_time` has timed a step.
+The files have every row of the paper; with the cost of those not run, once `scripts.bench.step_time` has timed a step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     )
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders above them")
     parser.add_argument("--out", type=Path, default=Path("report"), help="where the files go (default: report)")
-    parser.add_argument("--steps", type=Path, help=f"steps that scripts.step_time has timed (default: {STEPS})")
+    parser.add_argument("--steps", type=Path, help=f"steps that scripts.bench.step_time has timed (default: {STEPS})")
     parser.add_argument("--all", action="store_true", help="show the paper's tables even if none of their rows was run")
     options = parser.parse_args()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
@@ -40,7 +40,7 @@ def main() -> None:
     if missing:
         sys.exit(f"No such folder: {', '.join(missing)}")
     if options.steps and not options.steps.is_file():
-        sys.exit(f"No such file: {options.steps}. python -m scripts.step_time writes it.")
+        sys.exit(f"No such file: {options.steps}. python -m scripts.bench.step_time writes it.")
     path = options.steps or STEPS
     steps, broken = read_steps(path) if path.is_file() else ([], [])
     runs, remarks = find_runs(options.folders)

@@ -1,4 +1,4 @@
-"""What a row would cost that was not run: from the speed of its training step, as `scripts.step_time` measures it."""
+"""The cost of a row that was not run, from the speed of its training step (`scripts.bench.step_time`)."""
 
 from __future__ import annotations
 

@@ -85,7 +85,9 @@ def notes(section: Section) -> list[str]:
     if devices:
         made.append(f"The hours that rows not run yet would take are from a step timed on {', '.join(devices)}.")
     elif waiting and section.task == CLASSIFICATION:
-        made.append("What rows not run yet would take is told once a step is timed: python -m scripts.step_time --all")
+        made.append(
+            "What rows not run yet would take is told once a step is timed: python -m scripts.bench.step_time --all"
+        )
     elif waiting:
         made.append("What rows not run yet would take was not measured: no step of a detector was timed.")
     return made

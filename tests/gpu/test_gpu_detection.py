@@ -5,12 +5,12 @@ import pytest
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
 import torch
+from helpers.implementations import force
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
-from settings import force
 
 import detection  # noqa: F401  first, as it stands in for mmcv's operators
 from detection.compose import CONFIGS

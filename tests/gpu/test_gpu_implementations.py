@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from settings import OTHERS, REMADE, force
+from helpers.implementations import OTHERS, REMADE, force
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel

@@ -6,10 +6,10 @@ pytest.importorskip("hydra", reason="hydra-core is not installed")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: it has the digits")
 
 import torch
-from test_train import config
+from helpers.training import config
 
-from train.distributed import World
-from train.images import Part
+from train.data.images import Part
+from train.jobs.world import World
 from train.trainer import Trainer
 
 pytestmark = pytest.mark.gpu

@@ -1,0 +1,92 @@
+"""Folders or a tar archive of images to WebDataset shards: python -m scripts.data.shards PATH FOLDER
+
+Samples are shuffled once, so that every shard has images of many classes; the bytes of the images stay as they are. The
+same files and settings make the same shards, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+import tarfile
+from pathlib import Path
+
+import torch
+
+from train.config import DataConfig
+from train.data.images import SIZES, Files, list_shards, open_split, order_generator, read_sizes
+from train.jobs.errors import ConfigError, DataError
+from train.jobs.folder import write_whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.data.shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="a folder with SPLIT/<class>/*, or an uncompressed tar archive of such")
+    parser.add_argument("out", type=Path, help="folder for SPLIT-000000.tar ..., classes.txt, shards.json")
+    parser.add_argument("--splits", nargs="+", default=["train", "val"], metavar="SPLIT", help="default: train val")
+    parser.add_argument("--samples", type=int, default=2000, help="in a shard (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the samples (default: 0)")
+    given = parser.parse_args()
+    try:
+        make_shards(given.source, given.out, given.splits, given.samples, given.seed)
+    except (ConfigError, DataError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def make_shards(source: str, out: Path, splits: list[str], samples: int = 2000, seed: int = 0) -> None:
+    """Write classes.txt, in shards.json how much each split has, and the shards: these last, so that it is known what
+    is missing if the program is killed.
+
+    Raises:
+        ConfigError: a split is not there, there are shards of it already, or splits differ in their classes.
+    """
+    if samples < 1:
+        raise ConfigError(f"--samples={samples}: must be at least 1.")
+    opened = {split: open_split(DataConfig(format="auto", root=source), split, "--splits") for split in splits}
+    if not all(isinstance(images, Files) for images in opened.values()):
+        raise ConfigError(f"{source} has no image files to put into shards: a folder or a tar archive of them would.")
+    first = opened[splits[0]]
+    for split, images in opened.items():
+        if images.classes != first.classes:
+            raise ConfigError(f"{source}: {split!r} has other classes than {splits[0]!r}.")
+        if list_shards(out, split):
+            raise ConfigError(f"{out} has shards of {split!r} already: name another folder, or move them away.")
+    if bad := [name for name in first.classes if "\n" in name or "\r" in name]:
+        raise ConfigError(f"{source}: the class {bad[0]!r} has a line break in its name: rename it.")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "classes.txt").write_text("".join(f"{name}\n" for name in first.classes), encoding="utf-8")
+    sizes = {split: {"shards": -(-len(images) // samples), "samples": len(images)} for split, images in opened.items()}
+    write_whole(out / SIZES, json.dumps({**read_sizes(out), **sizes}, indent=2) + "\n")
+    for split, images in opened.items():
+        assert isinstance(images, Files)
+        order = torch.randperm(len(images), generator=order_generator(seed, 0)).tolist()
+        for shard, begin in enumerate(range(0, len(order), samples)):
+            write_shard(out / f"{split}-{shard:06d}.tar", images, order[begin : begin + samples], begin)
+        print(f"{split}: {len(order)} samples in {shard + 1} shards")
+
+
+def write_shard(path: Path, images: Files, indices: list[int], begin: int) -> None:
+    """A shard, whole or not at all. Keys are a number and what is left of the file's name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with tarfile.open(temporary, "w") as shard:
+        for number, index in enumerate(indices, start=begin):
+            stem, _, ending = images.describe(index).rpartition("/")[2].rpartition(".")
+            key = f"{number:08d}_{re.sub(r'[.]', '_', stem)}"
+            _add(shard, f"{key}.{ending.lower()}", images.read(index))
+            _add(shard, f"{key}.cls", str(int(images.targets[index])).encode())
+    temporary.replace(path)
+
+
+def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)  # no time, no owner: nothing that would differ the next time
+    member.size = len(content)
+    shard.addfile(member, io.BytesIO(content))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Checkpoints read as plain tensors and values only: code hidden in a pickle is refused, not run."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+
+from train.jobs.errors import CheckpointError
+
+FORMAT = "kernelwarehouse 1"  # what a state of ours says under "format", to be told from foreign checkpoints
+# Training scripts in timm's manner save their arguments beside the weights: plain values, too.
+PLAIN = (argparse.Namespace,)
+
+
+def read(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
+    """Read a checkpoint to the CPU with `weights_only=True`.
+
+    Args:
+        allowed: classes and functions that its pickle may ask for beside tensors and plain values.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or asks for more.
+    """
+    try:
+        with torch.serialization.safe_globals([*PLAIN, *allowed]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {code[1]}, which was not run" if code else "its pickle cannot be read"
+        raise CheckpointError(f"{path} is damaged, or holds more than tensors and plain values: {reason}.") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a folder, not a checkpoint.") from None
+    except (OSError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError):  # torch's words tell of its insides
+        raise CheckpointError(f"{path} is damaged, cut off, or no checkpoint.") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint.")
+    return state
