@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import timm
 import torch
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule
@@ -18,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import kw
 from detection.pretrained import load_classifier
 from kw.attention import Attention
-from kw.backbones import BACKBONES, STATIC
+from kw.backbones import STATIC
 from kw.layers import KWLayer, drop_unused_warehouses
 from train.jobs.errors import ConfigError
 
@@ -33,14 +31,8 @@ def build_classifier(name: str, n: Any, settings: Settings, kwargs: Settings, **
     """
     settings, kwargs = dict(settings or {}), {**(kwargs or {}), **more}
     n = STATIC if n is None else n
-    if not timm.is_model(name):
-        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3)) or "none"
-        raise ConfigError(f"KWBackbone: timm has no model {name!r}; near are {near}.")
     try:
-        if name in BACKBONES:
-            return BACKBONES[name].create(n=n, **settings, **kwargs)
-        model = timm.create_model(name, **kwargs)
-        return model if n == STATIC else kw.convert(model, config=kw.KWConfig(n=n, **settings))
+        return kw.create_model(name, n=n, **settings, **kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"KWBackbone: {name} cannot be built at n={n}: {error}") from error
 

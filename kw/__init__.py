@@ -8,6 +8,7 @@
 from kw import backbones, baselines, functional
 from kw.config import KWConfig
 from kw.conversion import convert, set_temperature
+from kw.create import create_model
 from kw.freezing import freeze
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
 from kw.profiling import Profile, profile
@@ -30,6 +31,7 @@ __all__ = [
     "backbones",
     "baselines",
     "convert",
+    "create_model",
     "default_scope",
     "freeze",
     "functional",

@@ -8,11 +8,14 @@ import hashlib
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import hydra
 import timm
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -290,6 +293,19 @@ def validate(composed: DictConfig) -> TrainConfig:
         raise ConfigError(str(error).splitlines()[0] + (f" ({error.full_key})" if error.full_key else "")) from None
     assert isinstance(config, TrainConfig)
     return config
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def compose(overrides: Sequence[str] = ()) -> TrainConfig:
+    """What `python -m train OVERRIDES` would run with, for programs other than it.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return validate(hydra.compose("train", list(overrides)))
 
 
 def to_plain(config: TrainConfig) -> dict[str, Any]:

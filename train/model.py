@@ -9,8 +9,6 @@ from timm.layers import DropPath
 from torch import nn
 
 import kw
-from kw.backbones import BACKBONES
-from kw.baselines import BASELINES
 from train.config import TrainConfig
 from train.jobs.errors import ConfigError
 
@@ -30,14 +28,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     kwargs |= config.backbone.kwargs
     settings = config.kw.given()
     try:
-        if name in BACKBONES:
-            model = timm.create_model(f"kw_{name}", n=config.n, dynamic=config.dynamic, **settings, **kwargs)
-        else:
-            model = timm.create_model(name, **kwargs)
-            if config.dynamic in BASELINES:
-                kw.baselines.convert(model, config.dynamic, config.n)
-            elif not config.is_static:
-                kw.convert(model, config=kw.KWConfig(n=config.n, **settings))
+        model = kw.create_model(name, n=config.n, dynamic=config.dynamic, **settings, **kwargs)
     except (TypeError, ValueError) as error:
         given = config.backbone.kwargs
         source = f" backbone.kwargs={given} come from the group backbone=...; backbone=timm has none." if given else ""

@@ -42,7 +42,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -145,9 +144,9 @@ def method(n: str) -> dict[str, str]:
 def create(case: Case, n: str, settings: Settings) -> nn.Module:
     torch.manual_seed(0)
     if case.backbone == SMALL:
-        model = timm.create_model("kw_resnet18", **method(n), layers=(1, 1, 1, 1), stem_stride=2)
+        model = kw.create_model("resnet18", **method(n), layers=(1, 1, 1, 1), stem_stride=2)
     else:
-        model = timm.create_model(f"kw_{case.backbone}", **method(n))
+        model = kw.create_model(case.backbone, **method(n))
     return model.to(settings.device, memory_format=settings.layout)
 
 

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from train.config import TrainConfig, validate
+from train.config import TrainConfig, compose
 from train.jobs.world import World
 
 ROOT = Path(__file__).parents[2]
@@ -19,8 +18,7 @@ SECONDS = 240  # after which a process that a test started counts as hung
 
 
 def config(*overrides: str) -> TrainConfig:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return validate(compose("train", list(overrides)))
+    return compose(overrides)
 
 
 def environment(**more: str) -> dict[str, str]:
