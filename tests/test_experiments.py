@@ -17,6 +17,7 @@ from scripts.report.published import CLASSIFICATION, COSTS, IMAGENET, departures
 from train.config import to_plain
 from train.model import build_model
 from train.optim import build_optimizer
+from train.schedule import learning_rate
 
 PUBLISHED = yaml.safe_load((ROOT / "scripts/published.yaml").read_text())
 ROWS = {row["id"]: row for row in PUBLISHED["imagenet"]}
@@ -38,6 +39,22 @@ def test_there_is_an_experiment_for_each_row_and_no_other():
     assert set(ROWS) == EXPERIMENTS and len(ROWS) == 22 and len(PUBLISHED["coco"]) == 8
 
 
+def rates_change_within_an_epoch(recipe):
+    steps = 10
+    middle = steps * recipe.epochs // 2
+    return learning_rate(middle, steps, recipe) != learning_rate(middle + 1, steps, recipe)
+
+
+def exempt_from_decay(model, recipe):
+    """Which parameters the optimizer does not decay, in published.yaml's words, or by name."""
+    groups = build_optimizer(model, recipe).param_groups
+    assert {group["weight_decay"] for group in groups} == {0, recipe.weight_decay}
+    ours = {parameter for group in groups if not group["weight_decay"] for parameter in group["params"]}
+    rule = {parameter for name, parameter in model.named_parameters() if parameter.ndim <= 1 or name.endswith("bias")}
+    odd = [name for name, parameter in model.named_parameters() if (parameter in ours) != (parameter in rule)]
+    return odd or "one-dimensional parameters and biases"
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_an_experiment_is_set_as_published(row, models):
     known, (made, model) = ROWS[row], models[row]
@@ -53,8 +70,8 @@ def test_an_experiment_is_set_as_published(row, models):
         **vars(recipe.augment),
         "global_batch": recipe.batch_size,
         "eval_crop": made.data.image_size,
-        "per": "step",  # what tests of the schedule show
-        "no_decay": settings["no_decay"],  # what the next tests show
+        "per": "step" if rates_change_within_an_epoch(recipe) else "epoch",
+        "no_decay": exempt_from_decay(model, recipe),
     }
     if "transform" in settings:
         assert settings.pop("transform") == "RandomResizedCrop(224) bilinear + horizontal flip"
@@ -88,8 +105,8 @@ def test_warehouses_have_the_published_settings(row, models):
 
 
 @pytest.mark.parametrize("row", ["resnet18_kw1x", "resnet50_kw4x", "convnext_tiny_kw1x", "mobilenetv2_100_kw1x"])
-def test_drop_path_and_decay_are_as_published(row, models):
-    made, model = models[row]
+def test_drop_path_is_as_published(row, models):
+    _made, model = models[row]
     rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
     rate = ROWS[row]["settings"].get("drop_path", 0)
     if row.startswith("resnet"):
@@ -98,11 +115,6 @@ def test_drop_path_and_decay_are_as_published(row, models):
         assert max(rates) == pytest.approx(rate) and rates == sorted(rates)  # linear
     else:
         assert not rates
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for group in build_optimizer(model, made.recipe).param_groups:
-        for parameter in group["params"]:
-            exempt = parameter.ndim <= 1 or names[parameter].endswith("bias")
-            assert group["weight_decay"] == (0 if exempt else made.recipe.weight_decay), names[parameter]
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -115,7 +127,6 @@ def test_a_header_tells_command_parameters_and_published_figures(row, models):
         assert f"(published: {known['params_m']:.2f} M)" in text
     if known["top1"] is not None:
         assert f"# Published: top-1 {known['top1']:.2f}, top-5 {known['top5']:.2f}." in text
-    assert len(text.splitlines()) <= 11
 
 
 @pytest.mark.parametrize("row", ROWS)

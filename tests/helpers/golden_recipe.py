@@ -1,4 +1,4 @@
-"""Deterministic numbers for the golden cases: no random generator, no stored weights.
+"""Deterministic numbers for the golden cases (tests/golden/README.md): no random generator, no stored weights.
 
 `values(name, shape)` gives the same float64 array on every machine and every NumPy:
 it hashes (name, flat index) with splitmix64 and maps the top 53 bits to (-1, 1).
