@@ -16,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import kw
 from detection.pretrained import load_classifier
 from kw.attention import Attention
-from kw.backbones import STATIC
-from kw.layers import KWLayer, drop_unused_warehouses
+from kw.config import STATIC
+from kw.layers import KWLayer
+from kw.replace import drop_unused_warehouses
 from train.jobs.errors import ConfigError
 
 Settings = Mapping[str, Any] | None

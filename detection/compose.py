@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from detection.backbone import feature_channels
 from detection.config import HOW_IT_RUNS, OWN, DetectionConfig
 from detection.data import datasets, read_classes, set_classes
-from kw.backbones import STATIC
+from kw.config import STATIC
 from train.jobs.errors import ConfigError, check
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -12,8 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kw.backbones import STATIC
-from kw.config import format_budget, parse_budget
+from kw.config import STATIC, format_budget, parse_budget
 from train.jobs.errors import ConfigError, check, check_choice
 
 

@@ -29,7 +29,7 @@ from detection.data import check_data
 from detection.display import Display
 from detection.ops import EXTENSION, Extension
 from detection.services import watch
-from kw.backbones import STATIC
+from kw.config import STATIC
 from train.jobs.errors import CheckpointError, ConfigError
 from train.jobs.folder import lock, write_whole
 from train.jobs.launch import launch as launch_processes

@@ -1,20 +1,20 @@
 """KernelWarehouse (ICML 2024, arXiv 2406.07879) as a conversion of vanilla models.
 
 >>> import kw, timm
->>> model = timm.create_model("kw_resnet18", n="1/4", num_classes=1000)
+>>> model = kw.create_model("resnet18", n="1/4", num_classes=1000)
 >>> model = kw.convert(timm.create_model("regnety_002"), config=kw.KWConfig(n="1/2"))
 """
 
 from kw import backbones, baselines, functional
 from kw.config import KWConfig
-from kw.conversion import convert, set_temperature
+from kw.conversion import convert
 from kw.create import create_model
 from kw.freezing import freeze
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
 from kw.profiling import Profile, profile
 from kw.released import load_released, to_released
 from kw.scope import default_scope
-from kw.temperature import temperatures
+from kw.temperature import set_temperature, temperatures
 from kw.warehouse import KernelShape, Warehouse
 
 __version__ = "0.1.0"

@@ -1,5 +1,5 @@
-"""The contrasting-driven attention function, CAF (paper, section 3.3), with its temperature as saved state; and what
-the paper's ablations put in its place.
+"""The contrasting-driven attention function, CAF (paper, section 3.3), with its temperature as saved state; and the
+functions that replace it in the paper's ablations.
 
 Shapes: `B` batch, `C` channels, `H` hidden width, `m` mixtures of the layer, `n` cells of its warehouse.
 """
@@ -15,15 +15,15 @@ from torch.nn import functional as F
 
 from kw.compute.mixing import mix
 from kw.temperature import Tempered
-from kw.warehouse import Draw
+from kw.warehouse import Share
 
 MIN_HIDDEN = 16
 MIN_BASIS = 16
 EPSILON = 1e-3
 
 
-# Attentions as a quotient: values `(B, m, n + 1)` over a divisor for each mixture `(B, m, 1)`.
-Quotient = tuple[Tensor, Tensor | float]  # a number: 1
+# Attentions as a quotient: values `(B, m, n + 1)` and a divisor for each mixture, `(B, m, 1)` or 1.
+Quotient = tuple[Tensor, Tensor | float]
 
 
 def contrast(z: Tensor) -> Quotient:
@@ -44,12 +44,12 @@ def softmax(z: Tensor) -> Quotient:
 
 
 def sigmoid(z: Tensor) -> Quotient:
-    """Attentions in (0, 1), each for itself, as in CondConv: the zero cell's score has no effect."""
+    """Attentions in (0, 1), each from its own score, as in CondConv. The zero cell's score has no effect."""
     return z.sigmoid(), 1.0
 
 
 def tanh(z: Tensor) -> Quotient:
-    """Attentions in (-1, 1), each for itself."""
+    """Attentions in (-1, 1), each from its own score."""
     return z.tanh(), 1.0
 
 
@@ -66,28 +66,30 @@ FUNCTIONS: dict[str, Callable[[Tensor], Quotient]] = {
 class Attention(Tempered):
     """Pooled features `(B, C)` to the attentions `(B, m, n)` of a layer's mixtures over its warehouse's cells.
 
-    A score for a zero cell takes part in the normalization and is dropped, so a row sums to anything in [-1, 1] (of
-    CAF; `FUNCTIONS` has others).
+        alpha = tau * beta + (1 - tau) * z / (sum_j |z_j| + 1e-3)        (paper, section 3.3)
+
+    A zero cell also has a score. Its attention is dropped after normalization, so the sum of a mixture's CAF attentions
+    can be anything in [-1, 1].
 
     Args:
         channels: input channels of the layer, all groups together.
-        draw: the layer's share in its warehouse; `draw.warehouse.config` gives width, basis and norm.
+        share: the layer's share of its warehouse; `share.warehouse.config` sets width, basis and norm.
 
     Raises:
-        ValueError: one sample in training mode with attention_norm="batch", which needs two for its statistics.
+        ValueError: in `forward`, one sample in training mode with attention_norm="batch", which needs two.
     """
 
     beta: Tensor | None
 
-    def __init__(self, channels: int, draw: Draw):
+    def __init__(self, channels: int, share: Share):
         super().__init__()
-        config = draw.warehouse.config
-        n = len(draw.warehouse.cells)
+        config = share.warehouse.config
+        n = len(share.warehouse.cells)
         hidden = max(int(channels * config.reduction), MIN_HIDDEN)
-        self.layer_name, self.attention_function = draw.kernel.name, config.attention_function
-        self.mixtures, self.cells = draw.mixtures, n
-        self.start = draw.start
-        self.local = int(config.n * draw.mixtures) if config.nonlocal_basis < 1 else n
+        self.layer_name, self.attention_function = share.kernel.name, config.attention_function
+        self.mixtures, self.cells = share.mixtures, n
+        self.start = share.start
+        self.local = int(config.n * share.mixtures) if config.nonlocal_basis < 1 else n
 
         self.fc1 = nn.Linear(channels, hidden, bias=config.attention_norm == "layer")
         self.norm = nn.BatchNorm1d(hidden) if config.attention_norm == "batch" else nn.LayerNorm(hidden)
@@ -101,13 +103,13 @@ class Attention(Tempered):
             self.fc3 = nn.Linear(basis, n - self.local, bias=False)
             self.basis_bias = nn.Parameter(torch.empty(self.mixtures * (n + 1)))
 
-        self.anchors = draw.anchors
-        beta = None if draw.anchors is None else _one_hot(draw.anchors, n)
+        self.anchors = share.anchors
+        beta = None if share.anchors is None else _one_hot(share.anchors, n)
         self.register_buffer("beta", beta, persistent=False)  # follows from the anchors
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """He normal, fan-out, for the linear layers; zero for biases; one and zero for the norm."""
+        """He normal with fan-out for the linear layers; zero for biases; one and zero for the norm."""
         self._reset_beta()
         for layer in (self.fc1, self.fc2, self.fc3):
             if layer is not None:
@@ -119,7 +121,8 @@ class Attention(Tempered):
             nn.init.zeros_(self.basis_bias)
 
     def _reset_beta(self) -> None:
-        """It is not saved, and its memory may be new: `to_empty`, or a state dict that is assigned to a meta model."""
+        """Compute beta again. It is not saved, and its memory may be new: after `to_empty`, or after a state dict was
+        assigned to a model on the meta device."""
         if self.beta is not None and self.anchors is not None:
             device = self.temperature.device if self.beta.is_meta else self.beta.device
             self.beta = _one_hot(self.anchors, self.cells).to(device, self.beta.dtype)
@@ -130,7 +133,7 @@ class Attention(Tempered):
 
     @property
     def features(self) -> int:
-        """H."""
+        """The hidden width H."""
         return self.fc1.out_features
 
     @property
@@ -139,7 +142,7 @@ class Attention(Tempered):
         return FUNCTIONS[self.attention_function] is contrast
 
     def hidden(self, pooled: Tensor) -> Tensor:
-        """What the scores are affine in: `(B, C)` to `(B, H)`."""
+        """The features that the scores are affine in: `(B, C)` to `(B, H)`."""
         if len(pooled) == 1 and self.norm.training and isinstance(self.norm, nn.BatchNorm1d):
             raise ValueError(
                 f"Layer {self.layer_name!r}: BatchNorm in the attention cannot train on a batch of one. "
@@ -159,7 +162,7 @@ class Attention(Tempered):
         return self._spread(z) + self.basis_bias.view(self.mixtures, self.cells + 1)
 
     def _spread(self, z: Tensor) -> Tensor:
-        """With a non-local basis, what `fc2` gives to scores but for their bias, a linear map: to `(B, m, n + 1)`."""
+        """With a non-local basis, the linear map from the output of `fc2` to scores without bias, `(B, m, n + 1)`."""
         assert self.fc3 is not None
         z = z.view(len(z), self.mixtures, -1)
         own, basis, zero = torch.split(z, [self.local, z.shape[2] - self.local - 1, 1], dim=2)
@@ -176,7 +179,7 @@ class Attention(Tempered):
         return torch.cat([weight.to(constant.dtype), constant])[..., : self.cells]
 
     def forward(self, pooled: Tensor, folded: bool = False) -> Tensor:
-        """The attentions, `(B, C)` to `(B, m, n)`; or `folded`, the weights `(B, m, J)` of `fold`'s kernels."""
+        """The attentions, `(B, C)` to `(B, m, n)`; or `folded`, the weights `(B, m, J)` for the kernels of `fold`."""
         hidden = self.hidden(pooled)
         return self._folded_weights(hidden) if folded else self._attentions(hidden)
 
@@ -192,7 +195,7 @@ class Attention(Tempered):
         return torch.addcdiv(tau * self.beta, (1 - tau) * values, divisor)
 
     def _folded_weights(self, hidden: Tensor) -> Tensor:
-        """Hidden features and 1, over the sum of absolute scores; above temperature 0, tau is the last."""
+        """Hidden features and 1, divided by the sum of absolute scores; above temperature 0, tau is the last."""
         features = F.pad(hidden, (0, 1), value=1.0)[:, None]  # (B, 1, H + 1)
         weights = features / size(self.scores_of(hidden))
         if self.beta is None or self.shared.is_zero:
@@ -201,8 +204,8 @@ class Attention(Tempered):
         return torch.cat([(1 - tau) * weights, tau.expand(*weights.shape[:2], 1)], dim=2)
 
     def fold(self, cells: Tensor) -> Tensor:
-        """The cells `(n, o, i)` folded by `maps` into kernels `(J, m, o, i)`, of which a sample's are sums
-        (kw/compute/mixing.py). Above temperature 0, the anchors' cells are the last. Only where `is_affine`."""
+        """The cells `(n, o, i)` folded by `maps` into kernels `(J, m, o, i)`. A sample's kernel is a weighted sum of
+        them (kw/compute/mixing.py). Above temperature 0, the last ones are the anchor cells. Only if `is_affine`."""
         basis = mix(self.maps(), cells)
         if self.beta is None or self.shared.is_zero:
             return basis
@@ -210,7 +213,7 @@ class Attention(Tempered):
 
     @property
     def tau(self) -> float:
-        """The temperature as far as it counts: 0 where nothing is anchored."""
+        """The temperature; 0 where the layer is not anchored, and the temperature has no effect."""
         return 0.0 if self.beta is None else float(self.temperature)
 
     def extra_repr(self) -> str:
@@ -218,7 +221,7 @@ class Attention(Tempered):
 
 
 def _one_hot(anchors: tuple[int, ...], n: int) -> Tensor:
-    """Which cell each mixture is anchored to, `(m, n)`; nothing for the zero cell, number n."""
+    """beta of the paper, `(m, n)`: 1 at each mixture's anchor; all 0 where that is the zero cell, number n."""
     beta = torch.zeros(len(anchors), n + 1)
     beta[torch.arange(len(anchors)), torch.tensor(anchors)] = 1
     return beta[:, :n].clone()

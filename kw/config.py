@@ -7,9 +7,13 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
-from typing import Any
 
-BudgetLike = str | int | float | Fraction
+Number = str | int | float | Fraction  # as a user writes it: "1/4", 4, 0.25
+BudgetLike = Number
+
+# Values of `dynamic` for KernelWarehouse and for the vanilla model, beside the methods of kw.baselines. "static" is
+# also accepted in place of a budget.
+KW, STATIC = "kw", "static"
 
 # Switches of the paper's ablations, each with its values; the first is the published one.
 CHOICES = {
@@ -20,14 +24,14 @@ CHOICES = {
     "partition": ("spatial_channel", "channel", "none"),
 }
 
-BUDGET_HELP = "n is a whole number of at least 1 (1, 2, 4) or one over a whole number ('1/4', 0.25)"
+BUDGET_HELP = "n is an integer of at least 1 (1, 2, 4) or one over an integer ('1/4', 0.25)"
 
 
 def parse_budget(n: BudgetLike) -> Fraction:
     """The budget n as an exact fraction: `parse_budget("1/4") == parse_budget(0.25) == Fraction(1, 4)`.
 
-    n is the number of kernel cells in a warehouse over the number of mixtures drawn from it (paper, section 3.1).
-    Anchoring (paper, section 3.3) gives every cell to one mixture at first, so n or 1/n must be whole.
+    n is the number of kernel cells in a warehouse over the number of mixtures of its layers (paper, section 3.1).
+    Anchoring (paper, section 3.3) first assigns every cell to one mixture, so n or 1/n must be an integer.
 
     Raises:
         ValueError: n is not a number, not positive, or has no anchoring rule (3/2, 2/3).
@@ -38,10 +42,10 @@ def parse_budget(n: BudgetLike) -> Fraction:
     if value <= 0:
         raise ValueError(f"n={n!r} is not positive: {BUDGET_HELP}.")
     if value.numerator != 1 and value.denominator != 1:
-        whole = max(1, round(value)) if value > 1 else Fraction(1, round(1 / value))
+        nearest = max(1, round(value)) if value > 1 else Fraction(1, round(1 / value))
         raise ValueError(
             f"n={n!r} is {value}, and the method defines no anchoring of cells for it: {BUDGET_HELP}. "
-            f"The nearest is n={whole}."
+            f"The nearest is n={nearest}."
         )
     return value
 
@@ -52,87 +56,112 @@ def format_budget(n: BudgetLike) -> str:
 
 
 @dataclass(frozen=True)
-class KWConfig:
-    """Settings of a warehouse and of the layers that draw from it.
+class _Settings:
+    """The fields of `KWConfig`."""
+
+    n: Fraction
+    reduction: Fraction
+    cell_in: Fraction
+    cell_out: Fraction
+    nonlocal_basis: Fraction
+    attention_norm: str
+    attention_function: str
+    anchoring: str
+    sharing: str
+    partition: str
+
+
+@dataclass(frozen=True, init=False)
+class KWConfig(_Settings):
+    """Settings of a warehouse and of the layers that share it. Immutable, and compared by value.
 
     Args:
-        n: budget, cells per mixture: `"1/4"`, `0.25`, `4`; stored as a `Fraction`.
+        n: budget, cells per mixture: `"1/4"`, `0.25`, `4`. It and the next four are stored as `Fraction`.
         reduction: width of the attention's hidden layer over the layer's input channels (never under 16 wide).
         cell_in: input channels of a cell over the greatest common divisor of the layers' input channels, in (0, 1].
-        cell_out: likewise for output channels. Left out, both follow from n as in the published rows.
-        nonlocal_basis: under 1, cells that are not the layer's own are scored through a basis of
-            this fraction of their number (ResNet50 at n = 1/2).
+        cell_out: the same for output channels. By default both follow from n as in the published rows.
+        nonlocal_basis: below 1, cells that are not the layer's own get their scores through a basis of this fraction of
+            their number (ResNet50 at n = 1/2).
         attention_norm: normalization in the attention, `"batch"` or `"layer"`.
         attention_function: from scores to attentions (`kw.attention.FUNCTIONS`): `"caf"`, the published one;
-            `"contrast"`, the same without anchors, whatever the temperature; `"softmax"`, `"sigmoid"` or `"tanh"`.
+            `"contrast"`, the same without anchors at any temperature; `"softmax"`, `"sigmoid"` or `"tanh"`.
         anchoring: the cell that a mixture equals at temperature 1 (`kw.anchoring`): one each, `"one_to_one"`; the
-            warehouse's first, `"all_to_one"`; one drawn by lot, `"random"`; or none, `"none"`: as at temperature 0.
+            warehouse's first, `"all_to_one"`; a random one, `"random"`; or none, `"none"`: as at temperature 0.
         sharing: which layers share (`kw.sharing`): those of the scope's warehouse, `"stage"`; of those the ones of a
             kind, `"kind"`; each layer alone, `"none"`; or those of all warehouses with layers of a kind, `"model"`.
-        partition: what a cell is: one position of some channels, `"spatial_channel"`; all positions of some channels,
-            `"channel"`; a whole kernel, `"none"`, which leaves nothing for `cell_in` and `cell_out` to cut.
+        partition: what a cell is: some channels at one position, `"spatial_channel"`; some channels at all positions,
+            `"channel"`; or a complete kernel, `"none"`, which `cell_in` and `cell_out` cannot cut.
 
-    The paper's ablations are the last four, `reduction`, and how long the temperature is warmed up.
+    The paper's ablations are the last four, `reduction`, and the length of the temperature's warm-up.
 
     Raises:
         ValueError: a value is out of its range; the message names the key.
     """
 
-    n: Any = Fraction(1)
-    reduction: Any = Fraction(1, 16)
-    cell_in: Any = None
-    cell_out: Any = None
-    nonlocal_basis: Any = Fraction(1)
-    attention_norm: str = "batch"
-    attention_function: str = "caf"
-    anchoring: str = "one_to_one"
-    sharing: str = "stage"
-    partition: str = "spatial_channel"
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        n: BudgetLike = 1,
+        reduction: Number = Fraction(1, 16),
+        cell_in: Number | None = None,
+        cell_out: Number | None = None,
+        nonlocal_basis: Number = 1,
+        attention_norm: str = "batch",
+        attention_function: str = "caf",
+        anchoring: str = "one_to_one",
+        sharing: str = "stage",
+        partition: str = "spatial_channel",
+    ):
+        budget = parse_budget(n)
+        sides = (Fraction(1), Fraction(1)) if partition == "none" else cell_sides(budget)
+        super().__init__(
+            n=budget,
+            reduction=_parse_fraction("reduction", reduction),
+            cell_in=sides[0] if cell_in is None else _parse_fraction("cell_in", cell_in),
+            cell_out=sides[1] if cell_out is None else _parse_fraction("cell_out", cell_out),
+            nonlocal_basis=_parse_fraction("nonlocal_basis", nonlocal_basis),
+            attention_norm=attention_norm,
+            attention_function=attention_function,
+            anchoring=anchoring,
+            sharing=sharing,
+            partition=partition,
+        )
         for key, values in CHOICES.items():
             if getattr(self, key) not in values:
                 raise ValueError(
                     f"{key}={getattr(self, key)!r} must be {', '.join(map(repr, values[:-1]))} or {values[-1]!r}."
                 )
-        n = parse_budget(self.n)
-        sides = (1, 1) if self.partition == "none" else cell_sides(n)
-        self._set("n", n)
-        self._set("cell_in", sides[0] if self.cell_in is None else self.cell_in)
-        self._set("cell_out", sides[1] if self.cell_out is None else self.cell_out)
-        for key in ("reduction", "cell_in", "cell_out", "nonlocal_basis"):
-            value = _exact(getattr(self, key))
-            if value is None or not 0 < value <= 1:
-                raise ValueError(f"{key}={getattr(self, key)!r} must be a number above 0 and at most 1, such as 1/16.")
-            self._set(key, value)
-            if self.partition == "none" and key.startswith("cell") and value != 1:
-                raise ValueError(f"{key}={value} cuts kernels, which partition='none' leaves whole: leave it out.")
+        for key, side in (("cell_in", self.cell_in), ("cell_out", self.cell_out)):
+            if partition == "none" and side != 1:
+                raise ValueError(f"{key}={side} cuts kernels, which partition='none' does not: leave it out.")
 
     @property
     def is_anchored(self) -> bool:
-        """Whether the temperature does anything."""
+        """Whether mixtures have anchors, so that the temperature has an effect."""
         return self.attention_function != "contrast" and self.anchoring != "none"
 
-    def _set(self, key: str, value: object) -> None:
-        object.__setattr__(self, key, value)  # the dataclass is frozen for everybody else
+    def replace(self, **changes: Number | None) -> KWConfig:
+        """A copy with other values. Raises TypeError for an unknown key, with the known ones.
 
-    def replace(self, **changes: Any) -> KWConfig:
-        """A copy with other values; an unknown key is an error that lists the known ones. Where the partition becomes
-        "none", cells become whole kernels, and stay so until they are given other sides."""
+        With partition="none" in the changes, cells become complete kernels, and stay so until `cell_in` and `cell_out`
+        change too.
+        """
         known = [field.name for field in dataclasses.fields(self)]
         for key in changes:
             if key not in known:
                 raise TypeError(f"KWConfig has no setting {key!r}; it has {', '.join(known)}.")
         if changes.get("partition") == "none":
             changes = {"cell_in": 1, "cell_out": 1, **changes}
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(KWConfig) if field.name != "n")
 
 
 def cell_sides(n: Fraction) -> tuple[Fraction, Fraction]:
-    """`(cell_in, cell_out)` that go with a budget.
+    """`(cell_in, cell_out)` for a budget: 1 each at n >= 1, and 1/2 each at 1/2 and 1/4, as published.
 
-    Whole at n >= 1 and one half each at 1/2 and 1/4, as published. Below, the sides go on being halved, output first,
-    until a whole cell makes at least 1/n cut ones: only then can a layer of few mixtures be given its share of cells.
+    Below 1/4 the sides are halved further, output first, until an uncut cell makes at least 1/n cut ones. Only then can
+    a layer of few mixtures get its part of the cells.
     """
     if n >= 1:
         return Fraction(1), Fraction(1)
@@ -142,8 +171,15 @@ def cell_sides(n: Fraction) -> tuple[Fraction, Fraction]:
     return cell_in, cell_out
 
 
+def _parse_fraction(key: str, value: Number) -> Fraction:
+    exact = _exact(value)
+    if exact is None or not 0 < exact <= 1:
+        raise ValueError(f"{key}={value!r} must be a number above 0 and at most 1, such as 1/16.")
+    return exact
+
+
 def _exact(value: object) -> Fraction | None:
-    """`value` as a fraction, 0.025 as 1/40 and 1/3 in floating point as 1/3; None where it is not a finite number."""
+    """`value` as a fraction: 0.025 as 1/40, and 1/3 in floating point as 1/3. None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, (str, Real)):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Conversion: a model with static layers becomes one whose layers draw their kernels from warehouses, in place."""
+"""Conversion: replace static layers of a model by dynamic ones that share warehouses, in place."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from kw.config import KWConfig
-from kw.freezing import refuse_frozen
 from kw.layers import DynamicLayer, KWConv1d, KWConv2d, KWConv3d, KWLinear
 from kw.replace import chosen, convolution_arguments, like, refuse_converted, replace
 from kw.scope import default_config, default_scope
-from kw.sharing import regroup
-from kw.temperature import share_temperature, temperatures
-from kw.warehouse import Draw, KernelShape, Warehouse, Warehouses
+from kw.sharing import Groups, regroup
+from kw.temperature import share_temperature
+from kw.warehouse import KernelShape, Share, Warehouse, Warehouses
 
 Scope = Callable[[str, nn.Module], str | None] | Mapping[str, str]
 Configs = KWConfig | Mapping[str, KWConfig] | Callable[[str], KWConfig]
@@ -30,79 +29,62 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
 
     Args:
         model: any model built of `nn.Conv1d/2d/3d` and `nn.Linear`, such as one of timm's.
-        scope: which layer draws from which warehouse: a function of `(layer name, layer)` that gives a warehouse's
-            name, or None for a layer that stays static; or a mapping from layer names to warehouse names.
-            Left out: one warehouse per stage and kind of layer, stem and classifier static (`kw.default_scope`).
+        scope: which layers share a warehouse: a function from `(layer name, layer)` to a warehouse's name, or None for
+            a layer that stays static; or a mapping from layer names to warehouse names. By default one warehouse per
+            stage and kind of layer, with stem and classifier static (`kw.default_scope`).
         config: a `KWConfig` for every warehouse, or one each: a mapping or a function from the warehouse's name.
-            Its `sharing` and `partition` join or split what the scope says (`kw.sharing`), which then renames.
+            Its `sharing` and `partition` may merge, split and rename the scope's warehouses (`kw.sharing`).
 
-    The warehouses are registered as `model.warehouses`, in the order in which layers first draw from them.
-    Biases are kept; kernels are not: cells are initialized anew.
+    The warehouses are registered as `model.warehouses`, in the order in which layers first use them. Biases are kept.
+    Kernels are not: cells are initialized at random.
+
+    The converted model trains on one device or within DistributedDataParallel. `nn.DataParallel` and FSDP are not
+    supported (`kw.warehouse` says why).
 
     Raises:
-        ValueError: the scope matches no layer, names one that does not exist or cannot be dynamic, a warehouse
-            has no config, or its kernels cannot be cut and given out; the message names layer or warehouse.
+        ValueError: the scope matches no layer, names one that does not exist or cannot be dynamic; a warehouse has no
+            config; or its kernels cannot be cut into cells. The message names layer or warehouse, and the model is
+            unchanged.
     """
     refuse_converted(model)
     if hasattr(model, "warehouses"):
-        raise ValueError(f"This {type(model).__name__} has an attribute 'warehouses' of its own, where ours would go.")
+        raise ValueError(
+            f"This {type(model).__name__} has an attribute 'warehouses' already, where kw.convert would put its own."
+        )
     config = KWConfig() if config is None else config
-    drawing = _drawing(model, default_scope(model) if scope is None else scope)
-    configs = {warehouse_name: _config_of(warehouse_name, config) for warehouse_name in drawing}
-    drawing, configs = regroup(model, drawing, configs)
+    groups = _groups(model, default_scope(model) if scope is None else scope)
+    configs = {warehouse: _config_of(warehouse, config) for warehouse in groups}
+    groups, configs = regroup(model, groups, configs)
     if scope is None and isinstance(config, KWConfig):
-        configs = default_config(model, drawing, config)
+        configs = default_config(model, groups, config)
 
     warehouses = Warehouses()
     layers: dict[nn.Module, nn.Module] = {}
-    for warehouse_name, names in drawing.items():
+    for warehouse_name, names in groups.items():
         kernels = [_kernel(model, name) for name in names]
         warehouse = Warehouse(kernels, configs[warehouse_name], name=warehouse_name)
         warehouses[warehouse_name] = warehouse.to(_weight(model, names[0]))
-        for name, draw in zip(names, warehouse.draws, strict=True):
+        for name, share in zip(names, warehouse.shares, strict=True):
             static = model.get_submodule(name)
-            layers[static] = _dynamic(static, draw)
+            layers[static] = _dynamic(static, share)
 
-    # Nothing was changed up to here: an error leaves the model as it was.
+    # The model was not changed so far, so that an error leaves it as it was.
     replace(model, layers)
     model.warehouses = warehouses
     share_temperature(model)
     return model
 
 
-def set_temperature(model: nn.Module, tau: float) -> None:
-    """Set the temperature of every attention in `model`, 1 when training begins and 0 once it is warmed up.
-
-    In a warehouse's layers 1 anchors each mixture to its cell and 0 leaves it free; what it means to the layers of
-    `kw.baselines` is described there.
-
-    Raises:
-        ValueError: tau is not in [0, 1], or no attention of the model has a temperature, or it is frozen.
-    """
-    if not 0 <= tau <= 1:
-        raise ValueError(f"temperature {tau!r} must be between 0 (trained) and 1 (start of the warm-up).")
-    refuse_frozen(model, "keeps its temperature")
-    found = temperatures(model)
-    if not found:
-        raise ValueError(
-            f"This {type(model).__name__} has no dynamic layer to set a temperature of; kw.convert it first "
-            f"(or it is of a kind without temperature)."
-        )
-    for temperature in found:
-        temperature.set(tau)
-
-
-def _drawing(model: nn.Module, scope: Scope) -> dict[str, list[str]]:
-    """Warehouse name -> names of its layers, both in module order."""
-    drawing: dict[str, list[str]] = {}
+def _groups(model: nn.Module, scope: Scope) -> Groups:
+    groups: Groups = {}
     for name, warehouse in chosen(model, scope, (*CONVOLUTIONS, nn.Linear), "into warehouse {}").items():
         if not isinstance(warehouse, str) or not warehouse or "." in warehouse or hasattr(Warehouses, warehouse):
             raise ValueError(
-                f"The scope names a warehouse {warehouse!r} (layer {name!r}): a text is needed, "
-                f"without dots and not the name of a method of nn.ModuleDict; 'stage1' would do."
+                f"The scope names a warehouse {warehouse!r} (layer {name!r}): it must be a text without dots, and not "
+                f"the name of a method of nn.ModuleDict; 'stage1' would do."
             )
-        drawing.setdefault(warehouse, []).append(name)
-    return drawing
+        groups.setdefault(warehouse, []).append(name)
+    return groups
 
 
 def _config_of(warehouse: str, config: Configs) -> KWConfig:
@@ -123,8 +105,8 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return model.get_parameter(f"{name}.weight")
 
 
-def _dynamic(layer: nn.Module, draw: Draw) -> DynamicLayer:
-    """The dynamic layer that takes the place of a static one."""
+def _dynamic(layer: nn.Module, share: Share) -> DynamicLayer:
+    """The dynamic layer that replaces a static one."""
     if isinstance(layer, nn.Linear):
-        return like(layer, KWLinear(layer.in_features, layer.out_features, layer.bias is not None, draw=draw))
-    return like(layer, CONVOLUTIONS[type(layer)](*convolution_arguments(layer), draw=draw))
+        return like(layer, KWLinear(layer.in_features, layer.out_features, layer.bias is not None, share=share))
+    return like(layer, CONVOLUTIONS[type(layer)](*convolution_arguments(layer), share=share))

@@ -1,9 +1,9 @@
-"""Computing one dynamic layer, by the implementation that suits it and its batch.
+"""Computing one dynamic layer with the implementation that suits it and its batch.
 
-Two choices are made for each layer and batch. How kernels are made: of the warehouse's "cells", or of "folded" kernels
-(kw/compute/mixing.py). And how they are applied: by one of `kw.compute.IMPLEMENTATIONS`. All combinations are exact;
-they differ in time and memory. By default the cost model (kw/compute/cost.py) chooses; `use` and `set_default` force a
-choice.
+Two choices are made for each layer and batch: how kernels are made, from the warehouse's "cells" or from "folded"
+kernels (kw/compute/mixing.py); and how they are applied, by one of `kw.compute.IMPLEMENTATIONS`. All combinations are
+exact and differ in time and memory. By default the cost model (kw/compute/cost.py) chooses; `use` and `set_default`
+force a choice.
 
 Shapes: `B` batch, `m` mixtures, `n` cells, `o` by `i` channels of a cell.
 """
@@ -27,11 +27,11 @@ from kw.compute.prices import device_kind
 __all__ = ["CHOICES", "Choice", "Setting", "assemble", "choose", "compute", "set_default", "setting_of", "use"]
 
 AUTO = "auto"
-CHOICES = (AUTO, *IMPLEMENTATIONS)  # of `use`, for how kernels are applied
+CHOICES = (AUTO, *IMPLEMENTATIONS)  # how kernels are applied, for `use`
 
 
 class Setting(NamedTuple):
-    """What is forced, or "auto": how kernels are applied, and how they are made."""
+    """How kernels are applied and made, if that is forced; else "auto"."""
 
     apply: str = AUTO
     make: str = AUTO
@@ -43,8 +43,8 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 _default = Setting()
-# The setting that was entered last, by any thread: torch.compile compiles it in, and compiles anew where it is another.
-# It can watch a global variable, but not one of a thread.
+# The last setting that any thread entered. torch.compile compiles it in, and compiles again when it changes: it can
+# guard a global variable, but not a thread's.
 _latest = _default
 
 
@@ -52,15 +52,15 @@ _latest = _default
 def use(apply: str = AUTO, make: str | None = None) -> Iterator[None]:
     """Force how layers are computed within a `with` block, in this thread: `with use("grouped"): ...`.
 
-    The choice is made when a layer's forward pass begins. Its backward pass may come after the block, also with
-    activation checkpointing, which repeats the forward pass: the layer remembers.
+    The choice is made when a layer's forward pass begins. The backward pass may come after the block, also with
+    activation checkpointing, which repeats the forward pass, because layers remember the setting.
 
     Args:
-        apply: one of `CHOICES`. "grouped" is the plain way, as in the release.
-        make: "cells" or "folded", or "auto". Left out: "auto" if `apply` is, else "cells".
+        apply: one of `CHOICES`. "grouped" is the reference, as in the release.
+        make: "cells", "folded" or "auto". By default "auto" if `apply` is "auto", else "cells".
 
-    Where an implementation does not apply to a layer, "grouped" takes its place; where kernels do not fold, they are
-    made of cells. Compiled models (torch.compile) follow the setting that was entered last by any thread.
+    If an implementation does not apply to a layer, "grouped" computes it; if kernels do not fold, they are made from
+    cells. Compiled models (torch.compile) follow the last setting that any thread entered.
 
     Raises:
         ValueError: there is no such choice.
@@ -77,8 +77,8 @@ def use(apply: str = AUTO, make: str | None = None) -> Iterator[None]:
 
 
 def set_default(apply: str = AUTO, make: str | None = None) -> None:
-    """Force how layers are computed for good, in all threads, wherever `use` does not say otherwise. `set_default()`
-    takes that back. Arguments and errors as of `use`."""
+    """Force how layers are computed from now on, in all threads, outside of `use` blocks. `set_default()` undoes that.
+    Arguments and errors as in `use`."""
     global _default, _latest
     _default = _latest = _setting(apply, make)
 
@@ -92,8 +92,8 @@ def _setting(apply: str, make: str | None) -> Setting:
 
 
 def setting_of(layer: nn.Module) -> Setting:
-    """The setting for a forward pass of `layer`. Activation checkpointing repeats a forward pass within the backward
-    pass: then it is that of the last forward pass before."""
+    """The setting for a forward pass of `layer`. Within a backward pass, where activation checkpointing repeats a
+    forward pass, it is the setting of the last forward pass before."""
     if torch.compiler.is_compiling():
         return _latest
     if in_backward():
@@ -114,12 +114,12 @@ def choose(
     needs_grad: bool = False,
     makes: tuple[str, ...] = MAKES,
 ) -> Choice:
-    """How to compute a layer: as forced, where that applies, or as is expected to be fastest.
+    """How to compute a layer: as forced, if that applies, or else as is expected to be fastest.
 
     Args:
         x: the layer's input, `(B, C_in, *space)`.
         cells: `(n, o, i)`, or a basis for each mixture, `(J, m, o, i)`.
-        features: H, of an attention in which the scores are affine; None where attentions are not, and kernels do not
+        features: the attention's hidden width H if its scores are affine; None if they are not, so that kernels do not
             fold.
         needs_grad: whether the attentions need a gradient.
         makes: how kernels can be made.
@@ -127,10 +127,10 @@ def choose(
     if features is None:
         makes = makes[:1]
     if torch.jit.is_tracing() and setting.apply == AUTO:  # type: ignore[attr-defined, no-untyped-call]
-        return Choice(makes[0], "grouped")  # a trace takes no operators of our own, nor loops over one batch's sizes
+        return Choice(makes[0], "grouped")  # a trace records no custom operators, and unrolls loops for one batch size
     if setting.apply != AUTO and setting.make != AUTO:
-        made = setting.make if setting.make in makes else makes[0]
-        return Choice(made, setting.apply) if applies(setting.apply, made, x, geometry) else Choice(makes[0], "grouped")
+        make = setting.make if setting.make in makes else makes[0]
+        return Choice(make, setting.apply) if applies(setting.apply, make, x, geometry) else Choice(makes[0], "grouped")
     step = torch.is_grad_enabled() and (needs_grad or x.requires_grad or cells.requires_grad)
     names = tuple(IMPLEMENTATIONS) if setting.apply == AUTO else (setting.apply,)
     makes = makes if setting.make == AUTO else tuple(make for make in makes if make == setting.make) or makes[:1]
@@ -140,7 +140,7 @@ def choose(
     return pick(possible, tuple(x.shape), tuple(cells.shape), geometry, features or 0, step, device_kind(x.device))
 
 
-_remembered = lru_cache(maxsize=4096)(best)  # to weigh the choices of a small layer takes as long as to compute it
+_remembered = lru_cache(maxsize=4096)(best)  # comparing the choices of a small layer takes as long as computing it
 
 
 def compute(
@@ -149,21 +149,22 @@ def compute(
     """Convolve `(B, C_in, *space)` with one kernel per sample and add a static bias `(C_out,)`, to `(B, C_out, *out)`.
 
     Args:
-        weights, basis: of each sample's mixtures (kw/compute/mixing.py): attentions `(B, m, n)` over cells `(n, o, i)`.
-        geometry: the layer's. Mixture `(p, a, b)` of its grid is the kernel's cell at position p, rows `a * o`, columns
+        weights, basis: from which each sample's mixtures are made (kw/compute/mixing.py), such as attentions
+            `(B, m, n)` and cells `(n, o, i)`.
+        geometry: of the layer. Mixture `(p, a, b)` of its grid is the kernel's cell at position p, row `a * o`, column
             `b * i`.
         apply: the implementation, one of `kw.compute.IMPLEMENTATIONS` that applies.
     """
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        # Autocast does not look into functions that have a backward pass of their own.
+        # Autocast does not reach into functions that define their backward pass.
         x = x.to(torch.get_autocast_dtype(kind))
-    remakes = apply in ("blocks", "triton")  # they compute as the input is, and add up gradients as the basis is
-    if not remakes:
+    remade = apply in ("blocks", "triton")  # these compute in the input's dtype, and add up gradients in the basis's
+    if not remade:
         weights, basis = weights.to(x.dtype), basis.to(x.dtype)
     out = IMPLEMENTATIONS[apply](x, weights, basis, geometry)
     if bias is None:
         return out
     bias = bias.to(out.dtype).view(-1, *(1,) * (out.dim() - 2))
-    # An output of memory of its own takes the bias in place. In a view, autograd would copy its gradient.
-    return out.add_(bias) if remakes or not out.requires_grad else out + bias
+    # In place saves an allocation, but where `out` is a view that needs a gradient, autograd would copy the gradient.
+    return out.add_(bias) if remade or not out.requires_grad else out + bias

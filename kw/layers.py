@@ -1,7 +1,7 @@
-"""Layers whose kernel is assembled, per sample, from the cells of a warehouse: drop-ins for torch's static ones.
+"""Dynamic layers of KernelWarehouse, with the arguments of torch's static ones (paper, section 3.1).
 
-Forward: pool the input over space, score cells (attention.py), assemble a kernel per sample and apply it
-(functional.py).
+The forward pass pools the input over space, computes attentions over the warehouse's cells from it (attention.py),
+and assembles and applies a kernel for each sample (functional.py).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.nn import functional as F
 from kw import functional
 from kw.attention import Attention
 from kw.compute import Geometry
-from kw.warehouse import Draw, Warehouse
+from kw.warehouse import Share, Warehouse
 
 Size = int | tuple[int, ...]
 
 
 class DynamicLayer(nn.Module):
-    """A layer whose kernel depends on its input, sample by sample: those below, and those of `kw.baselines`.
+    """A layer whose kernel depends on each sample of its input: the layers below, and those of `kw.baselines`.
 
-    All that scores the input is in its `attention`, which is None where there is nothing to score.
+    `attention` is the module that computes weights from the input; None where the method needs none.
     """
 
     attention: Any
@@ -32,74 +32,74 @@ class DynamicLayer(nn.Module):
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        """Of the static layer's kernel: `(C_out, C_in / groups, *kernel_size)`."""
+        """Shape of the static layer's kernel: `(C_out, C_in / groups, *kernel_size)`."""
         raise NotImplementedError
 
 
 class KWLayer(DynamicLayer):
-    """What convolutions and linear layers share: a draw from a warehouse, an attention, a static bias.
+    """Base of convolutions and linear layers: a share of a warehouse, an attention, a static bias.
 
     Args:
         channels: input channels, all groups together.
         geometry: how the kernel is cut and applied.
-        draw: the layer's share in its warehouse. The warehouse is referred to, not registered: one owner, the model,
-            registers it, so that its cells are saved, moved and optimized once.
+        share: the layer's share of its warehouse. The layer refers to the warehouse without registering it as a
+            submodule. The model registers it once, so that its cells are saved, moved and optimized once.
         bias: whether a static bias `(C_out,)` is added.
     """
 
-    draw: Draw
+    share: Share
     attention: Attention
 
-    def __init__(self, channels: int, draw: Draw, geometry: Geometry, bias: bool):
+    def __init__(self, channels: int, share: Share, geometry: Geometry, bias: bool):
         nn.Module.__init__(self)
-        self.__dict__["draw"] = draw  # past nn.Module's registration: one owner saves, moves and optimizes the cells
-        self.layer_name, self.geometry = draw.kernel.name, geometry
-        self.attention = Attention(channels, draw)
-        self.bias = nn.Parameter(torch.zeros(draw.kernel.channels_out)) if bias else None
+        self.share = share
+        self.layer_name, self.geometry = share.kernel.name, geometry
+        self.attention = Attention(channels, share)
+        self.bias = nn.Parameter(torch.zeros(share.kernel.channels_out)) if bias else None
 
     @property
     def warehouse(self) -> Warehouse:
-        return self.draw.warehouse
+        return self.share.warehouse
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        return self.draw.kernel.shape
+        return self.share.kernel.shape
 
     def kernels(self, pooled: Tensor) -> Tensor:
         """Pooled input `(B, C_in)` to each sample's kernel `(B, C_out, C_in / groups, P)`."""
-        kernels = functional.assemble(self.attention(pooled), self.warehouse.cells, self.draw.grid)
-        return kernels.view(*kernels.shape[:2], self.draw.kernel.channels_in, self.draw.kernel.positions)
+        kernels = functional.assemble(self.attention(pooled), self.warehouse.cells, self.share.grid)
+        return kernels.view(*kernels.shape[:2], self.share.kernel.channels_in, self.share.kernel.positions)
 
     def _compute(self, x: Tensor, pooled: Tensor) -> Tensor:
         """`(B, C_in, *space)` and its mean over space, `(B, C_in)`, to the output `(B, C_out, *out)`."""
-        attention, cells = self.attention, self.warehouse.drawn()
+        attention, cells = self.attention, self.warehouse.cells_for_forward()
         features = attention.features if attention.is_affine else None
         needs_grad = attention.fc2.weight.requires_grad
-        made, applied = functional.choose(
+        make, apply = functional.choose(
             functional.setting_of(self), x, cells, self.geometry, features, needs_grad=needs_grad
         )
-        folded = made == "folded"
+        folded = make == "folded"
         weights, basis = attention(pooled, folded), attention.fold(cells) if folded else cells
-        return functional.compute(x, weights, basis, self.geometry, applied, self.bias)
+        return functional.compute(x, weights, basis, self.geometry, apply, self.bias)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
             raise AttributeError(
-                f"Layer {self.draw.kernel.name!r} is dynamic: each sample has a kernel of its own, so there is no "
-                f"'weight'. If the model reads this weight itself, leave the layer out of the scope."
+                f"Layer {self.layer_name!r} is dynamic: it computes a kernel for each sample and has no 'weight'. "
+                f"If the model reads this weight itself, leave the layer out of the scope."
             )
         return super().__getattr__(name)
 
     def _check_kernel(self, shape: tuple[int, ...]) -> None:
-        if self.draw.kernel.shape != shape:
+        if self.kernel_shape != shape:
             raise ValueError(
-                f"Layer {self.draw.kernel.name!r} has a kernel of shape {shape}, "
-                f"but its draw is for {self.draw.kernel.shape}."
+                f"Layer {self.layer_name!r} has a kernel of shape {shape}, but its share of the warehouse is for "
+                f"{self.kernel_shape}."
             )
 
 
 class OnTokens:
-    """The forward pass of a linear layer, `(B, *, C_in)` to `(B, *, out_features)`, with `_compute` to do it."""
+    """The forward pass of a linear layer, `(B, *, C_in)` to `(B, *, out_features)`, around `_compute`."""
 
     out_features: int
     _compute: Callable[[Tensor, Tensor], Tensor]
@@ -112,15 +112,17 @@ class OnTokens:
 
 
 class OnPositions:
-    """The forward pass of a convolution, `(B, in_channels, *space)` to `(B, C_out, *out)`, with `_compute` to do it."""
+    """The forward pass of a convolution, `(B, in_channels, *space)` to `(B, C_out, *out)`, around `_compute`.
+
+    `extra_padding` is what `F.pad` adds first, if anything; the convolution itself only pads with zeros, by the same
+    number on both sides.
+    """
 
     layer_name: str
     dims: int
     in_channels: int
     padding_mode: str
-    beforehand: (
-        list[int] | None
-    )  # what `F.pad` does before the convolution, which pads by zeros, the same on both sides
+    extra_padding: list[int] | None
     _compute: Callable[[Tensor, Tensor], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,24 +132,24 @@ class OnPositions:
                 f"{self.dims} spatial dimensions), not {tuple(x.shape)}."
             )
         pooled = x.flatten(2).mean(dim=2)
-        if self.beforehand is not None:
-            x = F.pad(x, self.beforehand, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        if self.extra_padding is not None:
+            x = F.pad(x, self.extra_padding, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
         return self._compute(x, pooled)
 
 
 class KWLinear(OnTokens, KWLayer):
-    """`nn.Linear` on `(B, *, C_in)`: the attention sees the mean over every dimension between batch and channels.
+    """`nn.Linear` on `(B, *, C_in)`; the attention sees the mean over all dimensions between batch and channels.
 
     Args:
         in_features, out_features, bias: as in `nn.Linear`.
-        draw: from a warehouse that lists the kernel `(out_features, in_features)`.
+        share: of a warehouse that lists the kernel `(out_features, in_features)`.
 
     Raises:
-        ValueError: the draw is for a kernel of another shape.
+        ValueError: the share is for a kernel of another shape.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, draw: Draw):
-        KWLayer.__init__(self, in_features, draw, Geometry(draw.grid), bias)
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, share: Share):
+        KWLayer.__init__(self, in_features, share, Geometry(share.grid), bias)
         self._check_kernel((out_features, in_features))
         self.in_features, self.out_features = in_features, out_features
 
@@ -156,12 +158,14 @@ class KWLinear(OnTokens, KWLayer):
 
 
 class _KWConvNd(OnPositions, KWLayer):
-    """`nn.Conv1d`, `2d`, `3d` on `(B, C_in, *space)`; arguments as there, and `draw`, keyword only.
+    """A convolution of `dims` dimensions.
 
-    The draw is from a warehouse that lists the kernel `(out_channels, in_channels / groups, *kernel_size)`.
+    Args:
+        share: of a warehouse that lists the kernel `(out_channels, in_channels / groups, *kernel_size)`. The other
+            arguments are those of `nn.Conv2d`.
 
     Raises:
-        ValueError: the draw is for a kernel of another shape, or the input has no batch dimension.
+        ValueError: the share is for a kernel of another shape; or, in `forward`, the input has no batch dimension.
     """
 
     def __init__(
@@ -176,17 +180,17 @@ class _KWConvNd(OnPositions, KWLayer):
         bias: bool = True,
         padding_mode: str = "zeros",
         *,
-        draw: Draw,
+        share: Share,
     ):
         kernel_size, stride, dilation = map(self._per_dim, (kernel_size, stride, dilation))
         padding = padding if isinstance(padding, str) else self._per_dim(padding)
-        zeros, beforehand = paddings(padding, kernel_size, dilation, padding_mode)
+        zeros, extra = paddings(padding, kernel_size, dilation, padding_mode)
         KWLayer.__init__(
-            self, in_channels, draw, Geometry(draw.grid, kernel_size, stride, zeros, dilation, groups), bias
+            self, in_channels, share, Geometry(share.grid, kernel_size, stride, zeros, dilation, groups), bias
         )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
-        self.padding, self.padding_mode, self.beforehand = padding, padding_mode, beforehand
+        self.padding, self.padding_mode, self.extra_padding = padding, padding_mode, extra
         self._check_kernel((out_channels, in_channels // groups, *kernel_size))
 
     def _per_dim(self, size: Size) -> tuple[int, ...]:
@@ -200,26 +204,29 @@ class _KWConvNd(OnPositions, KWLayer):
 
 
 class KWConv1d(_KWConvNd):
+    """`nn.Conv1d` on `(B, C_in, L)`, with its arguments and the keyword `share`, a share of a warehouse."""
+
     dims = 1
 
 
 class KWConv2d(_KWConvNd):
+    """`nn.Conv2d` on `(B, C_in, H, W)`, with its arguments and the keyword `share`, a share of a warehouse."""
+
     dims = 2
 
 
 class KWConv3d(_KWConvNd):
+    """`nn.Conv3d` on `(B, C_in, D, H, W)`, with its arguments and the keyword `share`, as in `KWConv2d`."""
+
     dims = 3
-
-
-for _layer in (KWConv1d, KWConv2d, KWConv3d):
-    _layer.__doc__ = _KWConvNd.__doc__
 
 
 def paddings(
     padding: tuple[int, ...] | str, kernel_size: tuple[int, ...], dilation: tuple[int, ...], mode: str
 ) -> tuple[tuple[int, ...], list[int] | None]:
-    """Zeros on both sides of each dimension, which are the convolution's; and what `F.pad` does beforehand, if
-    anything: padding that is not zeros, or that has one position more behind than in front."""
+    """Divide a convolution's padding in two: zeros on both sides of each dimension, for the convolution itself; and
+    what `F.pad` adds before it, or None. `F.pad` does all padding that is not zeros, and where padding="same" needs one
+    position more behind than in front, that position."""
     if isinstance(padding, str):
         totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel_size, strict=True)]
     else:
@@ -228,12 +235,3 @@ def paddings(
         return (0,) * len(totals), [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
     odd = [side for total in reversed(totals) for side in (0, total % 2)]
     return tuple(total // 2 for total in totals), odd if any(odd) else None
-
-
-def drop_unused_warehouses(model: nn.Module) -> None:
-    """Take warehouses out of `model` that no layer draws from any longer: their cells would get no gradient."""
-    used = {layer.warehouse for layer in model.modules() if isinstance(layer, KWLayer)}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Warehouse) and child not in used:
-                delattr(parent, name)

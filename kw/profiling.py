@@ -1,4 +1,4 @@
-"""What a model costs: parameters and multiply-adds by layer, and who draws from which warehouse, as a table."""
+"""What a model costs: parameters and multiply-adds by layer, and which layers share a warehouse, as a table."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kw import functional
 from kw.layers import DynamicLayer, KWLayer, KWLinear
+from kw.table import table
 from kw.warehouse import Warehouse
 
 STATIC = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -22,10 +23,10 @@ IMAGE = (3, 224, 224)
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer: its own parameters (cells are the warehouse's), and multiply-adds for one image.
+    """One layer: its own parameters (cells count for the warehouse), and multiply-adds for one image.
 
-    `apply` is the convolution or matrix product with a kernel of the static layer's size, `attention` what scores the
-    input, `assembly` all else: the mixing of this image's kernel, or what a method has in its place. The last two are
+    `apply` counts the convolution or matrix product with a kernel of the static layer's size, `attention` the module
+    of this name, `assembly` the rest: mixing this image's kernel, or what another method does instead. The last two are
     0 for a static layer.
     """
 
@@ -44,8 +45,8 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class Share:
-    """A layer's share in a warehouse: it mixes all of the cells, and `owned` ones from `start` on are its own."""
+class LayerShare:
+    """A layer's share of a warehouse. It mixes all cells, and `owned` ones from `start` on are its own."""
 
     layer: str
     mixtures: int
@@ -55,13 +56,13 @@ class Share:
 
 @dataclass(frozen=True)
 class WarehouseCost:
-    """A warehouse: `(n, o, i)` of its cells, their parameters, its budget, and who draws from it, in module order."""
+    """A warehouse: the shape `(n, o, i)` of its cells, their parameters, its budget, and its layers in module order."""
 
     name: str
     cells: tuple[int, ...]
     params: int
     budget: str
-    shares: tuple[Share, ...]
+    shares: tuple[LayerShare, ...]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -74,10 +75,10 @@ class WarehouseCost:
 
 @dataclass(frozen=True)
 class Profile:
-    """Totals over the whole model, and its parts. `str(profile)` is a table.
+    """Totals of a model, and its parts. `str(profile)` is a table.
 
-    `macs` counts every convolution and matrix product of one image's forward pass, in the plain way of computing;
-    what no layer of `layers` has (products inside softmax attention) is `other_macs`.
+    `macs` counts every convolution and matrix product of one image's forward pass, with the "grouped" implementation.
+    `other_macs` are those outside of `layers`, such as products inside softmax attention.
     """
 
     params: int
@@ -103,7 +104,7 @@ class Profile:
 
     @property
     def other_params(self) -> int:
-        """Of what is neither a layer of `layers` nor cells: norms, embeddings."""
+        """Parameters that are neither in `layers` nor cells: norms, embeddings."""
         layers, cells = (sum(part.params for part in parts) for parts in (self.layers, self.warehouses))
         return self.params - layers - cells
 
@@ -115,7 +116,7 @@ class Profile:
         return f"{text}\n\n{self.params:,} parameters, {self.macs:,} multiply-adds per image{other}"
 
     def _layer_rows(self) -> list[tuple[object, ...]]:
-        """The layers, what lies outside of them, and the total."""
+        """The layers, the rest of the model, and the total."""
         rows: list[tuple[object, ...]] = [
             (c.name, c.kind, c.warehouse or "-", c.mixtures or "-", c.params, c.apply, c.assembly, c.attention, c.macs)
             for c in self.layers
@@ -126,12 +127,12 @@ class Profile:
             rows.append(("cells of all warehouses", "-", "-", "-", cells, "-", "-", "-", "-"))
         if self.other_params or self.other_macs:
             other = self.other_macs or "-"
-            rows.append(("all else", "-", "-", "-", self.other_params, "-", "-", "-", other))
+            rows.append(("other", "-", "-", "-", self.other_params, "-", "-", "-", other))
         sums = (self.apply, self.assembly, self.attention, self.macs)
         return [*rows, ("total", "-", "-", mixtures or "-", self.params, *sums)]
 
     def _warehouse_rows(self) -> list[tuple[object, ...]]:
-        """Each warehouse, and below it those who draw from it, with the cells that are their own."""
+        """Each warehouse, and below it its layers with their own cells."""
         rows: list[tuple[object, ...]] = []
         for w in self.warehouses:
             n, o, i = w.cells
@@ -143,12 +144,12 @@ class Profile:
 
 
 LAYER_HEAD = ("layer", "kind", "warehouse", "mixtures", "params", "MACs: apply", "assembly", "attention", "all")
-WAREHOUSE_HEAD = ("warehouse, drawn from by", "n", "cells", "mixtures", "cells owned", "params")
+WAREHOUSE_HEAD = ("warehouse and its layers", "n", "cells", "mixtures", "cells owned", "params")
 
 
 @torch.no_grad()
 def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profile:
-    """Profile `model` on one image of zeros, in evaluation mode; the model is left as it was.
+    """Profile `model` on one image of zeros, in evaluation mode. The model does not change.
 
     Args:
         model: vanilla or converted, on any device.
@@ -165,7 +166,7 @@ def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profil
             meter.watch(module.attention)
     training = {module: module.training for module in model.modules()}
     try:
-        # The counter knows matrix products, not every fused softmax attention.
+        # The counter counts matrix products, but not every fused softmax attention.
         with counter, functional.use("grouped"), sdpa_kernel(SDPBackend.MATH):
             model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
     finally:
@@ -181,7 +182,7 @@ def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profil
 
 
 class _Meter:
-    """What modules do in a forward pass, over all their calls: multiply-adds, and the positions of their outputs."""
+    """Multiply-adds of modules, and positions of their outputs, over all their calls in a forward pass."""
 
     def __init__(self, counter: FlopCounterMode):
         self.counter = counter
@@ -217,7 +218,7 @@ def _layer_costs(model: nn.Module, meter: _Meter) -> Iterable[LayerCost]:
             yield LayerCost(name, kind, None, 0, params, macs, 0, 0)
             continue
         warehouse, mixtures = (
-            (module.warehouse.name, module.draw.mixtures) if isinstance(module, KWLayer) else (None, 0)
+            (module.warehouse.name, module.share.mixtures) if isinstance(module, KWLayer) else (None, 0)
         )
         apply = math.prod(module.kernel_shape) * meter.positions[module]
         attention = meter.macs.get(module.attention, 0)
@@ -226,19 +227,5 @@ def _layer_costs(model: nn.Module, meter: _Meter) -> Iterable[LayerCost]:
 
 def _warehouse_cost(warehouse: Warehouse) -> WarehouseCost:
     cells = warehouse.cells
-    shares = tuple(Share(draw.kernel.name, draw.mixtures, draw.start, draw.owned) for draw in warehouse.draws)
+    shares = tuple(LayerShare(s.kernel.name, s.mixtures, s.start, s.owned) for s in warehouse.shares)
     return WarehouseCost(warehouse.name, tuple(cells.shape), cells.numel(), str(warehouse.config.n), shares)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns aligned, numbers to the right. Plain text: kw stands on torch and timm alone."""
-    numbers = [all(isinstance(row[k], int) or row[k] == "-" for row in rows) for k in range(len(head))]
-    lines = [head, *([f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(
-            c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numbers, strict=True)
-        ).rstrip()
-        for line in lines
-    )

@@ -1,7 +1,7 @@
-"""Released-format state dicts to ours and back: foreign names and shapes stay in this file.
+"""State dicts of the released code to ours and back. No other file knows the released names and shapes.
 
-The release keeps cells as `warehouse_manager.weights.{k}` of shape `(n, o, i, 1, 1)`, numbered by their first use in
-its own module order, names backbones as torchvision and the ConvNeXt authors do, and does not save the temperature.
+The release stores cells as `warehouse_manager.weights.{k}` of shape `(n, o, i, 1, 1)`, numbered by their first use in
+its module order. It names layers as torchvision and the ConvNeXt authors do, and does not save the temperature.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from kw.config import CHOICES
-from kw.conversion import set_temperature
-from kw.freezing import refuse_frozen
+from kw.frozen import refuse_frozen
 from kw.layers import DynamicLayer, KWLayer, KWLinear
+from kw.temperature import set_temperature
 
 
 class Entry(NamedTuple):
@@ -35,7 +35,7 @@ class ReleasedFormat:
     Args:
         rename: from a model, its modules' names to the release's.
         first: beginning of the released names that its module order puts before all others.
-        linear_dims: spatial dimensions of what the release has in place of our linear layers.
+        linear_dims: spatial dimensions of the convolutions that the release has in place of our linear layers.
     """
 
     rename: Callable[[nn.Module], dict[str, str]]
@@ -44,23 +44,23 @@ class ReleasedFormat:
 
 
 def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
-    """Load a released-format state dict into a backbone of ours, strictly, and return the model.
+    """Load a released-format state dict into a backbone, strictly, and return the model.
 
     Args:
-        model: `kw_resnet18` and its like, at the checkpoint's budget; a vanilla one loads vanilla checkpoints.
+        model: one of `kw.backbones`, at the checkpoint's budget; a vanilla one loads vanilla checkpoints.
         state_dict: entries, or a checkpoint that holds them under `"model"` or `"state_dict"`.
 
-    The temperature becomes 0, as in a trained model. On an error the model is as it was.
+    The temperature becomes 0, as in a trained model. After an error the model is unchanged.
 
     Raises:
-        ValueError: entries are missing, left over or of another shape (they are named), or the model is of a family
-            that was not released, or it has a method or settings of warehouses that the release has no word for.
+        ValueError: entries are missing, left over or of another shape (the message names them), the model is of a
+            family that was not released, or it has a method or settings that the release does not have.
     """
-    refuse_frozen(model, "no longer has the parts of a released one")
+    refuse_frozen(model, "lacks parts that a released model has")
     if any(isinstance(module, DynamicLayer) and not isinstance(module, KWLayer) for module in model.modules()):
         raise ValueError(
-            f"This {type(model).__name__} is dynamic by another method than KernelWarehouse, which alone has released "
-            f"checkpoints here: build it with dynamic='kw'."
+            f"This {type(model).__name__} is dynamic by another method than KernelWarehouse, and only that has "
+            f"released checkpoints: build it with dynamic='kw'."
         )
     _refuse_unpublished(model)
     values = _unwrap(state_dict)
@@ -87,20 +87,20 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
 
 
 def to_released(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict as the release would load it; the temperature, which it does not save, is left out.
+    """The model's state dict in the released format, which leaves out the temperature.
 
     Raises:
         ValueError: the model is of a family that was not released, or its warehouses have settings that the release
-            has no word for.
+            does not have.
     """
-    refuse_frozen(model, "no longer has the parts of a released one")
+    refuse_frozen(model, "lacks parts that a released model has")
     _refuse_unpublished(model)
     own = model.state_dict()
     return {released_name: own[name].reshape(shape) for name, released_name, shape in _entries(model)}
 
 
 def _entries(model: nn.Module) -> list[Entry]:
-    """Every entry of the model's state dict that the release saves."""
+    """All entries of the model's state dict that the release saves."""
     released = _format_of(model)
     renamed = released.rename(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, KWLayer)}
@@ -129,8 +129,8 @@ def _refuse_unpublished(model: nn.Module) -> None:
                 value, published = getattr(layer.warehouse.config, key), CHOICES[key][0]
                 if value != published:
                     raise ValueError(
-                        f"Layer {layer.draw.kernel.name!r} has {key}={value!r}: released checkpoints are all of "
-                        f"{key}={published!r}. One of such a model is saved and loaded by its own state_dict."
+                        f"Layer {layer.layer_name!r} has {key}={value!r}, and all released checkpoints have "
+                        f"{key}={published!r}. Use the model's own state_dict for such a model."
                     )
 
 
@@ -177,7 +177,7 @@ ATTENTION = (r"\.attention\.norm$", ".attention.norm1")
 
 
 def _rename_mobilenetv2(model: nn.Module) -> dict[str, str]:
-    """torchvision's names: one list `features` of stem, blocks and head, in it `conv.{k}` by position."""
+    """torchvision's names: one list `features` of stem, blocks and head; in a block, `conv.{k}` by position."""
     numbers: dict[str, int] = {}
     names = {}
     for name, _ in model.named_modules():
@@ -203,7 +203,7 @@ def _rename_mobilenetv2(model: nn.Module) -> dict[str, str]:
 
 
 EXPANDED = {"conv_pw": "0.0", "bn1": "0.1", "conv_dw": "1.0", "bn2": "1.1", "conv_pwl": "2", "bn3": "3"}
-PLAIN = {"conv_dw": "0.0", "bn1": "0.1", "conv_pw": "1", "bn2": "2"}  # the first block does not expand
+PLAIN = {"conv_dw": "0.0", "bn1": "0.1", "conv_pw": "1", "bn2": "2"}  # the first block, which does not expand
 
 FORMATS = {
     "resnet": ReleasedFormat(_rename_by([ATTENTION])),

@@ -1,4 +1,4 @@
-"""Replacing static layers of a model by dynamic ones, in place: what every conversion has in common."""
+"""Replacing layers of a model, in place: what every conversion needs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from kw.layers import DynamicLayer
+from kw.layers import DynamicLayer, KWLayer
+from kw.warehouse import Warehouse
 
 Chooser = Callable[[str, nn.Module], Any] | Mapping[str, Any]
 
@@ -19,11 +20,11 @@ def refuse_converted(model: nn.Module) -> None:
 
 
 def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...], where: str) -> dict[str, Any]:
-    """Layer name -> what the scope says of it, in module order; without layers of which it says None or False.
+    """Layer name -> the scope's value for it, in module order, without the layers for which that is None or False.
 
     Args:
-        kinds: what can be replaced, exactly: a subclass may compute something else.
-        where: for messages, what the scope does with a layer: `into warehouse {}`.
+        kinds: exact types of layers that can be replaced; a subclass may compute something else.
+        where: for messages, where the scope puts a layer: `into warehouse {}`.
 
     Raises:
         ValueError: the scope matches no layer, or names one that does not exist or cannot be replaced.
@@ -36,20 +37,20 @@ def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...],
     found: dict[str, Any] = {}
     plain = ", ".join(f"nn.{kind.__name__}" for kind in kinds)
     for name, module in model.named_modules():
-        said = scope.get(name) if isinstance(scope, Mapping) else scope(name, module)
-        if said is None or said is False:
+        value = scope.get(name) if isinstance(scope, Mapping) else scope(name, module)
+        if value is None or value is False:
             continue
         if type(module) not in kinds:
             raise ValueError(
-                f"The scope puts {name!r}, a {type(module).__name__}, {where.format(repr(said))}: "
+                f"The scope puts {name!r}, a {type(module).__name__}, {where.format(repr(value))}: "
                 f"only plain {plain} can be dynamic."
             )
         if not name:
             raise ValueError(
-                f"The model is itself a {type(module).__name__}, which has no place to be replaced in: "
+                f"The model is itself a {type(module).__name__}, and has no parent in which to replace it: "
                 f"convert nn.Sequential(model)."
             )
-        found[name] = said
+        found[name] = value
     if not found:
         some = [name for name, module in model.named_modules() if type(module) in kinds][:5]
         raise ValueError(
@@ -60,7 +61,7 @@ def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...],
 
 
 def like(static: nn.Module, dynamic: DynamicLayer) -> DynamicLayer:
-    """The dynamic layer with the static one's bias, device, precision and mode."""
+    """Give the dynamic layer the static one's bias, device, dtype and mode."""
     dynamic.to(static.get_parameter("weight")).train(static.training)
     bias = getattr(static, "bias", None)
     if isinstance(bias, nn.Parameter):
@@ -69,7 +70,7 @@ def like(static: nn.Module, dynamic: DynamicLayer) -> DynamicLayer:
 
 
 def convolution_arguments(layer: Any) -> tuple[Any, ...]:
-    """Those that built a convolution, static or dynamic, in order."""
+    """Positional arguments of a convolution's constructor, read from a static or dynamic layer."""
     return (
         layer.in_channels,
         layer.out_channels,
@@ -84,8 +85,17 @@ def convolution_arguments(layer: Any) -> tuple[Any, ...]:
 
 
 def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each layer's replacement in its places: a layer may be used in several."""
+    """Replace each layer wherever the model has it: a layer may be used in several places."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in layers:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layers[module])
+
+
+def drop_unused_warehouses(model: nn.Module) -> None:
+    """Remove warehouses from `model` that no layer uses any longer: their cells would get no gradient."""
+    used = {layer.warehouse for layer in model.modules() if isinstance(layer, KWLayer)}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Warehouse) and child not in used:
+                delattr(parent, name)

@@ -1,4 +1,4 @@
-"""The default scope: one warehouse per stage and kind of layer, for models that have no scope of their own."""
+"""The default scope, for any model: one warehouse per stage and kind of layer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from kw.config import KWConfig
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
-# Mixtures of a warehouse at n = 1: attentions grow with their square. Published rows have up to 138, depthwise 441.
+# Most mixtures in a warehouse at n = 1, because attentions grow with their square. Published rows have up to 138, and
+# 441 in depthwise warehouses.
 MAX_MIXTURES = 64
 MAX_MIXTURES_DEPTHWISE = 256
 
 
 def kind_of(layer: nn.Module) -> str:
-    """`linear`, `pointwise`, `depthwise`, `grouped` or `conv`: layers of a kind have kernels that cut alike."""
+    """`linear`, `pointwise`, `depthwise`, `grouped` or `conv`: kernels of a kind can be cut into the same cells."""
     if isinstance(layer, nn.Linear):
         return "linear"
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
@@ -32,47 +33,48 @@ def default_scope(model: nn.Module) -> dict[str, str]:
     """Layer name -> warehouse name, `stage{s}_{kind}`, for every plain convolution and linear layer of `model` but
 
     - the first, which reads the image, and the classifier (`model.get_classifier()`, or else the last layer);
-    - those of squeeze-and-excitation blocks (below a module named `se`), an attention of their own;
+    - those of squeeze-and-excitation blocks (below a module named `se`), which are an attention already;
     - those inside `nn.MultiheadAttention`, which reads their weights itself.
 
-    Stages are timm's: up to each module of `model.feature_info`, those of one resolution together. A model without
-    it is cut by names: `layer1` and `blocks.3` are stages, up to the first number in a layer's name.
+    Stages are timm's: up to each module of `model.feature_info`, those of one resolution together. In a model without
+    it, names make stages, up to the first number in a layer's name: `layer1` and `blocks.3` are stages.
 
-    Where a stage has many layers, or channels with a small common divisor, one warehouse would have so many cells that
-    the attentions outgrow the model: the stage's next layers get a second (`stage{s}_{kind}_2`, and so on).
+    If a stage has many layers, or channels with a small common divisor, one warehouse would have so many cells that the
+    attentions outgrow the model. Then further layers of the stage get a second one (`stage{s}_{kind}_2`, and so on).
     """
     names = [name for name, module in model.named_modules() if type(module) in KINDS]
     hidden = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     static = {*names[:1], *classifiers(model, names)}
     stages = _stages(model, names)
-    groups: dict[str, list[list[str]]] = {}
+    warehouses_of: dict[str, list[list[str]]] = {}
     for name in names:
         inside = any(name.startswith(f"{prefix}.") for prefix in hidden)
         if name in static or inside or "se" in name.split(".") or stages[name] is None:
             continue
-        warehouses = groups.setdefault(f"stage{stages[name]}_{kind_of(model.get_submodule(name))}", [])
+        warehouses = warehouses_of.setdefault(f"stage{stages[name]}_{kind_of(model.get_submodule(name))}", [])
         if warehouses and _fit(model, [*warehouses[-1], name]):
             warehouses[-1].append(name)
         else:
             warehouses.append([name])
     return {
         name: group if number == 1 else f"{group}_{number}"
-        for group, warehouses in groups.items()
+        for group, warehouses in warehouses_of.items()
         for number, layers in enumerate(warehouses, start=1)
         for name in layers
     }
 
 
-def default_config(model: nn.Module, drawing: Mapping[str, list[str]], config: KWConfig) -> dict[str, KWConfig]:
-    """Warehouse name -> its settings, for the warehouses of the default scope with their layers. They are `config`, but
+def default_config(model: nn.Module, groups: Mapping[str, list[str]], config: KWConfig) -> dict[str, KWConfig]:
+    """Warehouse name -> its settings, for warehouses of the default scope (warehouse name -> its layers). They are
+    `config`, but
 
-    - under n = 1 depthwise kernels stay at n = 1 and whole, as in the published MobileNetV2 rows: they are few
-      parameters, and one position's single channel cannot be cut further;
-    - where the side of a cell does not divide the layers' channels (24 of Mixer's 49 tokens), it is the next smaller
-      one that does.
+    - below n = 1, depthwise kernels stay at n = 1 and uncut, as in the published MobileNetV2 rows: they have few
+      parameters, and the single input channel of a position cannot be cut;
+    - where the side of a cell does not divide the layers' channels (24 of Mixer's 49 tokens), it becomes the next
+      smaller divisor.
     """
     configs = {}
-    for warehouse, names in drawing.items():
+    for warehouse, names in groups.items():
         if config.n < 1 and kind_of(model.get_submodule(names[0])) == "depthwise":  # so are the others
             configs[warehouse] = config.replace(n=1, cell_in=1, cell_out=1)
             continue
@@ -85,14 +87,14 @@ def default_config(model: nn.Module, drawing: Mapping[str, list[str]], config: K
     return configs
 
 
-def _dividing(channels: int, share: Fraction) -> Fraction:
-    """The largest share of `channels`, up to `share`, that is a divisor of them."""
-    side = max(int(channels * share), 1)
+def _dividing(channels: int, fraction: Fraction) -> Fraction:
+    """The largest fraction of `channels`, up to `fraction`, that is a divisor of them."""
+    side = max(int(channels * fraction), 1)
     return Fraction(next(divisor for divisor in range(side, 0, -1) if channels % divisor == 0), channels)
 
 
 def _fit(model: nn.Module, names: list[str]) -> bool:
-    """Whether one warehouse of whole cells can serve these layers with a moderate number of mixtures."""
+    """Whether these layers have few enough mixtures for one warehouse, with uncut cells."""
     shapes = [model.get_parameter(f"{name}.weight").shape for name in names]
     o, i = (math.gcd(*(shape[side] for shape in shapes)) for side in (0, 1))
     mixtures = sum(math.prod(shape) // (o * i) for shape in shapes)
@@ -111,7 +113,7 @@ def classifiers(model: nn.Module, names: list[str]) -> set[str]:
 
 
 def _stages(model: nn.Module, names: list[str]) -> dict[str, int | None]:
-    """Stage of each layer; None for what comes after the last."""
+    """The stage of each layer; None after the last stage."""
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     info = [feature for feature in getattr(model, "feature_info", None) or () if feature["module"] in order]
     if not info:

@@ -1,8 +1,8 @@
 """The temperature tau of a model's attentions (paper, section 3.3): one tensor for all of them, 1 when training begins
 and 0 once it is warmed up.
 
-Each attention saves it, so it is in a state dict once for each of them. What averages a state dict's entries in place,
-such as timm's ModelEmaV3, averages it as often: call `kw.set_temperature(average, tau)` after each update.
+Each attention saves it, so a state dict has it once for each attention. An average of a state dict's entries in place,
+such as timm's ModelEmaV3, averages it each time: call `kw.set_temperature(average, tau)` after each update.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kw.frozen import refuse_frozen
 
 
 class Temperature(nn.Module):
@@ -28,14 +30,15 @@ class Temperature(nn.Module):
 
     @property
     def is_zero(self) -> bool:
-        """Whether tau is known to be 0, without waiting for the device. Then what it is for costs nothing. Compiled
-        models know it of `set` and of loading alone."""
+        """Whether tau is known to be 0, without waiting for the device; then the anchors can be left out. In compiled
+        models, only `set` and loading make it known."""
         if torch.compiler.is_compiling():
             return self._zero_at is not None
         known = self._zero_of is not None and self._zero_of() is self.value
         return known and self._zero_at == _version(self.value)
 
     def set(self, tau: float) -> None:
+        """Set it in place."""
         self.value.fill_(tau)
         self._note(tau == 0)
 
@@ -68,12 +71,12 @@ class Temperature(nn.Module):
 
 
 def _version(value: Tensor) -> int:
-    """How often a tensor was written to; tensors made in inference mode do not count."""
+    """How often a tensor was written to; 0 for tensors made in inference mode, which have no counter."""
     return 0 if value.is_inference() else value._version
 
 
 class Tempered(nn.Module):
-    """A part of a dynamic layer that depends on the temperature. It saves it, under the name `temperature`."""
+    """A part of a dynamic layer that depends on the temperature, which it saves under the name `temperature`."""
 
     shared: Temperature
 
@@ -111,14 +114,36 @@ class Tempered(nn.Module):
         self.shared.load(state_dict[key], local_metadata.get("assign_to_params_buffers", False))
 
 
+def set_temperature(model: nn.Module, tau: float) -> None:
+    """Set the temperature of every attention in `model`: 1 when training begins, 0 after the warm-up.
+
+    In a warehouse's layers, 1 anchors each mixture to its cell and 0 leaves it free. `kw.baselines` says what it means
+    to the layers there.
+
+    Raises:
+        ValueError: tau is not in [0, 1], no attention of the model has a temperature, or the model is frozen.
+    """
+    if not 0 <= tau <= 1:
+        raise ValueError(f"temperature {tau!r} must be between 0 (trained) and 1 (start of the warm-up).")
+    refuse_frozen(model, "keeps its temperature")
+    found = temperatures(model)
+    if not found:
+        raise ValueError(
+            f"This {type(model).__name__} has no dynamic layer to set a temperature of; kw.convert it first "
+            f"(or its method has no temperature)."
+        )
+    for temperature in found:
+        temperature.set(tau)
+
+
 def share_temperature(model: nn.Module) -> None:
-    """Let all parts of `model` that depend on a temperature have the same."""
+    """Make all parts of `model` that depend on a temperature use the same one."""
     tempered = [module for module in model.modules() if isinstance(module, Tempered)]
     for module in tempered:
         module.shared = tempered[0].shared
 
 
 def temperatures(model: nn.Module) -> list[Temperature]:
-    """The temperatures of a model's dynamic layers: one, unless it was put together of several models; none, if its
-    layers are of a kind without."""
+    """The temperatures of a model's dynamic layers: one, or several if the model was composed of several models; none
+    if its method has no temperature."""
     return list(dict.fromkeys(module.shared for module in model.modules() if isinstance(module, Tempered)))

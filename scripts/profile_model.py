@@ -27,7 +27,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
 import kw
-from kw.profiling import LayerCost, Profile, Share, WarehouseCost
+from kw.profiling import LayerCost, LayerShare, Profile, WarehouseCost
 from train.config import TrainConfig, validate
 from train.jobs.errors import ConfigError
 from train.model import build_model
@@ -97,7 +97,7 @@ def _title(axes: Any, y: float, text: str, color: Any) -> None:
     axes.text(0, y, text, va="center", fontsize=8.5, fontweight="bold", color=color)
 
 
-def _draw_share(axes: Any, y: float, share: Share, cells: int, color: Any) -> None:
+def _draw_share(axes: Any, y: float, share: LayerShare, cells: int, color: Any) -> None:
     """The warehouse's cells as one bar of width 1, whatever their number."""
     axes.barh(y, 1, 0.72, color=color, alpha=0.15)
     axes.barh(y, share.owned / cells, 0.72, left=share.start / cells, color=color)

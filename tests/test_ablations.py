@@ -19,11 +19,11 @@ from torch import nn
 
 import kw
 from kw import KernelShape, KWConfig, Warehouse
-from kw.anchoring import by_lot, shares
+from kw.anchoring import at_random, own_cells
 from kw.attention import Attention
 from kw.backbones import BACKBONES
 from kw.config import CHOICES
-from kw.freezing import fold
+from kw.folding import fold
 from kw.layers import KWLayer
 from kw.sharing import regroup
 from scripts.attentions.collect import collect
@@ -56,7 +56,7 @@ def expected_anchors(anchoring, n, budget):
     return {
         "one_to_one": reference.hand_out(MIXTURES, budget)[1][1],
         "all_to_one": [0] * m,
-        "random": by_lot(MIXTURES, n, "house")[1],  # what lots fall is looked at below
+        "random": at_random(MIXTURES, n, "house")[1],  # which ones is tested below
         "none": [None] * m,
     }[anchoring]
 
@@ -69,7 +69,7 @@ def expected_anchors(anchoring, n, budget):
 def test_attentions_are_those_of_the_formula(function, anchoring, settings, tau):
     chosen = KWConfig(cell_in=1, cell_out=1, attention_function=function, anchoring=anchoring, **settings)
     kernels = [KernelShape(f"layer{k}", (1, 1, m)) for k, m in enumerate(MIXTURES)]
-    attention = Attention(CHANNELS, Warehouse(kernels, chosen, name="house").draws[1]).double().eval()
+    attention = Attention(CHANNELS, Warehouse(kernels, chosen, name="house").shares[1]).double().eval()
     for parameter in attention.parameters():
         nn.init.normal_(parameter, std=0.5)
     attention.temperature.fill_(tau)
@@ -82,10 +82,10 @@ def test_attentions_are_those_of_the_formula(function, anchoring, settings, tau)
     torch.testing.assert_close(attention(pooled), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_lots_are_pinned_for_a_checkpoint_has_no_anchors_in_it():
-    assert by_lot([3, 5], 4, "stage0") == [[1, 0, 1], [3, 0, 1, 3, 1]]
-    assert by_lot([3, 5], 4, "stage1") != by_lot([3, 5], 4, "stage0")
-    (many,) = by_lot([4000], 4, "stage0")
+def test_random_anchors_are_pinned_for_a_checkpoint_has_no_anchors_in_it():
+    assert at_random([3, 5], 4, "stage0") == [[1, 0, 1], [3, 0, 1, 3, 1]]
+    assert at_random([3, 5], 4, "stage1") != at_random([3, 5], 4, "stage0")
+    (many,) = at_random([4000], 4, "stage0")
     assert all(abs(many.count(cell) - 1000) < 150 for cell in range(4))
 
 
@@ -96,16 +96,16 @@ def test_cells_need_not_come_out_even_where_anchors_do_not_hand_them_out(anchori
     with pytest.raises(ValueError, match=r"'layer0' \(5 mixtures\).*anchoring='one_to_one' now"):
         Warehouse(kernels, uneven.replace(anchoring="one_to_one"))
     warehouse = Warehouse(kernels, uneven)
-    owned = [cell for draw in warehouse.draws for cell in range(draw.start, draw.start + draw.owned)]
+    owned = [cell for share in warehouse.shares for cell in range(share.start, share.start + share.owned)]
     assert owned == list(range(len(warehouse.cells))) == list(range(5))
-    assert all(draw.owned - draw.mixtures / 2 in (-0.5, 0, 0.5) for draw in warehouse.draws)
+    assert all(share.owned - share.mixtures / 2 in (-0.5, 0, 0.5) for share in warehouse.shares)
 
 
 @pytest.mark.parametrize("n", ["1/4", "1/2", 1, 4])
 def test_own_cells_are_as_many_as_the_published_rule_hands_out(n):
     cells, layers, _ = reference.hand_out([8, 24, 16], Fraction(n))
     handed_out = [sum(cell is not None for cell in own) * max(int(Fraction(n)), 1) for own in layers]
-    assert shares([8, 24, 16], cells, Fraction(n)) == handed_out
+    assert own_cells([8, 24, 16], cells, Fraction(n)) == handed_out
 
 
 # Kernel partition
@@ -153,8 +153,8 @@ def test_cells_start_with_the_same_deviation_however_kernels_are_cut(partition):
     """He normal over all of a layer's own cells: fan-out is the kernel's, times its cells across the input."""
     chosen = KWConfig(cell_out=1 if partition == "none" else "1/2", partition=partition)
     warehouse = Warehouse([KernelShape(f"layer{k}", (64, 64, 3, 3)) for k in range(2)], chosen)
-    for draw in warehouse.draws:
-        own = warehouse.cells[draw.start : draw.start + draw.owned]
+    for share in warehouse.shares:
+        own = warehouse.cells[share.start : share.start + share.owned]
         assert own.numel() == 64 * 64 * 9
         assert own.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.05)
 
@@ -185,7 +185,7 @@ def facts(model, name):
 def published_drawing(name, n):
     with torch.device("meta"):
         model = timm.create_model(f"kw_{name}", n=n)
-    return {w.name: [draw.kernel.name for draw in w.draws] for w in model.modules() if isinstance(w, Warehouse)}
+    return {w.name: [share.kernel.name for share in w.shares] for w in model.modules() if isinstance(w, Warehouse)}
 
 
 def regrouped(name, n, **settings):
@@ -252,7 +252,7 @@ def test_warehouses_of_different_settings_are_not_joined_silently():
     with pytest.raises(ValueError, match=r"sharing='model'.*'a' \(layer '0'\).*'b' \(layer '1'\).*differ"):
         kw.convert(model, {"0": "a", "1": "b"}, settings)
     kw.convert(model, {"0": "a", "1": "b"}, KWConfig(sharing="model"))
-    assert [draw.kernel.name for draw in model.warehouses["a_to_b"].draws] == ["0", "1"]
+    assert [share.kernel.name for share in model.warehouses["a_to_b"].shares] == ["0", "1"]
 
 
 @pytest.mark.parametrize("sharing", CHOICES["sharing"])
@@ -404,7 +404,7 @@ def test_attentions_are_shown(key, value):
 
 def test_whole_kernels_are_not_cut():
     for side in ("cell_in", "cell_out"):
-        with pytest.raises(ValueError, match=rf"{side}=1/2 cuts kernels, which partition='none' leaves whole"):
+        with pytest.raises(ValueError, match=rf"{side}=1/2 cuts kernels, which partition='none' does not"):
             KWConfig(partition="none", **{side: "1/2"})
         with pytest.raises(ConfigError, match=rf"kw\.{side}=1/2 cuts kernels"):
             config("kw.partition=none", f"kw.{side}=0.5")

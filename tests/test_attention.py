@@ -29,7 +29,7 @@ MIXTURES = (4, 8, 4)
 def build(config, position=1):
     """The attention of one of three layers of a warehouse, in float64, every parameter and statistic random."""
     warehouse = Warehouse([KernelShape(f"layer{k}", (1, 1, m)) for k, m in enumerate(MIXTURES)], config)
-    attention = Attention(CHANNELS, warehouse.draws[position]).double()
+    attention = Attention(CHANNELS, warehouse.shares[position]).double()
     for parameter in attention.parameters():
         nn.init.normal_(parameter, std=0.5)
     if config.attention_norm == "batch":
@@ -99,7 +99,7 @@ def test_attentions_may_be_negative_and_their_sizes_sum_to_at_most_one():
 )
 def test_hidden_width_is_a_share_of_the_channels_of_at_least_sixteen(channels, reduction, width):
     warehouse = Warehouse([KernelShape("layer", (4, 4))], KWConfig(reduction=reduction))
-    assert Attention(channels, warehouse.draws[0]).fc1.out_features == width
+    assert Attention(channels, warehouse.shares[0]).fc1.out_features == width
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -115,7 +115,7 @@ def test_biases_are_where_the_definition_has_them(name):
 def test_basis_is_a_share_of_the_other_cells_of_at_least_sixteen(mixtures, share, basis):
     config = KWConfig(n=1, cell_in=1, cell_out=1, nonlocal_basis=share)
     warehouse = Warehouse([KernelShape(f"layer{k}", (1, 1, m)) for k, m in enumerate(mixtures)], config)
-    attention = Attention(CHANNELS, warehouse.draws[0])
+    attention = Attention(CHANNELS, warehouse.shares[0])
     assert attention.fc3.weight.shape == (64, basis)
     assert attention.fc2.out_features == 64 * (64 + basis + 1)
     assert attention.basis_bias.shape == (64 * 129,)
@@ -126,7 +126,7 @@ def test_layers_start_he_normal_and_biases_at_zero():
         [KernelShape("one", (1, 1, 64)), KernelShape("two", (1, 1, 64))],
         KWConfig(n=1, cell_in=1, cell_out=1, nonlocal_basis="1/2"),
     )
-    for attention in (Attention(256, warehouse.draws[0]), Attention(256, build_plain().draws[0])):
+    for attention in (Attention(256, warehouse.shares[0]), Attention(256, build_plain().shares[0])):
         for layer in (attention.fc1, attention.fc2, attention.fc3):
             if layer is not None:
                 std = (2 / layer.out_features) ** 0.5
@@ -217,7 +217,7 @@ def test_batch_of_one_trains_with_layernorm():
 def test_half_precision_scores_are_normalized_in_float32():
     """In bfloat16 the sum over thousands of cells, and each attention, would keep two digits."""
     config = KWConfig(n=1000, cell_in=1, cell_out=1, attention_norm="layer")
-    attention = Attention(CHANNELS, Warehouse([KernelShape("layer", (1, 1, 4))], config).draws[0]).bfloat16()
+    attention = Attention(CHANNELS, Warehouse([KernelShape("layer", (1, 1, 4))], config).shares[0]).bfloat16()
     pooled = torch.randn(2, CHANNELS, dtype=torch.bfloat16)
     z = attention.scores(pooled).double()
     expected = reference.contrast(z, [None] * 4, tau=0).float()
@@ -225,7 +225,7 @@ def test_half_precision_scores_are_normalized_in_float32():
 
 
 def test_budget_beyond_published_ones_has_one_attention_row_per_mixture():
-    attention = Attention(CHANNELS, Warehouse([KernelShape("layer", (8, 8))], KWConfig(n=Fraction(1, 8))).draws[0])
+    attention = Attention(CHANNELS, Warehouse([KernelShape("layer", (8, 8))], KWConfig(n=Fraction(1, 8))).shares[0])
     assert attention.eval()(torch.randn(2, CHANNELS)).shape == (2, 8, 1)
 
 

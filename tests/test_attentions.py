@@ -94,7 +94,7 @@ def test_warehouses_are_the_mean_over_their_mixtures(found):
     model, layers = found
     for name, drawing in by_warehouse(layers).items():
         warehouse = model.warehouses[name]
-        assert [layer.name for layer in drawing] == [draw.kernel.name for draw in warehouse.draws]
+        assert [layer.name for layer in drawing] == [share.kernel.name for share in warehouse.shares]
         shift = torch.cat([layer.shift for layer in drawing])
         assert warehouse_values(drawing)["moved"] == pytest.approx(float(shift.mean()))
         assert usage(drawing).shape == (len(warehouse.cells),) and float(usage(drawing).mean()) == pytest.approx(1)

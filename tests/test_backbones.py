@@ -10,7 +10,8 @@ import yaml
 from timm.layers.drop import DropPath
 
 import kw
-from kw.backbones import BACKBONES, STATIC
+from kw.backbones import BACKBONES
+from kw.config import STATIC
 from kw.layers import KWLayer
 from kw.warehouse import Warehouse
 
@@ -114,7 +115,7 @@ def test_more_budget_is_more_parameters(name):
 def test_deit_draws_by_stages_of_four_blocks_with_layer_norm_in_the_attention(name):
     found = warehouses(meta(f"kw_{name}", n=4))
     layers = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
-    assert {warehouse.name: [draw.kernel.name for draw in warehouse.draws] for warehouse in found} == {
+    assert {warehouse.name: [share.kernel.name for share in warehouse.shares] for warehouse in found} == {
         f"stage{stage}_{part}": [
             f"blocks.{block}.{part}.{layer}" for block in range(4 * stage, 4 * stage + 4) for layer in layers[part]
         ]

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import kw
-from kw.backbones import BACKBONES, STATIC
+from kw.backbones import BACKBONES
 from kw.baselines import BASELINES, DynamicConv2d, KernelBank, register
+from kw.config import STATIC
 from kw.layers import DynamicLayer
 from scripts.bench import __main__ as benchmark
 from scripts.bench.step_time import composed
@@ -204,7 +205,7 @@ def test_temperature_makes_shares_alike_and_is_saved(name):
     hot.load_state_dict(cold.state_dict())
     if name not in ("dyconv", "odconv"):
         assert kw.temperatures(cold) == []
-        with pytest.raises(ValueError, match="without temperature"):
+        with pytest.raises(ValueError, match="has no temperature"):
             kw.set_temperature(cold, 1)
         return
     kw.set_temperature(hot, 1)
@@ -305,7 +306,7 @@ def test_any_model_of_convolutions_is_converted_in_place_with_its_biases():
     "arguments, words",
     [
         ({"name": "odcon"}, r"'odcon'.*condconv, .*dyconv, .*odconv"),
-        ({"name": "odconv", "n": "1/2"}, r"n='1/2'.*whole"),
+        ({"name": "odconv", "n": "1/2"}, r"n='1/2'.*integer"),
         ({"name": "odconv", "n": 0}, r"n=0"),
         ({"name": "se", "scope": ["2"]}, r"'2', a Linear.*nn\.Conv2d"),
         ({"name": "se", "scope": ["7"]}, r"'7'.*does not have"),
@@ -363,7 +364,7 @@ def test_settings_are_checked_and_runs_named_like_published_rows():
         assert config(*static) == config("dynamic=static") and config(*static).name == "resnet_digits"
     with pytest.raises(ConfigError, match=r"dynamic.*odcon.*kw, static, .*condconv"):
         config("dynamic=odcon")
-    with pytest.raises(ConfigError, match=r"n='1/2'.*odconv.*whole"):
+    with pytest.raises(ConfigError, match=r"n='1/2'.*odconv.*integer"):
         config("dynamic=odconv", "n=1/2")
     with pytest.raises(ConfigError, match=r"kw\.reduction.*dynamic=odconv"):
         config("dynamic=odconv", "kw.reduction=1/8")
@@ -451,6 +452,11 @@ def test_a_new_method_is_one_class_and_known_everywhere():
 
 
 def test_the_folder_is_all_that_lists_the_methods():
-    files = {path.stem for path in (ROOT / "kw/baselines").glob("*.py")} - {"__init__", "layer", "registry", "convert"}
+    files = {path.stem for path in (ROOT / "kw/baselines").glob("*.py")} - {
+        "__init__",
+        "layer",
+        "registry",
+        "conversion",
+    }
     assert files == {BASELINES[name].layer.__module__.rpartition(".")[2] for name in METHODS}
     assert DEFINITIONS.keys() == BASELINES.keys(), "each method has its definition in a naive loop"

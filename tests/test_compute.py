@@ -6,12 +6,15 @@ import dataclasses
 import gc
 import math
 import random
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.implementations import OTHERS, REMADE, SETTINGS, force
+from helpers.training import ROOT
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -188,7 +191,7 @@ def totals(monkeypatch):
 
 def sums(model):
     """What gradients of cells are waiting to be fetched."""
-    return model.warehouses["w"].drawn().grad_fn.sums
+    return model.warehouses["w"].cells_for_forward().grad_fn.sums
 
 
 def test_gradients_of_a_warehouse_are_one_sum_and_are_the_plain_ones(shared, totals):
@@ -279,7 +282,7 @@ def test_data_parallel_layers_of_a_warehouse_have_the_same_gradients(shared, tmp
 def test_a_moved_model_does_not_hold_its_old_memory(shared):
     model, x = shared
     grads_of(model, x)
-    old = weakref.ref(model.warehouses["w"].drawn())
+    old = weakref.ref(model.warehouses["w"].cells_for_forward())
     model.zero_grad()
     model.float()
     gc.collect()
@@ -363,7 +366,7 @@ def test_copies_and_moved_models_have_sums_of_their_own(shared):
     expected = grads_of(model, x)
     copied = copy.deepcopy(model)
     assert_equal(grads_of(copied, x), expected)
-    assert copied.warehouses["w"].drawn().is_set_to(copied.warehouses["w"].cells)
+    assert copied.warehouses["w"].cells_for_forward().is_set_to(copied.warehouses["w"].cells)
     with torch.no_grad():
         copied.warehouses["w"].cells.mul_(2)  # in place, as an optimizer does
     assert_equal(grads_of(copied, x), grads_of(copied, x, "grouped"))
@@ -373,6 +376,40 @@ def test_copies_and_moved_models_have_sums_of_their_own(shared):
         moved.warehouses["w"].cells.detach()
     )  # another parameter, of old numbers
     assert_equal(grads_of(moved, x), grads_of(moved, x, "grouped"))
+
+
+def test_without_torchs_private_calls_autograd_adds_up_the_same_gradients(shared, monkeypatch):
+    model, x = shared
+    expected = grads_of(model, x, "grouped")
+    monkeypatch.setattr(gathering, "AVAILABLE", False)
+    assert model.warehouses["w"].cells_for_forward() is model.warehouses["w"].cells
+    for setting in ("blocks", "blocks folded"):
+        assert_equal(grads_of(model, x, setting), expected)
+
+
+def test_kw_imports_and_trains_where_torch_does_not_have_the_private_calls():
+    code = """
+import torch
+call = torch._C._current_graph_task_id
+del torch._C._current_graph_task_id
+import kw
+torch._C._current_graph_task_id = call  # torch's own checkpointing calls it
+from torch import nn
+
+assert not kw.compute.gathering.AVAILABLE
+torch.manual_seed(0)
+model = kw.convert(nn.Sequential(*(nn.Conv2d(6, 6, 3, padding=1) for _ in range(2))), {"0": "w", "1": "w"}).double()
+x = torch.randn(3, 6, 5, 5, dtype=torch.float64)
+grads = {}
+for name in ("grouped", "blocks"):
+    with kw.functional.use(name):
+        torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    grads[name] = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+for expected, found in zip(grads["grouped"], grads["blocks"], strict=True):
+    torch.testing.assert_close(found, expected)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
 def test_frozen_cells_get_no_gradient_and_the_others_do(shared):

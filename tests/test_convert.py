@@ -182,7 +182,7 @@ def test_callable_scope_is_given_every_module_by_name():
 def test_warehouses_are_in_order_of_first_use_and_layers_in_module_order():
     model = kw.convert(small(), {"7": "first", "5": "second", "3": "third", "0": "second"})
     assert list(model.warehouses) == ["second", "third", "first"]
-    assert [draw.kernel.name for draw in model.warehouses["second"].draws] == ["0", "5"]
+    assert [share.kernel.name for share in model.warehouses["second"].shares] == ["0", "5"]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_layer_used_in_two_places_is_replaced_in_both():
     model = kw.convert(nn.Sequential(layer, nn.Sequential(nn.ReLU(), layer), nn.Conv2d(4, 4, 1)), {"0": "a"}).eval()
     assert isinstance(model[0], kw.KWConv2d)
     assert model[0] is model[1][1]
-    assert len(model.warehouses["a"].draws) == 1
+    assert len(model.warehouses["a"].shares) == 1
     x = torch.randn(2, 4, 5, 5)
     torch.testing.assert_close(model(x), model[2](model[0](model[0](x).relu())))
 
@@ -328,6 +328,6 @@ def test_second_conversion_is_refused():
 def test_model_with_an_attribute_warehouses_of_its_own_is_refused():
     model = small()
     model.warehouses = 3
-    with pytest.raises(ValueError, match="'warehouses' of its own"):
+    with pytest.raises(ValueError, match="an attribute 'warehouses' already"):
         kw.convert(model, {"3": "a"})
     assert model.warehouses == 3

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 import kw
-from kw.backbones import BACKBONES, STATIC
-from kw.freezing import FOLDED, FoldedLayer
+from kw.backbones import BACKBONES
+from kw.config import STATIC
+from kw.folding import FoldedLayer
+from kw.freezing import FOLDED
 from kw.layers import KWLayer
 from kw.warehouse import Warehouse
 
@@ -287,6 +289,21 @@ def test_a_frozen_model_does_not_train_and_says_what_to_do():
         with pytest.raises(ValueError, match=r"is frozen and .*copy\.deepcopy"):
             attempt(model)
     original.train()(images())
+
+
+def test_the_mark_of_a_frozen_model_can_be_read_and_is_copied_and_saved():
+    model = backbone("mobilenetv2_050")
+    original = copy.deepcopy(model)
+    kw.freeze(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for frozen in (model, copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert frozen.is_frozen
+        with pytest.raises(ValueError, match="is frozen"):
+            kw.freeze(frozen)
+    assert not hasattr(original, "is_frozen")
+    kw.set_temperature(original, 0.5)
 
 
 def test_models_with_nothing_to_freeze_are_refused():

@@ -10,7 +10,7 @@ from torch import nn
 
 import kw
 from kw.attention import Attention
-from kw.backbones import STATIC
+from kw.config import STATIC
 from kw.layers import KWLayer
 
 CASES = recipe.load_cases()
@@ -51,7 +51,7 @@ def test_parameters_warehouses_layers(loaded):
     layers = [m for m in model.modules() if isinstance(m, KWLayer)]
     assert len(layers) == len(case["layers"])
     facts = lambda mixtures, cells, hidden: (mixtures, cells, hidden)  # noqa: E731
-    ours = [facts(m.draw.mixtures, len(m.warehouse.cells), m.attention.fc1.out_features) for m in layers]
+    ours = [facts(m.share.mixtures, len(m.warehouse.cells), m.attention.fc1.out_features) for m in layers]
     theirs = [facts(row["mixtures"], row["cells"], row["hidden"]) for row in case["layers"]]
     assert sorted(ours) == sorted(theirs)
 

@@ -64,7 +64,7 @@ def build(case, n=1, norm="batch", **settings):
     config = KWConfig(n=n, attention_norm=norm, cell_in="1/2", cell_out="1/2", **settings)
     other = KernelShape("other", tuple(static.weight.shape))
     warehouse = Warehouse([other, KernelShape("layer", tuple(static.weight.shape))], config).double()
-    layer = DYNAMIC[kind](**arguments, draw=warehouse.draws[1]).double()
+    layer = DYNAMIC[kind](**arguments, share=warehouse.shares[1]).double()
     for parameter in (warehouse.cells, *layer.parameters()):
         nn.init.normal_(parameter, std=0.5)
     if norm == "batch":
@@ -270,17 +270,17 @@ def test_input_of_other_dimensions_is_refused_by_layer_and_shape(case, dims):
 @pytest.mark.parametrize(
     "build_layer",
     [
-        lambda draw: kw.KWConv2d(4, 8, 5, draw=draw),
-        lambda draw: kw.KWConv2d(4, 8, 3, groups=2, draw=draw),
-        lambda draw: kw.KWConv2d(8, 4, 3, draw=draw),
-        lambda draw: kw.KWConv1d(4, 8, 3, draw=draw),
-        lambda draw: kw.KWLinear(4, 8, draw=draw),
+        lambda share: kw.KWConv2d(4, 8, 5, share=share),
+        lambda share: kw.KWConv2d(4, 8, 3, groups=2, share=share),
+        lambda share: kw.KWConv2d(8, 4, 3, share=share),
+        lambda share: kw.KWConv1d(4, 8, 3, share=share),
+        lambda share: kw.KWLinear(4, 8, share=share),
     ],
 )
 def test_draw_for_a_kernel_of_another_shape_is_refused_by_layer_and_shapes(build_layer):
-    draw = Warehouse([KernelShape("stage.conv", (8, 4, 3, 3))], KWConfig()).draws[0]
+    share = Warehouse([KernelShape("stage.conv", (8, 4, 3, 3))], KWConfig()).shares[0]
     with pytest.raises(ValueError, match=r"'stage\.conv'.*shape \(.*\(8, 4, 3, 3\)"):
-        build_layer(draw)
+        build_layer(share)
 
 
 def test_there_is_no_weight_and_the_message_says_why():
@@ -301,7 +301,7 @@ def test_bias_is_there_exactly_where_torchs_layer_has_one(case):
 @torch.no_grad()
 def test_temperature_one_is_the_static_layer_of_the_layers_own_cells():
     """At n = 1 each mixture is anchored to a cell of its own: the warm-up starts as a vanilla network."""
-    layer = kw.KWConv2d(4, 8, 3, draw=Warehouse([KernelShape("layer", (8, 4, 3, 3))], KWConfig()).draws[0])
+    layer = kw.KWConv2d(4, 8, 3, share=Warehouse([KernelShape("layer", (8, 4, 3, 3))], KWConfig()).shares[0])
     kw.set_temperature(layer, 1)
     static = nn.Conv2d(4, 8, 3)
     static.weight.copy_(layer.warehouse.cells.permute(1, 2, 0).reshape(8, 4, 3, 3))

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 import kw
-from kw.backbones import STATIC
+from kw.config import STATIC
 from scripts.profile_model import composed, draw, profile_of
 
 

@@ -25,8 +25,8 @@ def test_anchors_follow_the_rule(mixtures, budget):
     cells, layers, _ = reference.hand_out(mixtures, budget)
     warehouse = one_cell_per_position(mixtures, budget)
     assert len(warehouse.cells) == cells
-    for draw, own in zip(warehouse.draws, layers, strict=True):
-        assert list(draw.anchors) == [cells if cell is None else cell for cell in own]
+    for share, own in zip(warehouse.shares, layers, strict=True):
+        assert list(share.anchors) == [cells if cell is None else cell for cell in own]
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
@@ -48,12 +48,12 @@ def test_exactly_the_warehouses_that_the_rule_hands_out_once_are_built(budget):
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_layers_own_consecutive_cells_that_together_are_all(budget):
     warehouse = one_cell_per_position([24, 48, 24], budget)
-    owned = [cell for draw in warehouse.draws for cell in range(draw.start, draw.start + draw.owned)]
+    owned = [cell for share in warehouse.shares for cell in range(share.start, share.start + share.owned)]
     assert owned == list(range(len(warehouse.cells)))
-    for draw in warehouse.draws:
-        real = [cell for cell in draw.anchors if cell < len(warehouse.cells)]
-        assert all(draw.start <= cell < draw.start + draw.owned for cell in real)
-        assert len(set(real)) == len(real) == min(1, budget) * draw.mixtures
+    for share in warehouse.shares:
+        real = [cell for cell in share.anchors if cell < len(warehouse.cells)]
+        assert all(share.start <= cell < share.start + share.owned for cell in real)
+        assert len(set(real)) == len(real) == min(1, budget) * share.mixtures
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_layers_own_consecutive_cells_that_together_are_all(budget):
 def test_cells_have_the_sides_of_the_greatest_common_divisor(shapes, config, cells, grids):
     warehouse = Warehouse([KernelShape(f"layer{k}", shape) for k, shape in enumerate(shapes)], config)
     assert tuple(warehouse.cells.shape) == cells
-    assert [draw.grid for draw in warehouse.draws] == grids
+    assert [share.grid for share in warehouse.shares] == grids
     assert warehouse.mixtures == sum(math.prod(grid) for grid in grids)
 
 
@@ -108,9 +108,9 @@ def test_cells_are_he_normal_over_what_a_layer_owns(n):
     """Each layer's slice, viewed as a (cells * o, i, 1, 1) kernel, has fan-out cells * o."""
     warehouse = Warehouse([KernelShape("small", (64, 64, 3, 3)), KernelShape("large", (256, 128, 3, 3))], KWConfig(n=n))
     o = warehouse.cells.shape[1]
-    for draw in warehouse.draws:
-        own = warehouse.cells[draw.start : draw.start + draw.owned]
-        assert own.std().item() == pytest.approx(math.sqrt(2 / (draw.owned * o)), rel=0.05)
+    for share in warehouse.shares:
+        own = warehouse.cells[share.start : share.start + share.owned]
+        assert own.std().item() == pytest.approx(math.sqrt(2 / (share.owned * o)), rel=0.05)
         assert own.mean().item() == pytest.approx(0, abs=4 * own.std().item() / math.sqrt(own.numel()))
         cell_stds = own.flatten(1).std(1)
         assert cell_stds.min() > 0.7 * cell_stds.mean()

@@ -24,8 +24,8 @@ from timm.data import create_transform
 from timm.optim import list_optimizers
 
 from kw import KWConfig
-from kw.baselines.registry import BASELINES, KW, STATIC, check_budget, choices
-from kw.config import format_budget, parse_budget
+from kw.baselines.registry import BASELINES, check_budget, choices
+from kw.config import KW, STATIC, format_budget, parse_budget
 from train.jobs import slurm
 from train.jobs.errors import ConfigError, check, check_choice
 

@@ -2,7 +2,6 @@
 
 from kw.backbones import convnext, deit, mobilenetv2, resnet
 from kw.backbones.build import Backbone
-from kw.baselines.registry import STATIC
 
 BACKBONES: dict[str, Backbone] = {
     backbone.base: backbone
@@ -17,4 +16,4 @@ BACKBONES: dict[str, Backbone] = {
     )
 }
 
-__all__ = ["BACKBONES", "STATIC", "Backbone"]
+__all__ = ["BACKBONES", "Backbone"]

@@ -1,82 +1,95 @@
-"""A backbone of ours: a timm model, a scope (which layer draws from which warehouse) and its published settings."""
+"""A backbone: a timm model, its scope (which layers share a warehouse) and its published settings."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import timm
-from timm.models._features import FeatureGetterNet
+import torch
 from torch import nn
 
 from kw.baselines.conversion import convert as convert_to_baseline
-from kw.baselines.registry import KW, STATIC, choices
-from kw.config import BudgetLike, KWConfig, parse_budget
+from kw.baselines.registry import choices
+from kw.config import KW, SETTINGS, STATIC, BudgetLike, KWConfig, parse_budget
 from kw.conversion import Scope, convert
-from kw.layers import drop_unused_warehouses
+from kw.replace import drop_unused_warehouses
 
-SETTINGS = tuple(field.name for field in dataclasses.fields(KWConfig) if field.name != "n")
+FEATURE_OPTIONS: tuple[str, ...] = ("out_indices", "output_fmt", "norm")
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """How one timm model becomes a KernelWarehouse backbone.
+    """How to build one timm model, vanilla or dynamic.
 
     Args:
         base: the vanilla model's name in timm.
-        scope: from the budget, the scope to convert with.
-        config: from the budget and a warehouse's name, its settings as published, or extended to other budgets.
+        scope: from the budget to the scope to convert with. None, with `config`: `kw.default_scope`.
+        config: from the budget and a warehouse's name to its settings, as published or extended to other budgets.
         vanilla: builds the vanilla model; `timm.create_model` unless the published rows differ from timm.
-        out_indices: features that `features_only=True` gives by default, as timm does for the vanilla model.
     """
 
     base: str
-    scope: Callable[[Fraction], Scope]
-    config: Callable[[Fraction, str], KWConfig]
+    scope: Callable[[Fraction], Scope] | None = None
+    config: Callable[[Fraction, str], KWConfig] = lambda n, warehouse: KWConfig(n=n)
     vanilla: Callable[..., nn.Module] = timm.create_model
-    out_indices: tuple[int, ...] = (0, 1, 2, 3, 4)
 
-    def create(self, n: BudgetLike = 1, pretrained: bool = False, dynamic: str = KW, **kwargs: Any) -> nn.Module:
-        """The backbone at budget `n`; at `n="static"` the vanilla model, built alike.
+    def create(
+        self, n: BudgetLike = 1, dynamic: str = KW, pretrained: bool = False, features_only: bool = False, **kwargs: Any
+    ) -> nn.Module:
+        """Build the model.
 
-        `dynamic` names another method (`kw.baselines`) in place of KernelWarehouse, with n kernels a layer; "static" is
-        the vanilla model, whatever n is. Settings of `KWConfig` among the keywords override the published ones in every
-        warehouse; the other keywords are timm's, `features_only` and `out_indices` among them.
+        Args:
+            n: the budget; "static" builds the vanilla model.
+            dynamic: "kw", "static", or a method of `kw.baselines`, which then has n kernels in a layer.
+            pretrained: load timm's weights first. Published backbones refuse it.
+            features_only: return the feature maps, as timm does; `out_indices`, `output_fmt` and `norm` go with it.
+            kwargs: fields of `KWConfig` override the settings of every warehouse; the others are timm's.
 
         Raises:
-            ValueError: n is not a budget, the kernels cannot be cut as the settings ask, or there is no such method.
-            RuntimeError: `pretrained=True`; no weights are hosted, so nothing could be loaded.
+            ValueError: n is not a budget, the kernels cannot be cut as the settings ask, there is no such method, or
+                timm takes no features from this model.
+            TypeError: timm's model does not accept a keyword.
+            RuntimeError: `pretrained=True` for a published backbone: no weights are hosted.
         """
-        if pretrained:
+        if pretrained and self.scope is not None:
             raise RuntimeError(
                 f"No pretrained weights are hosted for kw_{self.base}: create it with pretrained=False, "
                 f"then kw.load_released(model, torch.load(file, weights_only=True))."
             )
         if dynamic not in choices():
-            raise ValueError(f"dynamic={dynamic!r}: there is no such method; there are {', '.join(choices())}.")
+            raise ValueError(f"dynamic={dynamic!r} is not a known method; there are {', '.join(choices())}.")
         dynamic = STATIC if n == STATIC else dynamic
-        overrides = {key: kwargs.pop(key) for key in SETTINGS if key in kwargs}
-        features = {key: kwargs.pop(key) for key in ("out_indices", "output_fmt", "norm") if key in kwargs}
-        features_only = kwargs.pop("features_only", False)
+        settings = {key: kwargs.pop(key) for key in SETTINGS if key in kwargs}
+        if settings and dynamic != KW:
+            raise ValueError(f"{', '.join(settings)} applies to dynamic='kw' only, not to {dynamic!r}.")
+        features = {key: kwargs.pop(key) for key in FEATURE_OPTIONS if key in kwargs}
         try:
-            model = self.vanilla(self.base, **kwargs)
+            model = self.vanilla(self.base, pretrained=pretrained, **kwargs)
         except TypeError as error:
-            raise TypeError(
-                f"kw_{self.base}: {error}. Settings of its warehouses are {', '.join(SETTINGS)}."
-            ) from error
-        if overrides and dynamic != KW:
-            raise ValueError(f"{', '.join(overrides)}: settings of warehouses, which {dynamic!r} has none of.")
+            raise TypeError(f"{self.base}: {error}. Settings of its warehouses are {', '.join(SETTINGS)}.") from error
         if dynamic == KW:
-            budget = parse_budget(n)
-            convert(model, self.scope(budget), lambda warehouse: self.config(budget, warehouse).replace(**overrides))
+            self._convert(model, parse_budget(n), settings)
         elif dynamic != STATIC:
             convert_to_baseline(model, dynamic, n)
-        if not features_only:
-            return model
-        # timm's list wrapper takes a model apart, and would leave the warehouses behind; its getter keeps it whole.
-        net = FeatureGetterNet(model, **{"out_indices": self.out_indices, **features})
+        return self._features_of(model, features) if features_only else model
+
+    def _convert(self, model: nn.Module, n: Fraction, settings: dict[str, Any]) -> None:
+        if self.scope is None:
+            convert(model, config=KWConfig(n=n, **settings))
+        else:
+            convert(model, self.scope(n), lambda warehouse: self.config(n, warehouse).replace(**settings))
+
+    def _features_of(self, model: nn.Module, options: dict[str, Any]) -> nn.Module:
+        """The model within timm's FeatureGetterNet, which keeps it and its warehouses whole; FeatureListNet, timm's
+        default for most models, would take single layers out of it."""
+        if not hasattr(model, "forward_intermediates"):
+            raise ValueError(f"timm takes no features from {self.base}, which has no forward_intermediates.")
+        with torch.device("meta"):  # timm's own features, without memory or time for weights
+            timms: Any = timm.create_model(self.base, features_only=True, feature_cls="getter")
+        getter = type(timms)  # timm does not export the class
+        net: nn.Module = getter(model, **{"out_indices": timms.out_indices, **options})
         drop_unused_warehouses(model)
         return net

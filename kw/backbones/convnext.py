@@ -30,13 +30,13 @@ def scope(name: str, layer: nn.Module) -> str | None:
 
 def config(n: Fraction, warehouse: str) -> KWConfig:
     """Published at n = 1. Below, depthwise layers stay at n = 1, as in the published MobileNetV2 rows: their kernels
-    are few parameters, and cut small enough to save some they would need attentions many times that size."""
+    have few parameters, and cells small enough to save some would need attentions many times that size."""
     if n < 1 and warehouse.endswith("depthwise"):
         return KWConfig(n=1, attention_norm="layer")
     return KWConfig(n=n, attention_norm="layer")
 
 
-CONVNEXT_TINY = Backbone("convnext_tiny", lambda n: scope, config, out_indices=(0, 1, 2, 3))
+CONVNEXT_TINY = Backbone("convnext_tiny", lambda n: scope, config)
 
 
 @register_model

@@ -1,7 +1,8 @@
-"""DeiT-Tiny and -Small: a choice of ours, for no code was released with the paper's DeiT row.
+"""DeiT-Tiny and -Small. The warehouses are our choice: no code was released with the paper's DeiT row.
 
-The linear layers qkv, proj, fc1 and fc2 are dynamic; patch embedding and head are static. The twelve blocks make three
-stages of four; each has one warehouse for the attention's layers and one for the MLP's. LayerNorm in our attention.
+The linear layers qkv, proj, fc1 and fc2 are dynamic; patch embedding and head are static. The twelve blocks form three
+stages of four. Each stage has one warehouse for the layers of self-attention and one for those of the MLP. The
+attention over cells uses LayerNorm.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def config(n: Fraction, warehouse: str) -> KWConfig:
     return KWConfig(n=n, attention_norm="layer")
 
 
-DEIT_TINY = Backbone("deit_tiny_patch16_224", lambda n: scope, config, out_indices=(9, 10, 11))
-DEIT_SMALL = Backbone("deit_small_patch16_224", lambda n: scope, config, out_indices=(9, 10, 11))
+DEIT_TINY = Backbone("deit_tiny_patch16_224", lambda n: scope, config)
+DEIT_SMALL = Backbone("deit_small_patch16_224", lambda n: scope, config)
 
 
 @register_model

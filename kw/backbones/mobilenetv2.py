@@ -13,7 +13,7 @@ from kw.backbones.build import Backbone
 from kw.config import KWConfig
 from kw.conversion import Scope
 
-# timm's seven groups of inverted residuals in six warehouse stages: the last two groups share one.
+# The warehouse stage of each of timm's seven groups of inverted residuals; the last two groups share one.
 STAGES = (1, 2, 3, 4, 5, 6, 6)
 LAST = STAGES[-1]
 
@@ -22,7 +22,7 @@ ROLES = {"conv_pw": EXPANSION, "conv_dw": DEPTHWISE, "conv_pwl": PROJECTION}
 
 
 def scope_for(n: Fraction) -> Scope:
-    """The published plans: of n = 1; of n = 4, for all above 1; and of n = 1/2, for all below."""
+    """The published scopes: that of n = 1; that of n = 4, for all n above 1; and that of n = 1/2, for all below 1."""
     if n == 1:
         return lambda name, layer: _merge_pointwise(_place(name, layer))
     if n > 1:
@@ -31,7 +31,7 @@ def scope_for(n: Fraction) -> Scope:
 
 
 def _place(name: str, layer: nn.Module) -> str | None:
-    """`stem`, or `stage{s}_{role}`. The whole first block of a new stage draws from the stage before."""
+    """`stem`, or `stage{s}_{role}`. All layers of a new stage's first block are in the stage before."""
     if name == "conv_stem":
         return "stem"
     if name == "conv_head":
@@ -52,7 +52,7 @@ def _merge_pointwise(warehouse: str | None) -> str | None:
 
 
 def _small(name: str, layer: nn.Module) -> str | None:
-    """Below n = 1: stem, depthwise, the pointwise convolutions of the last stage, and the classifier."""
+    """Below n = 1, only these are dynamic: stem, depthwise, pointwise of the last stage, and the classifier."""
     if name == "classifier":
         return "classifier" if isinstance(layer, nn.Linear) else None
     warehouse = _place(name, layer)
@@ -62,7 +62,7 @@ def _small(name: str, layer: nn.Module) -> str | None:
 
 
 def config(n: Fraction, warehouse: str) -> KWConfig:
-    """One budget for all from n = 1 on; below, it applies to pointwise convolutions and classifier alone."""
+    """One budget for all from n = 1 on; below, it only applies to pointwise convolutions and the classifier."""
     if n >= 1:
         return KWConfig(n=n)
     if warehouse == "stem" or warehouse.endswith(DEPTHWISE):

@@ -17,10 +17,10 @@ from kw.config import KWConfig
 
 
 def scope(name: str, layer: nn.Module) -> str | None:
-    """Convolutions of stage s draw from warehouse `stage{s}`; the first and the downsample convolution of a stage's
-    first block, whose input still has the channels of the stage before, draw from that one's.
+    """Convolutions of stage s share warehouse `stage{s}`. The first and the downsample convolution of a stage's first
+    block are in the warehouse of the stage before, whose number of channels their input still has.
 
-    In stage 0 they have no stage before: a pointwise one (ResNet50's) stays static.
+    Stage 0 has no stage before: there, a pointwise one (ResNet50's) stays static.
     """
     match = re.match(r"layer(\d+)\.(\d+)\.(.+)", name)
     if match is None or not isinstance(layer, nn.Conv2d):
@@ -39,7 +39,8 @@ def resnet18_config(n: Fraction, warehouse: str) -> KWConfig:
 
 
 def resnet50_config(n: Fraction, warehouse: str) -> KWConfig:
-    """Under n = 1 (published: 1/2) hundreds of small cells are scored through a basis, to keep the attentions small."""
+    """Below n = 1 (published: 1/2), hundreds of small cells get their scores through a basis, which keeps the
+    attentions small."""
     return KWConfig(n=n, nonlocal_basis=Fraction(1, 16) if n < 1 else 1)
 
 
@@ -50,11 +51,11 @@ def vanilla(
     stem_stride: int | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """timm's ResNet as the published rows train it: drop path constant over blocks (timm's grows with depth), and the
-    last norm of a block not zeroed, so that every cell gets a gradient from the first step on.
+    """timm's ResNet as the published rows train it: the drop path rate is the same in all blocks (timm's grows with
+    depth), and the last norm of a block does not start at zero, so that every cell gets a gradient from the first step.
 
-    `stem_stride` is for small images: the stem is one 3x3 convolution of that stride, where timm's is a 7x7 one of
-    stride 2 and a pooling, which leave of 32 pixels 8.
+    With `stem_stride`, for small images, the stem is one 3x3 convolution of that stride. timm's is a 7x7 one of stride
+    2 and a pooling, which reduce 32 pixels to 8.
     """
     model = timm.create_model(name, zero_init_last=zero_init_last, **kwargs)
     if stem_stride is not None:
@@ -69,7 +70,7 @@ def vanilla(
 def _set_small_stem(model: Any, stride: int) -> None:
     old = model.conv1
     if not isinstance(stride, int) or isinstance(stride, bool) or stride < 1:
-        raise ValueError(f"stem_stride={stride!r} must be a whole number of at least 1, or None for timm's stem.")
+        raise ValueError(f"stem_stride={stride!r} must be an integer of at least 1, or None for timm's stem.")
     if not isinstance(old, nn.Conv2d):
         raise ValueError(f"stem_stride={stride} is for a stem of one convolution; this one has several.")
     device, dtype = old.weight.device, old.weight.dtype

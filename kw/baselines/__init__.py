@@ -1,10 +1,10 @@
-"""Other dynamic convolutions, to compare with: conversions of vanilla models, as `kw.convert` is one.
+"""Other dynamic convolutions, to compare with. They are conversions of vanilla models, like `kw.convert`.
 
 >>> model = kw.baselines.convert(timm.create_model("resnet18"), "odconv", n=4)
->>> model = timm.create_model("kw_resnet18", dynamic="odconv", n=4)
+>>> model = kw.create_model("resnet18", dynamic="odconv", n=4)
 
-A method is one file of this folder: it defines a layer and registers it (registry.py). Nothing else lists it; from then
-on `python -m train dynamic=NAME`, `kw.profile`, the report and the benchmark know it.
+A method is one file of this folder, which defines a layer and registers it (registry.py). Then `kw.create_model`,
+`python -m train dynamic=NAME`, the report and the benchmark know it without further changes.
 """
 
 from importlib import import_module

@@ -3,9 +3,10 @@
     W = sum_k alpha_k W_k,    alpha = sigmoid(R pool(x))
 
 Shapes: x `(B, C_in, H, W)`, alpha `(B, K)`, W_k `(C_out, C_in / groups, kh, kw)`. R is a linear layer with bias. Each
-of the K kernels ("experts") is initialized by itself, as a static one would be.
+of the K kernels ("experts") is initialized separately, as a static one would be.
 
-Ours: the scope. The paper makes the last blocks and the classifier conditional; here all methods have the same layers.
+Differs from the paper: the scope. The paper makes the last blocks and the classifier conditional; here all methods have
+the same layers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from kw.baselines.registry import register
 
 
 class Routing(nn.Module):
-    """Pooled features `(B, C)` to the shares `(B, K)` of the experts, each in (0, 1)."""
+    """Pooled features `(B, C)` to the weights `(B, K)` of the experts, each in (0, 1)."""
 
     def __init__(self, channels: int, kernels: int):
         super().__init__()

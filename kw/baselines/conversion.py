@@ -1,4 +1,4 @@
-"""Conversion to one of the methods to compare with: by the same mechanism as `kw.convert`, without warehouses."""
+"""Conversion to one of the methods to compare with, like `kw.convert`, but without warehouses."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Choice = Callable[[str, nn.Module], bool] | Iterable[str]
 
 
 def convert(model: nn.Module, name: str, n: BudgetLike = 1, scope: Choice | None = None) -> nn.Module:
-    """Make convolutions of `model` dynamic by the method `name`, in place, and return it.
+    """Make convolutions of `model` dynamic with the method `name`, in place, and return it.
 
     Args:
         model: any model built of `nn.Conv2d`, such as one of timm's. Linear layers stay static.
         name: of `BASELINES`, such as "odconv".
-        n: the number of kernels in a layer, whole; of no matter to methods without a budget (`dcd`, `se`).
-        scope: which layers: names, or a function of `(layer name, layer)`. Left out: `default_scope`.
+        n: the number of kernels in a layer, an integer; methods without a budget (`dcd`, `se`) ignore it.
+        scope: which layers: names, or a function of `(layer name, layer)`. By default those of `default_scope`.
 
-    Biases are kept; kernels are not: they are initialized anew.
+    Biases are kept. Kernels are not: they are initialized at random.
 
     Raises:
-        ValueError: there is no such method, n is not whole, or the scope matches no layer, or names one that does not
-            exist or cannot be dynamic. The model is then as it was.
+        ValueError: there is no such method, n is not an integer, or the scope matches no layer, or names one that does
+            not exist or cannot be dynamic. The model is then unchanged.
     """
     refuse_converted(model)
     method, kernels = find(name), check_budget(name, n)
@@ -51,9 +51,9 @@ def default_scope(model: nn.Module) -> list[str]:
 
     - the first, which reads the image, and a classifier;
     - the pointwise one of a shortcut (below a module named `downsample` or `shortcut`);
-    - those of squeeze-and-excitation blocks (below a module named `se`), an attention of their own.
+    - those of squeeze-and-excitation blocks (below a module named `se`), which are an attention already.
 
-    So it is in ODConv's release, by the parameters that it publishes: in ResNet18 and ResNet50 the blocks'
+    ODConv's release has this scope, as its published parameters show: in ResNet18 and ResNet50 the blocks'
     convolutions, in MobileNetV2 also the last one.
     """
     names = [name for name, module in model.named_modules() if type(module) is nn.Conv2d]

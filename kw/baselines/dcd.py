@@ -1,22 +1,22 @@
-"""Dynamic convolution decomposition, DCD (Li et al., ICLR 2021, arXiv 2103.08756): a static kernel, scaled, plus a
-residual of low rank that is mixed by sample, section 4.
+"""Dynamic convolution decomposition, DCD (Li et al., ICLR 2021, arXiv 2103.08756): a scaled static kernel plus a
+residual of low rank, both from the sample, section 4.
 
     W = Lambda(x) W0 + P Phi(x) Q^T
 
 Shapes: W and W0 are `(C_out, C_in / groups * kh * kw)`, Lambda `(B, C_out)` a diagonal, P `(C_out, L)`, Phi
-`(B, L, L)`, Q^T `(L, C_in / groups * kh * kw)`. Lambda and Phi are read off `relu(fc1(pool(x)))`, `C_in / 16` wide (at
-least 16).
+`(B, L, L)`, Q^T `(L, C_in / groups * kh * kw)`. Lambda and Phi are linear in `relu(fc1(pool(x)))`, `C_in / 16` wide (at
+least 16), before their sigmoid and tanh.
 
-Without groups it is computed in parts, with convolutions that all samples share: no sample's kernel ever exists.
+Without groups it is computed in parts, with convolutions that all samples share, and no sample's kernel is assembled:
 
     W conv x = Lambda (W0 conv x) + (P Phi) (Q^T conv x)
 
-Depthwise and grouped kernels are small, and assembled.
+Depthwise and grouped kernels are small, and are assembled.
 
-Ours: the latent width L is the root of C_in or C_out, the lesser (they are the same in the paper), and not more than
-the rank that the kernel can have. In a kernel of several positions Q has all of them, where the paper factors positions
-once more, so that ResNet18 costs 8% more multiply-adds than the static one. Lambda is a sigmoid and Phi a tanh: were it
-not bounded, outputs would grow with the square of inputs, and a deep network overflow until its norms have seen enough.
+Differs from the paper: the latent width L is the square root of the lesser of C_in and C_out (equal in the paper), and
+at most the rank that the kernel can have. In a kernel of several positions Q spans all of them, where the paper factors
+positions again; that takes more multiply-adds. Lambda is a sigmoid and Phi a tanh. Without bounds, outputs would grow
+with the square of inputs, and a deep network would overflow until its norms have statistics.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class DCDConv2d(DynamicConv2d):
         taps = self.kernel_shape[1:]
         latent = min(math.isqrt(min(self.in_channels, self.out_channels)), math.prod(taps))
         self.attention = Coefficients(self.in_channels, self.out_channels, latent)
-        self.p = nn.Parameter(torch.randn(self.out_channels, latent) / latent)  # a residual of the size of W0
+        self.p = nn.Parameter(torch.randn(self.out_channels, latent) / latent)  # so that the residual is as large as W0
         self.q = nn.Parameter(torch.randn(latent, *taps) / math.sqrt(math.prod(taps)))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
     W = sum_k pi_k W_k,    pi = softmax(fc2(relu(fc1(pool(x)))) / T),    T from 30 to 1
 
 Shapes: x `(B, C_in, H, W)`, pi `(B, K)`, W_k `(C_out, C_in / groups, kh, kw)`. fc1 is C_in / 4 wide (at least
-16, where the paper has no bound). T falls in the first epochs (the paper's ten): those of `recipe.temperature_epochs`.
+16, where the paper has no bound). T falls with the temperature of `kw.set_temperature` (in the paper, over ten epochs).
 
-Ours: at n = 1 there is nothing to choose from, the only share would be 1: the layer is a static convolution then, and
-has no attention. The bias is static (the paper mixes it too; the convolutions of its networks have none).
+Differs from the paper: at n = 1 the only weight would be 1, so the layer is a static convolution and has no attention.
+The bias is static (the paper mixes it too; the convolutions of its networks have none).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REDUCTION = 4
 
 
 class KernelAttention(nn.Module):
-    """Pooled features `(B, C)` to the shares `(B, K)` of the kernels."""
+    """Pooled features `(B, C)` to the weights `(B, K)` of the kernels."""
 
     def __init__(self, channels: int, kernels: int):
         super().__init__()
@@ -34,8 +34,8 @@ class KernelAttention(nn.Module):
         he_normal(self)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        shares: Tensor = self.softmax(self.fc2(torch.relu(self.fc1(pooled))))
-        return shares
+        weights: Tensor = self.softmax(self.fc2(torch.relu(self.fc1(pooled))))
+        return weights
 
 
 @register("dyconv", budget=True)

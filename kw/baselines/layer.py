@@ -1,4 +1,4 @@
-"""What the baselines' layers have in common: the arguments of `nn.Conv2d`, pooling, and a convolution per sample.
+"""Bases of the baselines' layers: the arguments of `nn.Conv2d`, pooling, and a convolution per sample.
 
 Shapes: `B` batch, `K` kernels in a layer, `P` positions of a kernel (kh * kw).
 """
@@ -18,14 +18,14 @@ from kw.compute.grouped import per_sample
 from kw.layers import DynamicLayer
 from kw.temperature import Tempered
 
-MIN_HIDDEN = 16  # of an attention, as in ODConv and KernelWarehouse: of a few units all may be dead from the start
+MIN_HIDDEN = 16  # hidden width of an attention, as in ODConv and KernelWarehouse: a few units could all be dead
 HOTTEST = 30.0  # temperature of a softmax when training begins (DY-Conv, section 3.3)
 
 
 class DynamicConv2d(DynamicLayer, nn.Conv2d):
-    """A drop-in for `nn.Conv2d` on `(B, C_in, H, W)`; arguments and the static parameters `weight`, `bias` as there.
+    """`nn.Conv2d` on `(B, C_in, H, W)`, with its arguments and its static parameters `weight` and `bias`.
 
-    What a method adds: an `attention`, a module that scores the input, and `forward`.
+    A method adds `attention`, a module that computes weights from the input, and `forward`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -45,14 +45,14 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
         return self.groups == self.in_channels == self.out_channels
 
     def reset_parameters(self) -> None:
-        """He normal, fan-out of a group, as the published networks; zero for the bias."""
+        """He normal with the fan-out of a group, as in the published networks; zero for the bias."""
         nn.init.normal_(self.weight, std=math.sqrt(2 * self.groups / (self.out_channels * self.positions)))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
-        """The convolution without bias, with a kernel `(C_out, C_in / groups, kh, kw)` for all samples or one each,
-        `(B, C_out, C_in / groups, kh, kw)`."""
+        """The convolution without bias, with one kernel `(C_out, C_in / groups, kh, kw)` for all samples, or one for
+        each, `(B, C_out, C_in / groups, kh, kw)`."""
         if kernels.dim() == 4:
             out: Tensor = self._conv_forward(x, kernels, None)
             return out
@@ -60,7 +60,7 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
         return per_sample(x, kernels, self.stride, padding, self.dilation, self.groups)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """Padded by what is not zeros, or is not the same on both sides; and the padding that is left to do."""
+        """The input after padding that is not zeros or not the same on both sides, and the padding that remains."""
         pads = list(self._reversed_padding_repeated_twice)  # left, right, above, below
         even = (pads[2], pads[0])
         if self.padding_mode != "zeros":
@@ -73,11 +73,11 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
 
 
 class KernelBank(DynamicConv2d):
-    """A layer of K kernels, from which each sample's is mixed: `attention` gives the shares `(B, K)`.
+    """A layer of K kernels, from which each sample's is mixed with the weights `(B, K)` of `attention`.
 
-    `weight` is `(K * P, C_out, C_in / groups)`, the positions of a kernel one after the other: laid out as the cells of
-    a warehouse, so that the implementations of KernelWarehouse's layers serve here too. As there, a gradient of a
-    gradient and torch.func take `kw.functional.use("grouped")`.
+    `weight` is `(K * P, C_out, C_in / groups)`, the positions of a kernel one after the other. That is the layout of
+    cells in a warehouse, so that the implementations of KernelWarehouse's layers apply. As there, a gradient of a
+    gradient and torch.func need `kw.functional.use("grouped")`.
 
     Args:
         n: the number of kernels, K.
@@ -90,49 +90,49 @@ class KernelBank(DynamicConv2d):
         self.reset_parameters()
 
     def basis(self) -> Tensor:
-        """The kernels, as bases of the mixtures at each position: `(K, P, C_out, C_in / groups)`."""
+        """The kernels as a basis of the mixture at each position (kw/compute/mixing.py):
+        `(K, P, C_out, C_in / groups)`."""
         return self.weight.view(self.n, self.positions, *self.kernel_shape[:2])
 
-    def convolve_mixed(self, x: Tensor, shares: Tensor | None, space: Tensor | None = None) -> Tensor:
-        """The convolution with each sample's kernel, without bias, by the implementation that suits the batch.
+    def convolve_mixed(self, x: Tensor, kernel: Tensor | None, space: Tensor | None = None) -> Tensor:
+        """The convolution with each sample's kernel, without bias, with the implementation that suits the batch.
 
         Args:
-            shares: `(B, K)` of the kernels in it; None where there is one kernel.
-            space: `(B, P)`, what its positions are multiplied by.
+            kernel: weights of the kernels, `(B, K)`; None if there is one kernel.
+            space: factors for its positions, `(B, P)`.
         """
         basis = self.basis()
-        if shares is None and space is None:
+        if kernel is None and space is None:
             return self.convolve(x, basis[0].permute(1, 2, 0).reshape(self.kernel_shape))
         x, padding = self._padded(x)
-        weights = self._weights(shares, space)
+        weights = self._weights(kernel, space)
         geometry = Geometry((self.positions, 1, 1), self.kernel_size, self.stride, padding, self.dilation, self.groups)
         setting = functional.setting_of(self)
-        applied = functional.choose(
-            setting, x, basis, geometry, needs_grad=weights.requires_grad, makes=("folded",)
-        ).apply
-        return functional.compute(x, weights, basis, geometry, applied)
+        choice = functional.choose(setting, x, basis, geometry, needs_grad=weights.requires_grad, makes=("folded",))
+        return functional.compute(x, weights, basis, geometry, choice.apply)
 
-    def _weights(self, shares: Tensor | None, space: Tensor | None) -> Tensor:
-        """Of the kernels at each position, `(B, P, K)`."""
-        if shares is None:
+    def _weights(self, kernel: Tensor | None, space: Tensor | None) -> Tensor:
+        """The weight of each kernel at each position, `(B, P, K)`."""
+        if kernel is None:
             assert space is not None
             return space[..., None]
-        weights = shares[:, None] if space is None else shares[:, None] * space[..., None]
+        weights = kernel[:, None] if space is None else kernel[:, None] * space[..., None]
         return weights.expand(-1, self.positions, -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        shares = None if self.attention is None else self.attention(pool(x))
-        return self.add_bias(self.convolve_mixed(x, shares))
+        weights = None if self.attention is None else self.attention(pool(x))
+        return self.add_bias(self.convolve_mixed(x, weights))
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, n={self.n}"
 
 
 class AnnealedSoftmax(Tempered):
-    """Scores `(B, K)` to shares that sum to 1. A high temperature makes them alike, so that at first all kernels learn.
+    """Scores `(B, K)` to weights that sum to 1. A high temperature makes them similar, so that at first all kernels
+    learn.
 
-    `temperature` is tau of `kw.set_temperature`, from 1 when training begins to 0 in a trained model: the
-    softmax is at 1 + 29 tau, so that it goes from 30 to 1, linearly, over the epochs of the warm-up.
+    tau of `kw.set_temperature` goes from 1 when training begins to 0 in a trained model. The softmax has the
+    temperature 1 + 29 tau, so that it falls from 30 to 1, linearly over the warm-up.
     """
 
     def forward(self, scores: Tensor) -> Tensor:
@@ -142,14 +142,14 @@ class AnnealedSoftmax(Tempered):
 
 
 def pool(x: Tensor) -> Tensor:
-    """The mean over space, `(B, C, H, W)` to `(B, C)`. Raises ValueError for an input of another form."""
+    """The mean over space, `(B, C, H, W)` to `(B, C)`. Raises ValueError for an input without these dimensions."""
     if x.dim() != 4:
         raise ValueError(f"A dynamic convolution takes a batch of shape (B, C, H, W), not {tuple(x.shape)}.")
     return x.mean(dim=(2, 3))
 
 
 def he_normal(attention: nn.Module) -> None:
-    """He normal, fan-out, for an attention's linear layers; zero for their biases."""
+    """He normal with fan-out for an attention's linear layers; zero for their biases."""
     for layer in attention.modules():
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

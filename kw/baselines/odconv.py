@@ -3,17 +3,15 @@
     y = a_filter * ((a_space * sum_k a_kernel[k] W_k) conv (a_channel * x)) + b
 
 Shapes: x `(B, C_in, H, W)`, a_kernel `(B, K)`, a_space `(B, P)`, a_channel `(B, C_in)`, a_filter `(B, C_out)`,
-W_k `(C_out, C_in / groups, kh, kw)`. All four are read off `h = relu(norm(fc(pool(x))))`, `max(C_in / 16, 16)` wide:
-a_kernel by a softmax with annealed temperature, the others by sigmoids; all kernels share the latter. A pointwise
-kernel has no a_space, a depthwise one no a_filter, and one kernel alone no a_kernel. Attentions of input and output
-channels scale input and output, which is the same as scaling kernels, for less.
+W_k `(C_out, C_in / groups, kh, kw)`. All four are computed from `h = relu(norm(fc(pool(x))))`,
+`max(C_in / 16, 16)` wide: a_kernel by a softmax with annealed temperature, the others by sigmoids, which all kernels
+share. A pointwise kernel has no a_space, a depthwise one no a_filter, and a single kernel no a_kernel. Attentions of
+input and output channels scale input and output, which equals scaling kernels and takes fewer products.
 
-Parameters are the published ones to all digits: 11.94 M (ResNet18, n = 1), 44.90 M (n = 4), 11.51 M (MobileNetV2,
-n = 4). Multiply-adds by `kw.profile` are 1.3%, 3.0% and 4.9% fewer: 1.814, 1.858 and 0.311 G, where 1.838, 1.916 and
-0.327 G were published. It counts products and convolutions alone; elementwise products, such as that with a_space
-(0.011 G in ResNet18), are of the order of what is missing.
+Parameters are exactly the published ones. Multiply-adds of `kw.profile` are a few percent fewer than published, because
+it counts products and convolutions only, and not elementwise products such as that with a_space (docs/measured.md).
 
-Ours: the temperature is that of the softmax alone, as the paper has it. The bias is static.
+Differs from the paper: the bias is static. As in the paper, only the softmax has a temperature.
 """
 
 from __future__ import annotations
@@ -29,8 +27,8 @@ from kw.baselines.registry import register
 REDUCTION = 16
 
 
-class Shares(NamedTuple):
-    """The four attentions of a batch; None where the layer has no such one."""
+class Attentions(NamedTuple):
+    """The four attentions of a batch; None for those that the layer does not have."""
 
     channel: Tensor
     filter: Tensor | None
@@ -39,7 +37,7 @@ class Shares(NamedTuple):
 
 
 class OmniAttention(nn.Module):
-    """Pooled features `(B, C_in)` to `Shares`.
+    """Pooled features `(B, C_in)` to `Attentions`.
 
     Raises:
         ValueError: one sample in training mode: BatchNorm needs two for its statistics.
@@ -56,14 +54,14 @@ class OmniAttention(nn.Module):
         self.kernel = None if layer.n == 1 else nn.Sequential(nn.Linear(hidden, layer.n), AnnealedSoftmax())
         he_normal(self)
 
-    def forward(self, pooled: Tensor) -> Shares:
+    def forward(self, pooled: Tensor) -> Attentions:
         if len(pooled) == 1 and self.norm.training:
             raise ValueError(
                 "BatchNorm in the attention of ODConv cannot train on a batch of one: use at least two samples per "
                 "device, or model.eval()."
             )
         h = torch.relu(self.norm(self.fc(pooled)))
-        return Shares(
+        return Attentions(
             channel=torch.sigmoid(self.channel(h)),
             filter=torch.sigmoid(self.filter(h)) if self.filter else None,
             space=torch.sigmoid(self.space(h)) if self.space else None,
@@ -80,6 +78,6 @@ class ODConv2d(KernelBank):
         self.attention = OmniAttention(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        shares = self.attention(pool(x))
-        out = self.convolve_mixed(x * shares.channel[..., None, None], shares.kernel, shares.space)
-        return self.add_bias(out if shares.filter is None else out * shares.filter[..., None, None])
+        attentions = self.attention(pool(x))
+        out = self.convolve_mixed(x * attentions.channel[..., None, None], attentions.kernel, attentions.space)
+        return self.add_bias(out if attentions.filter is None else out * attentions.filter[..., None, None])

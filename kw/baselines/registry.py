@@ -1,4 +1,4 @@
-"""The methods by name. A file of this folder adds one, without a change to any other:
+"""The methods by name. A new file in this folder adds one, and no other file changes:
 
 @register("mine", budget=True)
 class MyConv2d(KernelBank): ...
@@ -11,14 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kw.config import BudgetLike, parse_budget
-
-KW, STATIC = "kw", "static"  # what `dynamic` says of KernelWarehouse and of the vanilla model
+from kw.config import KW, STATIC, BudgetLike, parse_budget
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method: its layer takes the arguments of `nn.Conv2d` and, if it has a `budget`, the keyword `n`."""
+    """A method. Its layer accepts the arguments of `nn.Conv2d` and, if it has a `budget`, the keyword `n`."""
 
     name: str
     layer: type[Any]
@@ -32,15 +30,15 @@ def register(name: str, *, budget: bool) -> Callable[[type[Any]], type[Any]]:
     """Register a `kw.baselines.DynamicConv2d` as the method `name`.
 
     Args:
-        name: run folders and reports have it in their names, and n after it: lower case letters alone.
-        budget: whether there is a number n of kernels to choose. If not, the layer is not given any.
+        name: lower case letters only, because names of run folders and reports contain it, followed by n.
+        budget: whether layers have a number of kernels n to choose.
 
     Raises:
-        ValueError: there is such a method, or the name cannot be one.
+        ValueError: the name is taken, or not of lower case letters.
     """
     if name in (KW, STATIC, *BASELINES) or not re.fullmatch("[a-z]+", name):
         raise ValueError(
-            f"A baseline cannot be called {name!r}: lower case letters, and not one of {', '.join(choices())}."
+            f"A method cannot be called {name!r}: use lower case letters only, and none of {', '.join(choices())}."
         )
 
     def add(layer: type[Any]) -> type[Any]:
@@ -51,26 +49,28 @@ def register(name: str, *, budget: bool) -> Callable[[type[Any]], type[Any]]:
 
 
 def choices() -> tuple[str, ...]:
-    """All that `dynamic` can say."""
+    """All values of `dynamic`."""
     return (KW, STATIC, *sorted(BASELINES))
 
 
 def find(name: str) -> Baseline:
-    """Raises ValueError, with the names there are, if there is no such method."""
+    """The method of this name. Raises ValueError, with the known names, if there is none."""
     if name not in BASELINES:
-        raise ValueError(f"{name!r} is no method of kw.baselines; those are {', '.join(sorted(BASELINES))}.")
+        raise ValueError(f"{name!r} is not a method of kw.baselines; those are {', '.join(sorted(BASELINES))}.")
     return BASELINES[name]
 
 
 def check_budget(name: str, n: BudgetLike) -> int:
-    """The number of kernels of a layer of method `name`: n, or 1 if the method leaves no choice.
+    """The number of kernels in a layer of method `name`: n, or 1 if the method has no budget.
 
     Raises:
-        ValueError: there is no such method, or n is no whole number.
+        ValueError: there is no such method, or n is not an integer.
     """
     if not find(name).budget:
         return 1
     budget = parse_budget(n)
     if budget.denominator != 1:
-        raise ValueError(f"n={n!r} is no number of kernels for dynamic={name!r}: it must be whole, such as 1 or 4.")
+        raise ValueError(
+            f"n={n!r} is not a number of kernels for dynamic={name!r}: it must be an integer, such as 1 or 4."
+        )
     return int(budget)

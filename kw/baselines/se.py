@@ -1,12 +1,13 @@
-"""Squeeze-and-excitation (Hu et al., CVPR 2018, arXiv 1709.01507): output channels scaled by sample, section 3.
+"""Squeeze-and-excitation (Hu et al., CVPR 2018, arXiv 1709.01507): output channels scaled for each sample, section 3.
 
     y = sigmoid(fc2(relu(fc1(pool(u))))) * u,    u = W conv x + b
 
 Shapes: x `(B, C_in, H, W)`, u and y `(B, C_out, H', W')`. fc1 is C_out / 16 wide (at
 least 16, where the paper has no bound).
 
-Ours: the paper scales each block once, after its last norm; here each convolution is scaled, before the norm that
-follows, so that it takes the place of one as the other methods do. That is twice the attentions of ResNet18.
+Differs from the paper, which scales each block once, after its last norm: here each convolution is scaled, before the
+norm that follows, so that the layer replaces a convolution as in the other methods. ResNet18 then has twice as many
+attentions.
 """
 
 from __future__ import annotations

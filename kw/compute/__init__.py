@@ -1,7 +1,7 @@
 """Implementations of one dynamic layer, each in its own file. All are exact; `kw.compute.cost` says what each costs.
 
 Each takes the input `(B, C_in, *space)`, the weights and the basis that kernels are made from (mixing.py) and the
-layer's `Geometry`, and returns `(B, C_out, *out)`, without bias. Which to take is `kw.functional`'s business.
+layer's `Geometry`, and returns `(B, C_out, *out)` without bias. `kw.functional` chooses between them.
 """
 
 from collections.abc import Callable

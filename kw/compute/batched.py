@@ -1,8 +1,8 @@
-"""Implementation "batched": assemble every sample's kernel, and multiply it with the sample's unfolded input, all
-samples in one batched product. It uses only operations that every device, compiler and exporter knows.
+"""Implementation "batched": assemble every sample's kernel and multiply it with the sample's unfolded input, in one
+batched matrix product. It uses only operations that every device, compiler and exporter supports.
 
-Unfolded, an input has a row for each of its channels at each tap (position of the kernel), and in it what the output
-positions read there: P times the input. Pointwise and linear layers have one tap; their input is unfolded as it is.
+An unfolded input has a row for each channel at each tap (position of the kernel), with the values that the output
+positions read there: P times the numbers of the input. Pointwise and linear layers have one tap and unfold nothing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Implementation "blocks": a block of kernels at a time, multiplied with runs of the input (strips.py) where they lie.
+"""Implementation "blocks": make a block of kernels at a time, and multiply it with runs of the input (strips.py).
 
-A block is some rows of every cell, for all samples or, where that is too much, for some. One matrix product makes its
-mixtures (mixing.py), in the order (tap, input cell, sample, output cell), that is as a matrix for each sample at each
-tap and input cell: nothing is moved before it is applied. A block stays in a processor's cache, and the batch's kernels
-never exist at once: the backward pass makes them again.
+A block is some rows of every cell, for all samples or, if that is too much, for some. One matrix product makes its
+mixtures (mixing.py) in the order (tap, input cell, sample, output cell), which is a matrix for each sample at each tap
+and input cell, ready to be applied without a copy. A block stays in a CPU's cache. The batch's kernels never exist all
+at once; the backward pass makes them again.
 
 Shapes: `B` batch, `b` samples of a block; `P` taps, `R = C_out / o` and `C = C_in / i` cells across, `m = P * R * C`
 mixtures of `J` terms; cells of `o` by `i`, `r` rows of each in a block; `L` length of a run.
@@ -20,13 +20,13 @@ from kw.compute.geometry import Geometry, Grid, empty_like
 from kw.compute.mixing import Block, is_shared
 from kw.compute.strips import Strips, empty
 
-# Entries of mixtures in a block. On a CPU, where rows are cut, 16 MB, which stay in the cache; where samples are, 28
-# MB, so that cells are read less often: above 32 MiB the usual allocator takes memory from the system each time anew,
-# at the price of a page fault every 4 KiB. A GPU wants larger products.
+# Entries of mixtures in a block. On a CPU, 16 MB (fits the cache) if rows of cells are cut, and 28 MB if the batch is
+# cut, to read cells less often. Above 32 MiB the usual allocator requests memory from the system for every tensor, with
+# a page fault every 4 KiB. A GPU needs larger products.
 ENTRIES = 4 << 20
 ENTRIES_OF_SAMPLES = 7 << 20
 ENTRIES_ON_GPU = 1 << 26
-ROWS = 48  # that a block's kernels should have at least: products of fewer rows are slow
+ROWS = 48  # least rows of a block's kernels: products of fewer rows are slow
 
 
 def forward(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
@@ -61,8 +61,7 @@ def backward(
     needed: tuple[bool, bool, bool],
     total: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to `total` if there is
-    one."""
+    """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to a `total`."""
     low_weights, low_basis = weights.to(x.dtype), basis.to(x.dtype)
     grad_x = _grad_input(grad, x, low_weights, low_basis, geometry) if needed[0] else None
     grad_weights = weights.new_zeros(weights.shape, dtype=_sums(weights.dtype)) if needed[1] else None
@@ -101,7 +100,7 @@ def _add_grads_of_kernels(
     grad_weights: Tensor | None,
     grad_basis: Tensor | None,
 ) -> None:
-    """Add the gradients of the weights and of the basis to what is there."""
+    """Add to the gradients of the weights and of the basis, in place."""
     strips = Strips(tuple(x.shape[2:]), geometry)
     samples, blocks = _mixture_blocks(x, basis, geometry)
     o, i = basis.shape[-2:]
@@ -114,8 +113,8 @@ def _add_grads_of_kernels(
 
 
 def _kernel_blocks(x: Tensor, basis: Tensor, geometry: Geometry) -> tuple[list[slice], list[slice]]:
-    """Cuts for kernels: samples, and rows of each cell. Some rows of all cells have to be copied together first; so
-    rows are cut where the mixtures outnumber the cells, samples where they do not."""
+    """How to cut the forward pass: slices of the batch, and of each cell's rows. Some rows of all cells must first be
+    copied together, so rows are cut only where there are more mixtures than cells, and else the batch is."""
     o, i = basis.shape[-2:]
     if not is_shared(basis) or len(x) * geometry.mixtures > len(basis):
         return _mixture_blocks(x, basis, geometry)
@@ -124,7 +123,7 @@ def _kernel_blocks(x: Tensor, basis: Tensor, geometry: Geometry) -> tuple[list[s
 
 
 def _mixture_blocks(x: Tensor, basis: Tensor, geometry: Geometry) -> tuple[list[slice], list[slice]]:
-    """Cuts for gradients: many samples rather than many rows, for a cell and its gradient are read for all at once."""
+    """How to cut the gradients: many samples rather than many rows, to read a cell and its gradient once for all."""
     o, i = basis.shape[-2:]
     entries = _entries(x, ENTRIES)
     some, least = len(x), min(o, math.ceil(ROWS / geometry.grid[1]))
@@ -134,7 +133,7 @@ def _mixture_blocks(x: Tensor, basis: Tensor, geometry: Geometry) -> tuple[list[
 
 
 def _slices(size: int, most: int) -> list[slice]:
-    """`size` in pieces of about equal length."""
+    """Slices of about equal length, `most` at most, that cover `size`."""
     each = math.ceil(size / math.ceil(size / most))
     return [slice(at, min(at + each, size)) for at in range(0, size, each)]
 
@@ -146,7 +145,8 @@ def _entries(x: Tensor, on_cpu: int) -> int:
 def _add_grad_inputs(
     grads: dict[tuple[int, ...], Tensor], of_rows: Tensor, kernels: Tensor, strips: Strips, first: bool
 ) -> None:
-    """Add what a block's outputs `(b, R * r, length)` give to the gradients of the input's phases."""
+    """Add to the gradients of the input's phases what the gradients of a block's outputs `(b, R * r, length)`
+    contribute."""
     seen = set() if first else set(grads)
     for p, tap in enumerate(strips.taps):
         read_by = strips.grad_reads(of_rows, tap)
@@ -176,7 +176,7 @@ def _rows(strip: Tensor, rows: slice, o: int, groups: int) -> Tensor:
 
 
 def _add_product(total: Tensor, kernels: Tensor, read: Tensor, first: bool) -> None:
-    """`total += kernels @ read`, without the old total at first: `(b, M, L)`, `(b, M, K)`, `(b, K, L)`."""
+    """`total += kernels @ read`, or `total = ...` at first: `(b, M, L)`, `(b, M, K)`, `(b, K, L)`."""
     if total.dtype != read.dtype:
         product_of = torch.bmm(kernels, read)
         _ = total.copy_(product_of) if first else total.add_(product_of)
@@ -187,5 +187,5 @@ def _add_product(total: Tensor, kernels: Tensor, read: Tensor, first: bool) -> N
 
 
 def _sums(dtype: torch.dtype, of: int = 2) -> torch.dtype:
-    """The type in which so many summands are added up: half precision would lose them."""
+    """The dtype in which `of` summands are added up: half precision would lose them."""
     return torch.promote_types(dtype, torch.float32) if of > 1 else dtype

@@ -1,25 +1,25 @@
-"""What each choice costs, by a model small enough to follow, and so which one to take.
+"""A linear cost model of each implementation, and the choice of the cheapest.
 
-A choice's time for a batch is the sum of what it does, each at a price of the device (prices.py):
+The time of a choice for a batch is a sum of quantities of work, each times a price of the device (prices.py):
 
-    apply    multiply-adds with the kernels: |W| * S a sample
-    mix      multiply-adds that make them of the cells: |W| * n a sample. "inputs" mixes the input's taps instead:
-             |W| * S * n / o, and applies |W| * S * n / T
-    mix folded  multiply-adds that make them of folded kernels: |W| * J a sample
-    fold     multiply-adds that fold the cells: |W| * n * (H + 1) for the whole batch
-    entry    the kernels' |W| numbers a sample, written and read again; "grouped" also moves them
-    new      those of them that come in new memory: of "grouped", where the batch's do not fit what the allocator keeps
-    io       the samples' inputs and outputs; of pointwise and linear layers, these two have prices of their own
-    copy     numbers copied beside: the unfolded input of "batched"; the taps and the mixed inputs of "inputs"
-    cell     numbers of the warehouse, or of folded kernels, read once for all samples: most of the time of a single one
-    fixed    one, for each call of a layer
-    call     products that "blocks" calls the library for: each tap and input cell of each block
+    apply       multiply-adds with the kernels: |W| * S a sample
+    mix         multiply-adds that make kernels from cells: |W| * n a sample. "inputs" mixes the input's taps instead:
+                |W| * S * n / o, and applies |W| * S * n / T
+    mix folded  multiply-adds that make kernels from folded kernels: |W| * J a sample
+    fold        multiply-adds that fold the cells: |W| * n * (H + 1) a batch
+    entry       the kernels' |W| numbers a sample, written and read; "grouped" also moves them
+    new         kernel entries that need new pages from the system ("grouped" only, above what the allocator keeps)
+    io          numbers of inputs and outputs; io and apply have separate prices for pointwise and linear layers
+    copy        other numbers copied: the unfolded input of "batched", the taps and the mixed inputs of "inputs"
+    cell        numbers of the warehouse, or of folded kernels, read once a batch; they dominate for one sample
+    fixed       1, the cost of calling a layer
+    call        matrix products that "blocks" calls: one for each tap and input cell of each block
 
 `|W|` entries of the kernel, `S` output positions, `n` cells of `o` by `i`, `H` hidden features, `J = H + 1` terms of a
 folded kernel's sum, `T = P * C_in / i` cells that an output cell reads.
 
-A choice is weighed only where its prices were measured. On a GPU of a kind without a table nothing is weighed: kernels
-are applied by "triton" where it applies, else by batched products, and made by the fewest multiply-adds.
+Only choices with measured prices are compared. On a GPU without a table, kernels are applied by "triton" where it
+applies, else by batched products, and made by the fewest multiply-adds.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from kw.compute.blocks import ENTRIES, ENTRIES_ON_GPU
 from kw.compute.geometry import Geometry
 from kw.compute.prices import Table, table
 
-HELD = 8 << 20  # numbers (32 MiB): memory for more comes new from the system each time, page fault by page fault
-UNMEASURED = ("triton", "batched", "grouped")  # on a GPU without a table, in this order
+HELD = 8 << 20  # numbers (32 MiB) that the allocator keeps; it requests larger tensors from the system each time
+UNMEASURED = ("triton", "batched", "grouped")  # order of preference on a GPU without a table
 
 Quantities = dict[str, float]
 
 
 class Choice(NamedTuple):
-    """How a layer's kernels are made ("cells", "folded"), and how they are applied (`kw.compute.IMPLEMENTATIONS`)."""
+    """How a layer's kernels are made ("cells", "folded") and applied (`kw.compute.IMPLEMENTATIONS`)."""
 
     make: str
     apply: str
 
 
 def applies(name: str, make: str, x: Tensor, geometry: Geometry) -> bool:
-    """Whether an implementation can compute the layer of this input. Depthwise and grouped kernels are small: the plain
-    way is good for them. So it is for an empty batch, and for cells that span positions, which only ablations have."""
+    """Whether an implementation can compute the layer for this input. "grouped" computes the rest: depthwise and
+    grouped kernels, which are small, empty batches, and cells that span positions, which only ablations have."""
     if name == "grouped":
         return True
     if len(x) == 0 or geometry.groups != 1 or geometry.spans_positions:
@@ -62,12 +62,12 @@ def applies(name: str, make: str, x: Tensor, geometry: Geometry) -> bool:
 def work(
     choice: Choice, x_shape: tuple[int, ...], cells_shape: tuple[int, ...], geometry: Geometry, features: int, kind: str
 ) -> Quantities:
-    """What a choice does for the batch, by the names above.
+    """The quantities of work of a choice for the batch, by the names above.
 
     Args:
         x_shape: `(B, C_in, *space)`.
         cells_shape: `(n, o, i)`; or `(J, m, o, i)` where each mixture has a basis already.
-        features: H; of no consequence for "cells".
+        features: H; "cells" does not use it.
         kind: of the device.
     """
     n, (o, i) = cells_shape[0], cells_shape[-2:]
@@ -83,7 +83,7 @@ def work(
             "cell": n * o * i,
             "fixed": 1,
         }
-    # Pointwise layers, linear ones among them, are another kind of work for the libraries.
+    # Libraries compute pointwise and linear layers by other code.
     of_kind = " pointwise" if P == 1 else ""
     done: Quantities = {
         f"apply{of_kind}": kernels * positions,
@@ -111,11 +111,11 @@ def multiply_adds(done: Quantities) -> float:
 
 
 def cost(choice: Choice, done: Quantities, prices: Table, step: bool) -> float | None:
-    """Nanoseconds expected for the batch; None where the choice was not measured.
+    """Expected nanoseconds for the batch; None if the choice was not measured.
 
     Args:
-        done: what the choice does (`work`).
-        step: forward and backward, not forward alone.
+        done: the choice's quantities of work.
+        step: forward and backward, not only forward.
     """
     known = (prices.step if step else prices.forward).get(choice.apply, {})
     if any(name.startswith(("mix", "fold")) and quantity and name not in known for name, quantity in done.items()):
@@ -132,7 +132,7 @@ def best(
     step: bool,
     kind: str,
 ) -> Choice:
-    """Of the choices that apply, the one that is expected to be fastest. Arguments as of `work` and `cost`."""
+    """The choice that is expected to be fastest. Arguments as in `work` and `cost`."""
     prices = table(kind)
     if prices is None:
         return _unmeasured(possible, x_shape, cells_shape, geometry, features, kind)

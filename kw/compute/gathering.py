@@ -1,10 +1,11 @@
-"""One sum for the gradients of cells that many layers draw from.
+"""One sum for the gradients of cells that many layers share.
 
-Each layer has a gradient for every cell of its warehouse. Left to autograd, each would be a tensor of the warehouse's
-size, made anew and then added to the sum: where the cells are many, that takes longer than all else in a training step.
-So layers draw from `gathered(cells)`, a stand-in with the same numbers. The implementations that make kernels again in
-the backward pass add their gradients to the stand-in's sum, and give autograd none; autograd waits until all layers are
-done, and then takes the sum.
+Each layer has a gradient for every cell of its warehouse. Autograd would make each of them a new tensor of the
+warehouse's size, and then add it to the sum. With many cells that takes longer than the rest of a training step.
+
+So layers read the cells through an identity, an autograd node with a buffer. The implementations that make kernels
+again in the backward pass add their gradients to the buffer and return None. Autograd runs the node's backward after
+those of all layers, and it returns the buffer.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# Which pass of the autograd engine this thread is in, and calls when a pass ends: torch's own data-parallel wrappers
-# use both, but they are private. Without them autograd adds up the gradients.
+# The number of the running backward pass, and a call when it ends. Both are private; torch's DDP and FSDP
+# use them too. Without them autograd adds up the gradients, which is slower.
 try:
     _pass: Callable[[], int] = torch._C._current_graph_task_id  # -1 outside of a backward pass
     _at_end: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
@@ -25,7 +26,7 @@ try:
 except AttributeError:
     AVAILABLE = False
 
-Sums = dict[int, Tensor]  # by pass of autograd, as passes may be nested (checkpointing) or end before they come here
+Sums = dict[int, Tensor]  # by backward pass: passes may be nested (checkpointing), or end before they reach the node
 
 
 class _Gather(torch.autograd.Function):
@@ -40,21 +41,53 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-        """`grad` is what came from layers that are computed in other ways, if any were."""
+        """`grad` is the gradient that autograd added up, from layers of other implementations."""
         total: Tensor | None = ctx.sums.pop(_pass(), None)
         if total is None:
             return grad
         return (total if grad is None else total.add_(grad)).to(ctx.dtype)
 
 
-def gathered(cells: Tensor) -> Tensor:
-    """A stand-in for a warehouse's cells, to draw from as often as they are the same tensor."""
-    stand_in: Tensor = _Gather.apply(cells)  # type: ignore[no-untyped-call]
-    return stand_in
+class Gatherer:
+    """Gives out the cells of one warehouse: one autograd node for all layers and steps, while the cells stay the same
+    tensor. Copies and saved files start without a node."""
+
+    cells: Tensor | None
+    identity: Tensor
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def __call__(self, cells: Tensor) -> Tensor:
+        """The cells `(n, o, i)`, or in eager training an identity of them."""
+        eager = type(cells) is nn.Parameter and not torch.compiler.is_compiling() and not _is_traced()
+        if not (AVAILABLE and eager and cells.requires_grad and torch.is_grad_enabled()):
+            return cells
+        if not self._is_of(cells):
+            self.cells, self.identity = cells, _Gather.apply(cells)  # type: ignore[no-untyped-call]
+        _forget_failed(self.identity)
+        return self.identity
+
+    def _is_of(self, cells: Tensor) -> bool:
+        """Whether the node is of these cells, neither moved nor converted to another dtype."""
+        ours = self.identity
+        return self.cells is cells and (ours.data_ptr(), ours.dtype, ours.shape) == (
+            cells.data_ptr(),
+            cells.dtype,
+            cells.shape,
+        )
+
+    def forget(self) -> None:
+        self.cells = None
+        self.identity = torch.empty(0)
+
+    def __reduce__(self) -> tuple[type[Gatherer], tuple[()]]:
+        return Gatherer, ()
 
 
 def sum_of(cells: Tensor) -> Tensor | None:
-    """Within a backward pass, where `cells` is a stand-in: the sum to add to, zeros at first. Else None."""
+    """In a backward pass, the sum to add gradients of `cells` to, zeros at first. None if `cells` is not an identity
+    that a `Gatherer` made."""
     sums: Sums | None = getattr(cells.grad_fn, "sums", None)
     if sums is None:
         return None
@@ -62,22 +95,28 @@ def sum_of(cells: Tensor) -> Tensor | None:
     if now not in sums:
         # Of float32 at least: half precision would lose what many layers add.
         sums[now] = torch.zeros_like(cells, dtype=torch.promote_types(cells.dtype, torch.float32))
-        # A pass that does not ask for gradients of the cells never comes to _Gather.
+        # A pass that does not need gradients of the cells never reaches the node.
         _at_end(partial(_forget, sums, now))
     return sums[now]
 
 
-def forget_failed(stand_in: Tensor) -> None:
-    """In a forward pass, drop what backward passes that ended in an error have left, as for want of memory. Within a
-    backward pass, where checkpointing has forward ones, nothing is dropped."""
-    if _pass() == -1:
-        stand_in.grad_fn.sums.clear()  # type: ignore[union-attr]
-
-
-def _forget(sums: Sums, of: int) -> None:
-    sums.pop(of, None)
-
-
 def in_backward() -> bool:
-    """Whether this thread is within a backward pass, as where activation checkpointing repeats a forward pass."""
+    """Whether this thread is in a backward pass, as where activation checkpointing repeats a forward pass. Always False
+    if torch does not tell."""
     return AVAILABLE and _pass() != -1
+
+
+def _forget_failed(identity: Tensor) -> None:
+    """Drop the sums of backward passes that raised an error, such as out of memory. Within a backward pass nothing is
+    dropped: checkpointing runs forward passes there."""
+    if _pass() == -1:
+        identity.grad_fn.sums.clear()  # type: ignore[union-attr]
+
+
+def _forget(sums: Sums, number: int) -> None:
+    sums.pop(number, None)
+
+
+def _is_traced() -> bool:
+    """Whether torch.jit traces, which accepts no tensor from outside the model that requires a gradient."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]

@@ -1,4 +1,4 @@
-"""How a layer's kernel is cut into cells, and how it is applied: the geometry of one convolution.
+"""The geometry of one convolution: how its kernel is cut into cells, and how it is applied.
 
 Shapes: `B` batch, `P` kernel positions, `R` by `C` cells of a kernel at each position, `o` by `i` channels of a cell.
 """
@@ -16,11 +16,10 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Geometry:
-    """One layer's convolution; a layer has one from its constructor on. A linear layer is a convolution of one
-    position.
+    """The geometry of one layer, made in its constructor. A linear layer is a convolution of one position.
 
     `grid` is `(P, R, C)` with `R = C_out / o` and `C = C_in / groups / i`: the kernel's cells in the order of its
-    mixtures, the last fastest. Where cells span all positions (`i` counts them in), the grid's P is 1.
+    mixtures, the last index fastest. Where cells span all positions (`i` includes them), the grid's P is 1.
     """
 
     grid: Grid
@@ -41,11 +40,11 @@ class Geometry:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether output positions are the input's, each computed from it alone."""
+        """Whether each output position is computed from the same position of the input alone."""
         return self.groups == 1 and set((*self.kernel_size, *self.stride)) == {1} and not any(self.padding)
 
     def out_size(self, space: tuple[int, ...]) -> tuple[int, ...]:
-        """Output positions, for input positions `space`. Raises ValueError if the kernel does not fit into them."""
+        """The output's spatial size for an input of size `space`. Raises ValueError if the kernel does not fit."""
         sizes = zip(space, self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
         out = tuple((x + 2 * pad - d * (k - 1) - 1) // step + 1 for x, pad, d, k, step in sizes)
         if any(size < 1 for size in out):
@@ -56,23 +55,23 @@ class Geometry:
         return out
 
     def empty_out(self, x: Tensor, cell_rows: int) -> Tensor:
-        """Memory for the output, of `R * cell_rows` channels: channels last where they are so in `x`."""
+        """Uninitialized output with `R * cell_rows` channels, in the memory format of `x`."""
         shape = (len(x), self.grid[1] * cell_rows, *self.out_size(tuple(x.shape[2:])))
         return empty(x, shape)
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether the channels of `(B, C, *space)` lie together, as in linear layers' inputs."""
+    """Whether the channels of `(B, C, *space)` are adjacent in memory, as in linear layers' inputs."""
     return x.stride(1) == 1 and x.shape[1] > 1
 
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Memory of a shape `(B, C, *space)`, channels last where they are so in `like`, else contiguous."""
+    """Uninitialized tensor of a shape `(B, C, *space)`: channels last if `like` is, else contiguous."""
     order = [0, *range(2, len(shape)), 1] if channels_last(like) else list(range(len(shape)))  # outermost first
     # It must not be a view: autograd would copy the gradient when the bias is added in place.
     return torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device)
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Memory for a gradient of `(B, C, *space)`."""
+    """Uninitialized gradient of `x` `(B, C, *space)`."""
     return empty(x, tuple(x.shape))

@@ -1,5 +1,5 @@
-"""Implementation "grouped", the plain one, as in the release: assemble every sample's kernel, then one convolution in
-which each sample is a group of its own. The reference for all others."""
+"""Implementation "grouped", as in the release: assemble every sample's kernel, then one grouped convolution in which
+each sample is a group. The reference for all others."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def assemble(weights: Tensor, basis: Tensor, grid: Grid) -> Tensor:
-    """Each sample's kernel, `(B, C_out, C_in / groups, P)`, from its weights `(B, m, J)` and what they are of
-    (mixing.py).
+    """Each sample's kernel, `(B, C_out, C_in / groups, P)`, from its weights `(B, m, J)` and the basis (mixing.py).
 
-    Mixture `(p, a, b)` of `grid = (P, C_out / o, C_in / i)` is the cell at position p, rows `a * o`, columns `b * i`.
+    Mixture `(p, a, b)` of `grid = (P, C_out / o, C_in / i)` is the cell at position p, row `a * o`, column `b * i`.
     """
     o, i = basis.shape[-2:]
     positions, rows, columns = grid
@@ -27,16 +26,16 @@ def assemble(weights: Tensor, basis: Tensor, grid: Grid) -> Tensor:
 
 def grouped(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
     kernels = assemble(weights, basis, geometry.grid)
-    # By the input's channels, for cells may span positions.
+    # From the input's channels, not the grid's: cells may span positions.
     kernels = kernels.view(*kernels.shape[:2], x.shape[1] // geometry.groups, *geometry.kernel_size)
     return per_sample(x, kernels, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
 
 
 def per_sample(x: Tensor, kernels: Tensor, stride: Sizes, padding: Sizes | str, dilation: Sizes, groups: int) -> Tensor:
-    """Convolve each sample `(C_in, *space)` of `x` with its own of `(B, C_out, C_in / groups, *kernel_size)`."""
+    """Convolve each sample of `x` `(B, C_in, *space)` with its kernel `(B, C_out, C_in / groups, *kernel_size)`."""
     batch, channels = x.shape[:2]
     convolve = CONVOLUTIONS[x.dim() - 2]
-    if batch == 0:  # nothing to convolve, but a result of the right shape, with gradients of zero
+    if batch == 0:  # a result of the right shape, with gradients of zero
         return convolve(x, kernels.sum(0), None, stride, padding, dilation, groups)
     wide = x.reshape(1, batch * channels, *x.shape[2:])
     out = convolve(wide, kernels.flatten(0, 1), None, stride, padding, dilation, batch * groups)

@@ -1,23 +1,23 @@
-"""Implementation "triton": a convolution in which each sample has a kernel of its own, as two kernels of Triton.
+"""Implementation "triton": a convolution with a different kernel for each sample, as two Triton kernels.
 
-A convolution is a matrix product, whose left matrix would be the *unfolded* input: a row for each output position, with
-the inputs that it reads side by side. These kernels never write that matrix. They read its blocks from the input where
-they are needed, which is called an implicit product. Nor do they move the sample's kernel: they read it as assembly
-leaves it, cell by cell.
+A convolution is a matrix product with the *unfolded* input: a row for each output position, with the inputs that it
+reads side by side. These kernels never write that matrix. They read its blocks from the input when they need them,
+which is called an implicit GEMM. They read the sample's kernel as it was assembled, cell by cell, without moving it.
 
     out[b, s, n] = sum over taps t and channels c of  x[b, c, position(s, t)] * kernel[b, t, n, c]
 
 Three products are needed, and two kernels do them:
 
-    _convolve        forward; and the gradient of the input, which is a convolution of the gradient with the kernel's
-                     taps in reverse, one for each *phase* (input positions with the same remainder by the stride)
-    _grad_kernels    the gradient of each sample's kernel: for a tap, gradients times the inputs that the tap reads
+    _convolve        forward; and the gradient of the input, which is a convolution of the output's gradient with the
+                     kernel's taps in reverse, one for each *phase* (input positions with the same remainder modulo the
+                     stride)
+    _grad_kernels    the gradient of each sample's kernel: for each tap, output gradients times the inputs that it reads
 
-A reader who has never seen Triton: the function below runs once for each element of a grid, in parallel; each run is a
-*program* and computes one block of one sample's output. Names in capitals are known when the function is compiled,
-others when it is called. `tl.arange` makes a vector of indices; a pointer plus a matrix of offsets is a matrix of
-pointers, and `tl.load` reads what they point to, with 0 where `mask` is false; `tl.dot` is a product by the tensor
-cores, here always summed in float32 (float64 for float64).
+Triton in brief: the function below runs once for each element of a grid, in parallel. Each run is a *program*, which
+computes one block of one sample's output. Names in capitals are constants when the function is compiled; the others are
+arguments of each call. `tl.arange` makes a vector of indices. A pointer plus a matrix of offsets is a matrix of
+pointers; `tl.load` reads what they point to, and 0 where `mask` is false. `tl.dot` is a product on the tensor cores,
+here always summed in float32 (float64 for float64).
 
 Shapes: `B` batch, `P` taps, `R` by `C` cells of a kernel at a tap, `o` by `i` channels of a cell; kernels are
 `(B, P, R, C, o, i)`, inputs and outputs `(B, channels, height, width)` of any strides.
@@ -35,7 +35,7 @@ try:
     import triton
     import triton.language as tl
     from triton import knobs
-except ImportError:  # as on macOS, or an older one than 3.4 (which came with torch 2.8): `samples.applies` says no
+except ImportError:  # as on macOS, or Triton before 3.4 (torch before 2.8): then `samples.applies` is False
     triton = None
 
 AVAILABLE = triton is not None
@@ -44,8 +44,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Block(NamedTuple):
-    """How much one program computes, and with what: rows, columns and depth of its product, warps of 32 threads, and
-    how many steps ahead it loads (each takes `(rows + columns) * depth` numbers of shared memory)."""
+    """The work of one program: rows, columns and depth of its product; warps of 32 threads; and pipeline stages, each
+    of which takes `(rows + columns) * depth` numbers of shared memory."""
 
     rows: int
     columns: int
@@ -55,24 +55,24 @@ class Block(NamedTuple):
 
 
 def blocks(rows: int, columns: int, dtype: torch.dtype) -> Block:
-    """For a product of so many rows and columns: the largest block of which not much is empty.
+    """The block for a product of so many rows and columns: the largest that stays mostly full.
 
-    Depth is 128 bytes, a line of the cache. With 3 stages no block needs more than 96 KiB of shared memory; a
-    multiprocessor has 164 (capability 8.0) or 228 (9.0), so that two programs fit.
+    Depth is 128 bytes, a cache line. With 3 stages no block needs more than 96 KiB of shared memory. A multiprocessor
+    has 164 KiB (compute capability 8.0) or 228 KiB (9.0).
     """
     height, width = _side(rows), _side(columns)
     return Block(height, width, 128 // dtype.itemsize, 8 if height * width >= 128 * 128 else 4, 3)
 
 
 def _side(size: int) -> int:
-    """The side of a block that wastes least, where each block costs as much as 8 more rows."""
+    """The side of a block that wastes least, if each block costs as much as 8 more rows."""
     return min((128, 64, 16), key=lambda side: cdiv(size, side) * (side + 8))
 
 
 if AVAILABLE:
-    # Triton compiles a variant for integers that are 1, multiples of 16, or others. Of strides and channels that makes
-    # loads wide; of these it would only compile more.
-    AS_THEY_ARE = [
+    # Triton compiles variants for integers that are 1, or multiples of 16. For strides and channels that widens loads;
+    # for these arguments it would only mean more compilations.
+    NOT_SPECIALIZED = [
         "height",
         "width",
         "out_width",
@@ -86,18 +86,18 @@ if AVAILABLE:
         "steps",
     ]
 
-    @triton.jit(do_not_specialize=[*AS_THEY_ARE, "positions", "first", "next_h", "next_w", "sum_blocks"])
+    @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "positions", "first", "next_h", "next_w", "sum_blocks"])
     def _convolve(
         source, kernels, out,
-        # How far apart in memory: samples, channels, rows and columns of the source ...
+        # Strides: of the source, by sample, channel, row and column;
         source_b, source_c, source_h, source_w,
-        # ... of the kernels: samples, taps; cells along the sum, channels of a cell along the sum; the same across
+        # of the kernels, by sample and tap; by cell and by channel of a cell, along the sum and across it.
         kernel_b, kernel_t, sum_cell, sum_one, across_cell, across_one,
         out_b, out_c, out_h, out_w,
         height, width,  # of the source
         positions, out_width,  # of the output: rows times columns, and columns
         sums, across,  # channels of the source, and of the output
-        # The output at (h, w) reads at tap (u, v) the source at (h * move_h + u * tap_h + from_h, ...).
+        # At tap (u, v), the output at (h, w) reads the source at (h * move_h + u * tap_h + from_h, ...).
         move_h, move_w, tap_h, tap_w, from_h, from_w,
         # Tap (u, v) is the kernel's position first + u * next_h + v * next_w; v is below `taps_w`.
         taps_w, first, next_h, next_w,
@@ -106,13 +106,13 @@ if AVAILABLE:
         SUM_CELL: tl.constexpr, ACROSS_CELL: tl.constexpr,  # channels of a cell along the sum, and across it
         SUM: tl.constexpr, PRECISION: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-        STEPS: tl.constexpr,  # `steps` for the interpreter, which counts to nothing else; None for the compiler
+        STEPS: tl.constexpr,  # `steps` for the interpreter, whose loops need a constant; None for the compiler
     ):  # fmt: skip
-        # Which block of which sample this program computes.
+        # The block and the sample of this program.
         column_blocks = tl.cdiv(across, COLUMNS)
         position = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
         column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-        sample = tl.program_id(1).to(tl.int64)  # times a stride, it may be more than 32 bits hold
+        sample = tl.program_id(1).to(tl.int64)  # times a stride, it may exceed 32 bits
         source += sample * source_b
         kernels += sample * kernel_b
         out += sample * out_b
@@ -121,9 +121,7 @@ if AVAILABLE:
         of_column = column // ACROSS_CELL * across_cell + column % ACROSS_CELL * across_one
 
         total = tl.zeros((ROWS, COLUMNS), SUM)
-        for step in range(
-            steps if STEPS is None else STEPS
-        ):  # a tap after the other, and of each one block of channels after the other
+        for step in range(steps if STEPS is None else STEPS):  # over taps, and over each tap's blocks of channels
             tap = step // sum_blocks
             depth = step % sum_blocks * DEPTH + tl.arange(0, DEPTH)
             u = tap // taps_w
@@ -136,7 +134,7 @@ if AVAILABLE:
             of_depth = depth // SUM_CELL * sum_cell + depth % SUM_CELL * sum_one
             read = kernels + (first + u * next_h + v * next_w) * kernel_t + of_depth[:, None] + of_column[None, :]
             right = tl.load(read, mask=(depth < sums)[:, None] & (column < across)[None, :], other=0.0)
-            if STEPS is not None:  # nor does the interpreter multiply bfloat16
+            if STEPS is not None:  # the interpreter cannot multiply bfloat16
                 left = left.to(SUM)
                 right = right.to(SUM)
             total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=SUM)
@@ -145,24 +143,24 @@ if AVAILABLE:
             write, total.to(out.dtype.element_ty), mask=(position < positions)[:, None] & (column < across)[None, :]
         )
 
-    @triton.jit(do_not_specialize=[*AS_THEY_ARE, "position_count"])
+    @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "position_count"])
     def _grad_kernels(
         grad, source, out,
         grad_b, grad_c, grad_h, grad_w,
         source_b, source_c, source_h, source_w,
-        # How far apart in the gradient of the kernels: samples, taps, cells and channels of outputs, and of inputs.
+        # Strides of the gradient of the kernels: by sample and tap; by cell and channel of outputs, and of inputs.
         out_b, out_t, row_cell, row_one, column_cell, column_one,
         height, width,  # of the source
         out_width, rows, columns,  # of `grad`; channels of outputs and inputs
-        move_h, move_w, tap_h, tap_w, from_h, from_w,  # as above
+        move_h, move_w, tap_h, tap_w, from_h, from_w,  # as in `_convolve`
         taps_w, position_count,
         steps,  # blocks of DEPTH positions
         ROW_CELL: tl.constexpr, COLUMN_CELL: tl.constexpr,
         SUM: tl.constexpr, PRECISION: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-        STEPS: tl.constexpr,  # `steps` for the interpreter, which counts to nothing else; None for the compiler
+        STEPS: tl.constexpr,  # `steps` for the interpreter, whose loops need a constant; None for the compiler
     ):  # fmt: skip
-        # Which tap, and which block of one sample's kernel at it, this program computes.
+        # The tap, and the block of one sample's kernel there, of this program.
         column_blocks = tl.cdiv(columns, COLUMNS)
         blocks_of_tap = tl.cdiv(rows, ROWS) * column_blocks
         tap = tl.program_id(0) // blocks_of_tap
@@ -189,7 +187,7 @@ if AVAILABLE:
             inside = known & (y >= 0) & (y < height) & (x >= 0) & (x < width)
             read = source + (y * source_h + x * source_w)[:, None] + (column * source_c)[None, :]
             right = tl.load(read, mask=inside[:, None] & (column < columns)[None, :], other=0.0)
-            if STEPS is not None:  # nor does the interpreter multiply bfloat16
+            if STEPS is not None:  # the interpreter cannot multiply bfloat16
                 left = left.to(SUM)
                 right = right.to(SUM)
             total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=SUM)
@@ -219,8 +217,8 @@ def forward(x: Tensor, kernels: Tensor, geometry: Geometry, out: Tensor) -> None
 def grad_input(grad: Tensor, kernels: Tensor, geometry: Geometry, out: Tensor) -> None:
     """Write the gradient of the input to `out`, from that of the output.
 
-    Input position q was read at tap u by output position (q + padding - u * dilation) / stride, where that is whole:
-    for the q of one phase, at every `step`-th tap, and there by positions one after the other.
+    Output position (q + padding - u * dilation) / stride reads input position q at tap u, if that is an integer. For
+    the q of one phase it is one at every `step`-th tap, and there successive q have successive readers.
     """
     _, R, C, o, i = kernels.shape[1:]
     grad, out, plane = _plane(grad), _plane(out), Plane.of(geometry)
@@ -261,14 +259,13 @@ def grad_kernels(grad: Tensor, x: Tensor, geometry: Geometry, out: Tensor) -> No
     )  # fmt: skip
 
 
-# Of one dimension, for the input positions of a phase: the first tap at which something reads them, how many taps on
-# the next one is, how many there are; how far the reader moves for each of these taps; and which one reads the first
-# position.
+# For the input positions of a phase, in one dimension: the first tap at which an output reads them, the step to the
+# next such tap, their number, how far the reader moves for each, and the reader of the first position.
 Taps = tuple[int, int, int, int, int]
 
 
 class Plane(NamedTuple):
-    """A geometry of one or two dimensions as one of two."""
+    """A geometry of one or two dimensions, in two dimensions."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -281,7 +278,7 @@ class Plane(NamedTuple):
         return Plane(*((neutral, *size)[-2:] for neutral, size in zip((1, 1, 0, 1), sizes, strict=True)))  # type: ignore[arg-type]
 
     def phases(self, size: tuple[int, ...]) -> list[tuple[int, int, tuple[Taps, Taps] | None]]:
-        """The first position of each phase of an input of `size`, and its taps; None where there are none."""
+        """The first position of each phase of an input of `size`, and its taps; None if no tap reads it."""
         found: list[tuple[int, int, tuple[Taps, Taps] | None]] = []
         for y in range(min(self.stride[0], size[0])):
             for x in range(min(self.stride[1], size[1])):
@@ -300,8 +297,8 @@ class Plane(NamedTuple):
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether Triton compiles for this device: NVIDIA's from capability 8.0 on. Without a GPU, for fake tensors on one,
-    the answer is yes."""
+    """Whether Triton compiles for this device: NVIDIA GPUs from compute capability 8.0 on. True for fake tensors on a
+    machine without a GPU."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
@@ -313,7 +310,7 @@ def _plane(x: Tensor) -> Tensor:
 
 
 def _options(dtype: torch.dtype, block: Block, steps: int) -> dict[str, Any]:
-    """What the kernels are compiled for."""
+    """Constants to compile the kernels with."""
     return {
         "SUM": tl.float64 if dtype == torch.float64 else tl.float32,
         "PRECISION": "tf32" if dtype == torch.float32 and tf32() else "ieee",
@@ -331,7 +328,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def tf32() -> bool:
-    """Whether torch lets convolutions of float32 be computed in TF32, by its new setting or the older one."""
+    """Whether torch allows TF32 for convolutions of float32, by its new setting or the older one."""
     convolutions = getattr(torch.backends.cudnn, "conv", None)
     if convolutions is None:
         return torch.backends.cudnn.allow_tf32

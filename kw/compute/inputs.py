@@ -1,12 +1,12 @@
-"""Implementation "inputs": mix the inputs, not the cells. For layers whose kernel is applied at few positions, once or
-four times.
+"""Implementation "inputs": mix the inputs in place of the cells. It pays where a kernel is applied at few positions,
+one or four.
 
-A convolution with a mixture of cells is a sum over cells of each cell's product with a mixture of the input's taps:
+A convolution with a mixture of cells is a sum over cells, of each cell's product with a mixture of the input's taps:
 
     out[s] = sum_t (sum_j alpha[t, j] cell_j) @ tap_t[s] = sum_j cell_j @ (sum_t alpha[t, j] tap_t[s])
 
-So no kernel is assembled: the inner sum is a small product per position, and the outer one a single large product for
-the whole batch, with the cells side by side. `n * S / T` products with a cell for an output group, in place of `n + S`.
+So no kernel is assembled. The inner sum is a small product per position, the outer one a single large product for the
+batch with the cells side by side. An output group takes `n * S / T` products with a cell in place of `n + S`.
 
 Shapes: `B` batch, `S` output positions, `T = P * C_in / i` cells that an output group reads, `R = C_out / o` groups.
 """
@@ -21,7 +21,7 @@ from kw.compute.strips import Strips
 
 
 def inputs(x: Tensor, alpha: Tensor, cells: Tensor, geometry: Geometry) -> Tensor:
-    """For `groups == 1`, and cells that all mixtures share."""
+    """For `groups == 1`, and a basis that all mixtures share."""
     n, o, i = cells.shape
     P, R, C = geometry.grid
     strips = Strips(tuple(x.shape[2:]), geometry)

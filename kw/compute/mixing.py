@@ -1,12 +1,12 @@
-"""How a batch's kernels are made: each of its mixtures is a sum of kernel cells with weights of the sample's own.
+"""How a batch's kernels are made: each mixture of a sample is a weighted sum over a basis.
 
     mixture[b, t] = sum_j weights[b, t, j] * basis[j]        "cells": all mixtures share the cells of their warehouse
-    mixture[b, t] = sum_j weights[b, t, j] * basis[j, t]     "folded": each mixture has a basis of its own
+    mixture[b, t] = sum_j weights[b, t, j] * basis[j, t]     "folded": each mixture has its own basis
 
-The basis is what is summed: the warehouse's cells, or folded kernels. "folded" is for attentions that are affine in the
-H hidden features of a sample, up to one factor for each mixture. Then the cells are first summed into H + 1 kernels,
-one for each hidden feature and one for the constant term, once a batch (`kw.attention.Attention.fold`). A sample's
-kernel is a sum of these: `|W| (H + 1)` multiply-adds a sample in place of `|W| n`, and `|W| n (H + 1)` once a batch.
+"folded" is possible where attentions are affine in the H hidden features of a sample, up to one factor for each
+mixture. Then the cells are first summed into H + 1 kernels, one for each hidden feature and one for the constant term,
+once a batch (`kw.attention.Attention.fold`). A sample's kernel is a weighted sum of these. That takes `|W| (H + 1)`
+multiply-adds a sample in place of `|W| n`, and `|W| n (H + 1)` once a batch.
 
 Shapes: `B` batch, `b` samples of it, `m = P * R * C` mixtures of a layer in the order of its grid, `J` terms of a sum,
 `o` by `i` channels of a cell, `r` rows of it. `weights` are `(B, m, J)`, `basis` is `(J, o, i)` or `(J, m, o, i)`.
@@ -20,7 +20,7 @@ from torch import Tensor
 from kw.compute.geometry import Grid
 from kw.compute.product import product
 
-PIECE = 1 << 20  # entries of the cells' gradient that are added at a time, to stay in a CPU's cache
+PIECE = 1 << 20  # entries of the cells' gradient to add at a time, to stay in a CPU's cache
 
 
 def is_shared(basis: Tensor) -> bool:
@@ -52,7 +52,7 @@ def mix_into(out: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
 
 def grad_weights(grad: Tensor, basis: Tensor) -> Tensor:
     """The gradient of the weights `(B, m, J)`, from that of the mixtures `(B, m, o, i)`. Contiguous, as the operator's
-    fake promises; not differentiable."""
+    fake implementation says; not differentiable."""
     grad = grad.flatten(2)
     if is_shared(basis):
         return (grad.flatten(0, 1) @ basis.flatten(1).t()).view(*grad.shape[:2], -1)
@@ -73,11 +73,11 @@ def grad_basis(grad: Tensor, weights: Tensor, shape: torch.Size) -> Tensor:
 
 class Block:
     """The mixtures of some samples and some rows of every cell, in the order (tap, input cell, sample, output cell):
-    so they are a matrix for each sample at each tap and input cell, where they lie. Without gradients of its own.
+    one matrix for each sample at each tap and input cell. Not differentiable.
 
     Args:
         weights: of these samples, `(b, m, J)`.
-        basis: whole.
+        basis: all of it.
         grid: `(P, R, C)`.
     """
 
@@ -102,7 +102,7 @@ class Block:
         return mixtures.reshape(P, C, self.samples, -1, self.basis.shape[-1])
 
     def add_grads(self, grad: Tensor, rows: slice, grad_weights: Tensor | None, grad_basis: Tensor | None) -> None:
-        """From the gradient of `mix(rows)`, add that of the weights `(b, m, J)`, and that of the basis."""
+        """Add what the gradient of `mix(rows)` adds to the gradients of the weights `(b, m, J)` and the basis."""
         P, R, C = self.grid
         terms = self.basis.shape[0]
         if is_shared(self.basis):

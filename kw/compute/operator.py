@@ -1,7 +1,7 @@
-"""The implementations that make kernels again in the backward pass ("blocks", "triton"), as one operator of torch.
+"""The implementations that make kernels again in the backward pass ("blocks", "triton"), as one custom operator.
 
-As an operator, torch.compile takes them as they are, in place of unrolling their loops. Their gradients are written by
-hand: only the input, the weights and the basis (mixing.py) are kept for the backward pass.
+torch.compile does not trace into an operator, and so does not unroll their loops. Their gradients are written by hand,
+and keep only the input, the weights and the basis (mixing.py) for the backward pass.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def remade(name: str) -> Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]:
             and not torch.compiler.is_compiling()
             and type(x) in (Tensor, torch.nn.Parameter)
         )
-        if eager:  # the operator's own costs are as much as a small layer's
+        if eager:  # the operator's overhead is as much as a small layer
             out: Tensor = REMADE[name].forward(x, weights, basis, geometry)
             return out
         return _forward(  # type: ignore[no-any-return]
@@ -106,7 +106,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            f"A gradient of a gradient (create_graph=True) cannot be taken of layers computed by {ctx.how[0]!r}: "
+            f"Implementation {ctx.how[0]!r} has no gradient of its gradient (create_graph=True): "
             f'run the forward pass within kw.functional.use("grouped").'
         )
     needed = ctx.needs_input_grad[:3]

@@ -1,9 +1,8 @@
-"""Implementation "triton", for GPUs: some samples at a time, their kernels are made, applied where they lie, and
-dropped.
+"""Implementation "triton", for GPUs: make the kernels of some samples at a time, and apply them without a copy.
 
-Kernels are made by one matrix product (mixing.py). They are applied by a kernel of Triton that unfolds and moves
-nothing (implicit.py); those of pointwise and linear layers, which lie as matrices, by batched products of the library.
-The backward pass makes them again, so that a batch's kernels never exist at once.
+One matrix product makes the kernels (mixing.py). A Triton kernel applies them, without unfolding the input
+(implicit.py); kernels of pointwise and linear layers are matrices, which torch's batched products apply. The backward
+pass makes the kernels again, so that a batch's kernels never exist all at once.
 
 Shapes: `B` batch, `P` taps, `R` by `C` cells of a kernel at a tap, `o` by `i` channels of a cell, `S` positions.
 """
@@ -20,8 +19,8 @@ from kw.compute import implicit
 from kw.compute.geometry import Geometry, empty_like
 from kw.compute.mixing import grad_basis, grad_weights, mix_into
 
-ENTRIES = 1 << 27  # of kernels at a time: 256 MiB in half precision, enough for products of any size to fill a GPU
-SAMPLES = 65_535  # at a time, the most that CUDA takes along the second axis of a grid
+ENTRIES = 1 << 27  # kernel entries at a time: 256 MiB in half precision, enough to fill a GPU with products of any size
+SAMPLES = 65_535  # at a time: CUDA's limit for the second axis of a grid
 
 
 def forward(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
@@ -46,8 +45,7 @@ def backward(
     needed: tuple[bool, bool, bool],
     total: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to `total` if there is
-    one."""
+    """The gradients of `x`, `weights` and `basis`, where needed; that of `basis` is added to a `total`."""
     with _device_of(x):
         return _backward(grad, x, weights, basis, geometry, needed, total)
 
@@ -65,53 +63,53 @@ def _backward(
     grad_x = empty_like(x) if needed[0] else None
     of_weights: list[Tensor] = []
     of_basis = total
-    for part, kernels in _kernels(x, low_weights, low_basis, geometry, made=needed[0]):
+    for part, kernels in _kernels(x, low_weights, low_basis, geometry, filled=needed[0]):
         if grad_x is not None:
             _grad_input(grad[part], kernels, geometry, grad_x[part])
         if not any(needed[1:]):
             continue
-        _grad_kernels(grad[part], x[part], geometry, kernels)  # in the memory of the kernels
+        _grad_kernels(grad[part], x[part], geometry, kernels)  # overwrites the kernels
         mixtures = kernels.flatten(1, 3)  # (b, m, o, i)
         if needed[1]:
             of_weights.append(grad_weights(mixtures, low_basis).to(weights.dtype))
         if needed[2]:
             of_part = grad_basis(mixtures, low_weights[part], basis.shape)
-            # Parts are added up in float32: half precision would lose what many samples add.
+            # Parts add up in float32: half precision would lose what many samples add.
             of_basis = of_part.to(_sums(basis, kernels, x)) if of_basis is None else of_basis.add_(of_part)
-    whole = of_weights[0] if len(of_weights) == 1 else torch.cat(of_weights) if of_weights else None
-    return grad_x, whole, None if of_basis is None else of_basis.to(basis.dtype)
+    joined = of_weights[0] if len(of_weights) == 1 else torch.cat(of_weights) if of_weights else None
+    return grad_x, joined, None if of_basis is None else of_basis.to(basis.dtype)
 
 
 def _sums(basis: Tensor, kernels: Tensor, x: Tensor) -> torch.dtype:
-    """The type of a sum over the parts of a batch."""
+    """The dtype of a sum over the parts of a batch."""
     return basis.dtype if len(kernels) == len(x) else torch.promote_types(basis.dtype, torch.float32)
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of `x` the current one: Triton launches there, whatever the tensors are on. Fake tensors of a
-    GPU that is not there need none."""
+    """Make the device of `x` the current one, because Triton launches there, wherever the tensors are. Fake tensors of
+    a GPU that does not exist do not need it."""
     return torch.cuda.device(x.device) if x.is_cuda and torch.cuda.is_available() else nullcontext()
 
 
 def _kernels(
-    x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry, made: bool = True
+    x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry, filled: bool = True
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The kernels of some samples at a time, `(b, P, R, C, o, i)`; memory for them only, unless `made`."""
+    """The kernels of some samples at a time, `(b, P, R, C, o, i)`; uninitialized unless `filled`."""
     o, i = basis.shape[-2:]
     some = min(SAMPLES, max(1, ENTRIES // (geometry.mixtures * o * i)))
     parts = -(-len(x) // some)
     each = -(-len(x) // parts)  # equal parts, so that none is too small to fill the device
-    memory = x.new_empty(each, geometry.mixtures, o, i)  # of one part after the other
+    memory = x.new_empty(each, geometry.mixtures, o, i)  # used again for each part
     for first in range(0, len(x), each):
         part = slice(first, min(first + each, len(x)))
         kernels = memory[: part.stop - first]
-        if made:
+        if filled:
             mix_into(kernels, weights[part], basis)
         yield part, kernels.view(-1, *geometry.grid, o, i)
 
 
 def _is_matrix(geometry: Geometry) -> bool:
-    """Whether a kernel lies as a matrix `(C_out, C_in)` that is applied at each position."""
+    """Whether a kernel in memory is a matrix `(C_out, C_in)`, applied at each position."""
     return geometry.is_pointwise and geometry.grid[2] == 1
 
 
@@ -135,7 +133,7 @@ def _grad_kernels(grad: Tensor, x: Tensor, geometry: Geometry, out: Tensor) -> N
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out = a @ b`, batch by batch, where `b` and `out` may have their rows or their columns together in memory."""
+    """`out = a @ b`, batched; `b` and `out` may be row-major or column-major."""
     if out.stride(1) == 1 and out.shape[2] > 1:  # channels last
         torch.bmm(b.transpose(1, 2), a.transpose(1, 2), out=out.transpose(1, 2))
     else:
@@ -143,7 +141,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def applies(x: Tensor, geometry: Geometry) -> bool:
-    """Whether this implementation can compute the layer, here and now."""
+    """Whether this implementation can compute the layer for this input, with the software and device at hand."""
     return (
         implicit.AVAILABLE
         and x.dtype in implicit.DTYPES

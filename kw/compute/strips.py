@@ -1,14 +1,14 @@
-"""Inputs laid out so that a convolution is a few products of large matrices, with no copy of the input for each tap.
+"""A layout of inputs that turns a convolution into a few products of large matrices, without a copy for each tap.
 
-A *tap* is one position of a kernel; at a tap, every output position reads one input position. Lay the padded rows of an
-image one behind the other, as a *strip*: what all output positions read at a tap is then one run of the strip, and what
-they read at another tap is the same run, shifted. The zeros behind a row serve as those before the next one. Positions
-between the rows are computed too, and dropped: at 3 x 3 taps one in eight for images of 7 x 7.
+A *tap* is one position of a kernel. At a tap, every output position reads one input position. Put the padded rows of an
+image one after the other, as a *strip*. Then all output positions together read one run of the strip at a tap, and the
+same run, shifted, at another tap. The zeros after a row also serve as those before the next one. Positions between the
+rows are computed too, and dropped: with 3 x 3 taps, one in eight for images of 7 x 7.
 
-With a stride of s, every s-th row and column make up a strip of their own, a *phase*; a tap reads from one phase.
+With a stride of s, every s-th row and column form a separate strip, a *phase*. A tap reads from one phase.
 
-Shapes: `B` batch, `C` channels, `L` length of a run. Strips are `(B, C, length)`; in memory channels are last where
-they are so in the input. Where the only tap is the input itself (pointwise and linear layers), nothing is copied.
+Shapes: `B` batch, `C` channels, `L` length of a run. Strips are `(B, C, length)`, channels last in memory if the input
+is. If the only tap reads the input itself (pointwise and linear layers), nothing is copied.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Position = tuple[int, ...]
 
 
 class Tap(NamedTuple):
-    """A phase's strip, and where in it the run begins."""
+    """The phase that a tap reads, and where its run begins in the phase's strip."""
 
     phase: Position
     start: int
@@ -35,8 +35,8 @@ class Tap(NamedTuple):
 
 @dataclass(frozen=True)
 class Data:
-    """Which rows, columns, ... of the input a phase has: every s-th, from `first` on, `count` of them; they lie in the
-    strip from position `at` on."""
+    """Which rows, columns, ... of the input a phase has: every s-th from `first` on, `count` of them. In the strip they
+    begin at position `at`."""
 
     first: Position
     count: Position
@@ -49,7 +49,7 @@ class Strips:
     def __init__(self, space: tuple[int, ...], geometry: Geometry):
         self.space, self.out, self.stride = space, geometry.out_size(space), geometry.stride
         sizes = zip(space, geometry.padding, self.out, self.stride, strict=True)
-        # Of a row, in positions of the strip: room for its data and the zeros behind, and for the outputs.
+        # Positions of the strip for one row: its data and the zeros after it, and at least the outputs.
         self.widths = tuple(math.ceil(max(x + pad, out * s) / s) for x, pad, out, s in sizes)
         inner = math.prod(self.widths[1:])
         self.run = self.out[0] * inner
@@ -59,36 +59,36 @@ class Strips:
         self.rows = max(
             self.out[0] + math.ceil(last / inner), *(data.at[0] + data.count[0] for data in self.data.values())
         )
-        # Gradients of the input read the outputs' strip, from as far before the run to as far behind it:
+        # Gradients of the input read the outputs' strip, from so far before the run to so far after it:
         spans = [(self._flat(data.at), data.count[0] * inner) for data in self.data.values()]
         self.before = max(0, *(last - start for start, _ in spans))
-        self.behind = max(0, *(start + length - self.run for start, length in spans))
+        self.after = max(0, *(start + length - self.run for start, length in spans))
 
     def lay(self, x: Tensor) -> dict[Position, Tensor]:
-        """The strip of each phase that is read from."""
+        """The strip of each phase that a tap reads."""
         if not channels_last(x):
             x = x.contiguous()
-        whole = (self.rows, *self.widths[1:])
-        if whole == self.space and max(self.stride) == 1:
+        shape = (self.rows, *self.widths[1:])
+        if shape == self.space and max(self.stride) == 1:
             return {self.taps[0].phase: x.flatten(2)}
         strips = {}
         for phase, data in self.data.items():
-            strip = zeros(x, x.shape[1], math.prod(whole))
-            torch.unflatten(strip, 2, whole)[self._block(data.at, data.count)] = x[self._every(data)]
+            strip = zeros(x, x.shape[1], math.prod(shape))
+            torch.unflatten(strip, 2, shape)[self._block(data.at, data.count)] = x[self._every(data)]
             strips[phase] = strip
         return strips
 
     def reads(self, strips: dict[Position, Tensor], tap: Tap) -> Tensor:
-        """What the outputs read at a tap: `(B, C, L)`, a view."""
+        """The input values that the outputs read at a tap: `(B, C, L)`, a view."""
         return strips[tap.phase][:, :, tap.start : tap.start + self.run]
 
     def lay_out(self, grad: Tensor) -> Tensor:
-        """A gradient of the outputs, as a strip with zeros between rows, before and behind."""
+        """A gradient of the outputs, as a strip with zeros between rows, before and after."""
         if not channels_last(grad):
             grad = grad.contiguous()
-        if not self.before and not self.behind and self.tight:
+        if not self.before and not self.after and self.tight:
             return grad.flatten(2)
-        strip = zeros(grad, grad.shape[1], self.before + self.run + self.behind)
+        strip = zeros(grad, grad.shape[1], self.before + self.run + self.after)
         self.outputs(strip[:, :, self.before : self.before + self.run]).copy_(grad)
         return strip
 
@@ -99,23 +99,23 @@ class Strips:
 
     @property
     def tight(self) -> bool:
-        """Whether outputs fill their run, with nothing between rows."""
+        """Whether outputs fill their run, with no positions between rows."""
         return self.widths[1:] == self.out[1:]
 
     def grad_reads(self, strip: Tensor, tap: Tap) -> Tensor:
-        """Of the outputs' strip: which output read each of a phase's inputs at a tap, for all inputs from the first one
-        on, `(B, C_out, inputs)`; a view."""
+        """For each input of a phase, from the first on, the gradient of the output that reads it at a tap:
+        `(B, C_out, inputs)`, a view of the outputs' strip."""
         data = self.data[tap.phase]
         start = self.before + self._flat(data.at) - tap.start
         return strip[:, :, start : start + data.count[0] * math.prod(self.widths[1:])]
 
     def empty_grads(self, x: Tensor, dtype: torch.dtype) -> dict[Position, Tensor]:
-        """For each phase, where the gradients of as many inputs as `grad_reads` gives can be put together."""
+        """For each phase, uninitialized gradients of as many inputs as `grad_reads` has."""
         inner = math.prod(self.widths[1:])
         return {phase: empty(x, x.shape[1], data.count[0] * inner, dtype) for phase, data in self.data.items()}
 
     def put(self, grad_x: Tensor, grads: dict[Position, Tensor]) -> None:
-        """Put the gradients of the phases where they belong in `grad_x`."""
+        """Copy the gradients of the phases to their places in `grad_x`."""
         for phase, grad in grads.items():
             data = self.data[phase]
             rows = torch.unflatten(grad, 2, (data.count[0], *self.widths[1:]))
@@ -140,17 +140,17 @@ class Strips:
         return flat
 
     def _every(self, data: Data) -> tuple[slice, ...]:
-        """What a phase has of `(B, C, *space)`."""
+        """The index of a phase's positions in `(B, C, *space)`."""
         steps = (slice(first, None, s) for first, s in zip(data.first, self.stride, strict=True))
         return (slice(None), slice(None), *steps)
 
     def _block(self, at: Position, count: Position) -> tuple[slice, ...]:
-        """Of `(B, C, *positions)`, so many positions of each dimension."""
+        """The index of `count` positions of each dimension, from `at` on, in `(B, C, *positions)`."""
         return (slice(None), slice(None), *(slice(a, a + c) for a, c in zip(at, count, strict=True)))
 
 
 def empty(like: Tensor, channels: int, length: int, dtype: torch.dtype | None = None) -> Tensor:
-    """`(B, channels, length)`, channels last in memory where they are so in `like`; of its type, or of `dtype`."""
+    """Uninitialized `(B, channels, length)`, channels last in memory if `like` is; of its dtype, or of `dtype`."""
     if channels_last(like):
         return like.new_empty(len(like), length, channels, dtype=dtype).transpose(1, 2)
     return like.new_empty(len(like), channels, length, dtype=dtype)

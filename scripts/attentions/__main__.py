@@ -59,7 +59,7 @@ def write_csv(layers: list[LayerStatistics], classes: list[str], folder: Path) -
         writer = csv.writer(file)
         writer.writerow(["layer", "warehouse", "mixtures", "cells", "owned", *MEANINGS])
         for layer in layers:
-            counts = [*layer.mean.shape, layer.sums.draw.owned]
+            counts = [*layer.mean.shape, layer.sums.share.owned]
             writer.writerow([layer.name, layer.warehouse, *counts, *(getattr(layer, key) for key in MEANINGS)])
     with (folder / "warehouses.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

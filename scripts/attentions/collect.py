@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kw.attention import FUNCTIONS, Attention
 from kw.layers import KWLayer
-from kw.warehouse import Draw
+from kw.warehouse import Share
 from train.jobs.errors import DataError
 
 
@@ -37,7 +37,7 @@ def anchors(attention: Attention) -> Tensor:
 class Sums:
     """What is kept of one layer's attentions."""
 
-    draw: Draw
+    share: Share
     counts: Tensor  # (K,), of images
     anchors: Tensor  # (m, n + 1)
     by_class: Tensor  # (K, m, n + 1), of alpha
@@ -51,17 +51,17 @@ class Sums:
         zeros = torch.zeros_like(start)
         by_class, moved = zeros.new_zeros(classes, *zeros.shape), zeros.new_zeros(classes, len(zeros))
         counts = torch.zeros(classes, dtype=torch.long)
-        return cls(layer.draw, counts, start, by_class, zeros, zeros.clone(), moved)
+        return cls(layer.share, counts, start, by_class, zeros, zeros.clone(), moved)
 
     def add(self, alpha: Tensor, targets: Tensor) -> None:
         """Raises DataError: an attention is not finite, which no mean would survive."""
         if not alpha.isfinite().all():
-            raise DataError(f"Layer {self.draw.kernel.name!r}: its attentions are not finite on these images.")
+            raise DataError(f"Layer {self.share.kernel.name!r}: its attentions are not finite on these images.")
         self.counts += torch.bincount(targets, minlength=len(self.counts))
         self.by_class.index_add_(0, targets, alpha)
         self.absolute += alpha.abs().sum(dim=0)
         self.square += alpha.square().sum(dim=0)
-        if self.draw.anchors is not None:
+        if self.share.anchors is not None:
             self.moved.index_add_(0, targets, (alpha - self.anchors).abs().sum(dim=2) / 2)
 
 
@@ -87,7 +87,7 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes:
 
     def hook(layer: KWLayer):  # type: ignore[no-untyped-def]
         def note(attention: Attention, inputs: tuple[Tensor]) -> None:
-            sums = made.layers.setdefault(layer.draw.kernel.name, Sums.empty(layer, len(classes)))
+            sums = made.layers.setdefault(layer.share.kernel.name, Sums.empty(layer, len(classes)))
             sums.add(attend(attention, inputs[0]).cpu(), targets)
 
         return note

@@ -56,8 +56,8 @@ def _warehouse(name: str, drawing: list[LayerStatistics], classes: int) -> dict[
         maps[str(number)] = torch.cat(means)[:, :-1] - mean
     layers = []
     for layer in drawing:
-        draw = layer.sums.draw
-        own = {"start": draw.start, "owned": draw.owned, "mixtures": draw.mixtures, "anchors": draw.anchors or []}
+        share = layer.sums.share
+        own = {"start": share.start, "owned": share.owned, "mixtures": share.mixtures, "anchors": share.anchors or []}
         layers.append({"name": layer.name, **own, "drawn": _rounded(layer.drawn), "shift": _rounded(layer.shift)})
     packed = {key: _packed(values) for key, values in maps.items()}
     return {"name": name, "cells": mean.shape[1], "layers": layers, "maps": packed, "usage": _rounded(usage(drawing))}

@@ -63,10 +63,10 @@ def draw_heat_map(warehouse: str, drawing: list[LayerStatistics], path: Path) ->
 
 
 def _mark(axes: Any, layer: LayerStatistics, top: int, dots: bool) -> None:
-    draw, rows = layer.sums.draw, len(layer.shift)
-    frame = (draw.start - 0.5, top - 0.5)
-    axes.add_patch(Rectangle(frame, draw.owned, rows, fill=False, edgecolor="black", linewidth=1.1, clip_on=False))
-    own = [(cell, top + row) for row, cell in enumerate(draw.anchors or ()) if cell < layer.mean.shape[1]]
+    share, rows = layer.sums.share, len(layer.shift)
+    frame = (share.start - 0.5, top - 0.5)
+    axes.add_patch(Rectangle(frame, share.owned, rows, fill=False, edgecolor="black", linewidth=1.1, clip_on=False))
+    own = [(cell, top + row) for row, cell in enumerate(share.anchors or ()) if cell < layer.mean.shape[1]]
     if own and dots:
         axes.scatter(*zip(*own, strict=True), s=4, color="black", linewidths=0)
 

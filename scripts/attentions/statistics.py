@@ -56,7 +56,7 @@ class LayerStatistics:
 
     @property
     def warehouse(self) -> str:
-        return self.sums.draw.warehouse.name
+        return self.sums.share.warehouse.name
 
 
 def layer_statistics(name: str, sums: Sums) -> LayerStatistics:
@@ -65,9 +65,9 @@ def layer_statistics(name: str, sums: Sums) -> LayerStatistics:
     variance = (sums.square / images - mean.square()).clamp(min=0)
     shares = absolute / absolute.sum(dim=1, keepdim=True)  # (m, n + 1)
     drawn = _by_owner(shares.mean(dim=0), sums)
-    here = [draw.kernel.name for draw in sums.draw.warehouse.draws].index(name)
+    here = [share.kernel.name for share in sums.share.warehouse.shares].index(name)
     own, zero = float(drawn[here]), float(drawn[-1])
-    is_anchored = sums.draw.anchors is not None
+    is_anchored = sums.share.anchors is not None
     entropy = -torch.special.xlogy(shares, shares).sum(dim=1)
     shift = sums.moved.sum(dim=0) / images
     of_class = sums.by_class / counts.clamp(min=1).view(-1, 1, 1)
@@ -76,7 +76,7 @@ def layer_statistics(name: str, sums: Sums) -> LayerStatistics:
         name=name,
         sums=sums,
         own=own,
-        even=sums.draw.owned / mean.shape[1],
+        even=sums.share.owned / mean.shape[1],
         others=max(1 - own - zero, 0.0),
         zero=zero,
         negative=float(((absolute - mean) / 2).sum(dim=1).mean()),
@@ -96,8 +96,8 @@ def layer_statistics(name: str, sums: Sums) -> LayerStatistics:
 
 def _by_owner(cells: Tensor, sums: Sums) -> Tensor:
     """`(n + 1,)` summed up over the cells of each layer of the warehouse, the zero cell last."""
-    draws = sums.draw.warehouse.draws
-    return torch.stack([*(cells[draw.start : draw.start + draw.owned].sum() for draw in draws), cells[-1]])
+    shares = sums.share.warehouse.shares
+    return torch.stack([*(cells[share.start : share.start + share.owned].sum() for share in shares), cells[-1]])
 
 
 def _between(of_class: Tensor, mean: Tensor, variance: Tensor, counts: Tensor) -> float | None:
@@ -123,7 +123,7 @@ def by_warehouse(layers: list[LayerStatistics]) -> dict[str, list[LayerStatistic
     made: dict[str, list[LayerStatistics]] = {}
     for layer in layers:
         made.setdefault(layer.warehouse, []).append(layer)
-    return {name: sorted(drawing, key=lambda layer: layer.sums.draw.start) for name, drawing in made.items()}
+    return {name: sorted(drawing, key=lambda layer: layer.sums.share.start) for name, drawing in made.items()}
 
 
 def warehouse_values(drawing: list[LayerStatistics]) -> dict[str, float | None]:

@@ -48,9 +48,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kw
-from kw.backbones import BACKBONES, STATIC
+from kw.backbones import BACKBONES
 from kw.baselines import BASELINES, check_budget
-from kw.config import parse_budget
+from kw.config import STATIC, parse_budget
 from scripts.bench import timing
 from scripts.bench.choices import DTYPES, add_options
 from scripts.bench.table import FROZEN, MEASURED, Row, draw, markdown, show, write_csv

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import kw
-from kw.freezing import fold, kernels_to_mix
+from kw.folding import fold, kernels_to_mix
 from kw.layers import KWLayer
 from scripts.bench.timing import by_turns
 
@@ -81,7 +81,7 @@ def layers_in_turns(model: nn.Module, image: Tensor, name: str, flush: Tensor) -
     seen = set()
     inputs = inputs_of(model, image)
     for layer in sorted(inputs, key=lambda layer: len(layer.warehouse.cells) / kernels_to_mix(layer)):
-        shape, n, mixed = layer.draw.kernel.shape, len(layer.warehouse.cells), kernels_to_mix(layer)
+        shape, n, mixed = layer.share.kernel.shape, len(layer.warehouse.cells), kernels_to_mix(layer)
         if (shape, n, mixed) in seen:
             continue
         seen.add((shape, n, mixed))
@@ -90,7 +90,7 @@ def layers_in_turns(model: nn.Module, image: Tensor, name: str, flush: Tensor) -
         before, after = in_turns([partial(layer, x), partial(folded, x)], flush)
         print(
             f"{'x'.join(map(str, shape)):>20} {n:>5} {mixed:>4} {n / mixed:>6.1f} {before:>10.2f} {after:>8.2f} "
-            f"{before / after:>5.1f}x {folded.kernels.nbytes / 1e6:>6.1f}",
+            f"{before / after:>5.1f}x {folded.basis.nbytes / 1e6:>6.1f}",
             flush=True,
         )
 

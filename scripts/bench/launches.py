@@ -34,8 +34,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kw
-from kw.backbones import BACKBONES, STATIC
+from kw.backbones import BACKBONES
 from kw.compute import implicit, operator
+from kw.config import STATIC
 from kw.layers import DynamicLayer, KWLayer
 from scripts.bench.choices import DTYPES, add_options, budget
 

@@ -11,7 +11,7 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from kw.backbones import STATIC
+from kw.config import STATIC
 from scripts.bench.timing import Sample
 
 matplotlib.use("Agg")  # no screen is needed

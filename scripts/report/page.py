@@ -6,7 +6,7 @@ import html
 from statistics import mean
 from typing import Any
 
-from kw.baselines.registry import KW, STATIC
+from kw.config import KW, STATIC
 from scripts.report.published import CLASSIFICATION, LABELS
 from scripts.report.rows import NOT_RUN, Row, Section
 from scripts.report.tables import cells, head, left, notes

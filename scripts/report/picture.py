@@ -11,7 +11,7 @@ matplotlib.use("Agg")  # no screen is needed
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from kw.baselines.registry import KW, STATIC
+from kw.config import KW, STATIC
 from scripts.report.page import curve
 from scripts.report.published import LABELS
 from scripts.report.rows import Section

@@ -9,8 +9,7 @@ from typing import Any
 
 import yaml
 
-from kw.baselines.registry import KW, STATIC
-from kw.config import format_budget
+from kw.config import KW, STATIC, format_budget
 
 FILE = Path(__file__).parents[1] / "published.yaml"
 COSTS = FILE.with_name("costs.yaml")

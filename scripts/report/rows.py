@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
-from kw.baselines.registry import KW, STATIC
+from kw.config import KW, STATIC
 from scripts.report.published import CLASSIFICATION, DETECTION, SCORES, Published, departures, published
 from scripts.report.runs import Run
 from scripts.report.steps import Step, cost

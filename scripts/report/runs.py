@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from kw.baselines.registry import KW, STATIC
+from kw.config import KW, STATIC
 from scripts.report.published import CLASSIFICATION, DETECTION, SCORES
 
 MARKS = {"config.yaml", "metrics.jsonl", "summary.json", "settings.json"}  # any of them makes a folder a run's

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kw.backbones import STATIC
+from kw.config import STATIC
 from scripts.report.published import CLASSIFICATION, LABELS
 from scripts.report.rows import DONE, NOT_RUN, UNFINISHED, Row, Section
 from scripts.report.runs import Run
