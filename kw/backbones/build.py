@@ -26,7 +26,7 @@ class Backbone:
 
     Args:
         base: the vanilla model's name in timm.
-        scope: from the budget to the scope to convert with. None, with `config`: `kw.default_scope`.
+        scope: from the budget to the scope to convert with. None: `kw.default_scope`, without `config`.
         config: from the budget and a warehouse's name to its settings, as published or extended to other budgets.
         vanilla: builds the vanilla model; `timm.create_model` unless the published rows differ from timm.
     """
@@ -83,8 +83,8 @@ class Backbone:
             convert(model, self.scope(n), lambda warehouse: self.config(n, warehouse).replace(**settings))
 
     def _features_of(self, model: nn.Module, options: dict[str, Any]) -> nn.Module:
-        """The model within timm's FeatureGetterNet, which keeps it and its warehouses whole; FeatureListNet, timm's
-        default for most models, would take single layers out of it."""
+        """The model in timm's FeatureGetterNet. FeatureListNet, timm's default for most models, would take layers out
+        of the model and leave the warehouses behind."""
         if not hasattr(model, "forward_intermediates"):
             raise ValueError(f"timm takes no features from {self.base}, which has no forward_intermediates.")
         with torch.device("meta"):  # timm's own features, without memory or time for weights

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kw import functional
 from kw.compute import Geometry
 from kw.compute.grouped import per_sample
-from kw.layers import DynamicLayer
+from kw.layers import DynamicLayer, paddings
 from kw.temperature import Tempered
 
 MIN_HIDDEN = 16  # hidden width of an attention, as in ODConv and KernelWarehouse: a few units could all be dead
@@ -31,6 +31,8 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.attention = None
+        padding = self.padding if isinstance(self.padding, str) else tuple(self.padding)
+        self.zeros, self.extra_padding = paddings(padding, self.kernel_size, self.dilation, self.padding_mode)
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
@@ -53,20 +55,16 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
     def convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
         """The convolution without bias, with one kernel `(C_out, C_in / groups, kh, kw)` for all samples, or one for
         each, `(B, C_out, C_in / groups, kh, kw)`."""
+        x = self._padded(x)
         if kernels.dim() == 4:
-            out: Tensor = self._conv_forward(x, kernels, None)
-            return out
-        x, padding = self._padded(x)
-        return per_sample(x, kernels, self.stride, padding, self.dilation, self.groups)
+            return F.conv2d(x, kernels, None, self.stride, self.zeros, self.dilation, self.groups)
+        return per_sample(x, kernels, self.stride, self.zeros, self.dilation, self.groups)
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The input after padding that is not zeros or not the same on both sides, and the padding that remains."""
-        pads = list(self._reversed_padding_repeated_twice)  # left, right, above, below
-        even = (pads[2], pads[0])
-        if self.padding_mode != "zeros":
-            return F.pad(x, pads, mode=self.padding_mode), (0, 0)
-        odd = [0, pads[1] - pads[0], 0, pads[3] - pads[2]]
-        return (F.pad(x, odd) if any(odd) else x), even
+    def _padded(self, x: Tensor) -> Tensor:
+        """The input after padding that is not zeros, or not the same on both sides."""
+        if self.extra_padding is None:
+            return x
+        return F.pad(x, self.extra_padding, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def add_bias(self, out: Tensor) -> Tensor:
         return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)
@@ -104,9 +102,9 @@ class KernelBank(DynamicConv2d):
         basis = self.basis()
         if kernel is None and space is None:
             return self.convolve(x, basis[0].permute(1, 2, 0).reshape(self.kernel_shape))
-        x, padding = self._padded(x)
-        weights = self._weights(kernel, space)
-        geometry = Geometry((self.positions, 1, 1), self.kernel_size, self.stride, padding, self.dilation, self.groups)
+        x, weights = self._padded(x), self._weights(kernel, space)
+        grid = (self.positions, 1, 1)
+        geometry = Geometry(grid, self.kernel_size, self.stride, self.zeros, self.dilation, self.groups)
         setting = functional.setting_of(self)
         choice = functional.choose(setting, x, basis, geometry, needs_grad=weights.requires_grad, makes=("folded",))
         return functional.compute(x, weights, basis, geometry, choice.apply)

@@ -49,8 +49,8 @@ class _Gather(torch.autograd.Function):
 
 
 class Gatherer:
-    """Gives out the cells of one warehouse: one autograd node for all layers and steps, while the cells stay the same
-    tensor. Copies and saved files start without a node."""
+    """The autograd node of one warehouse's cells, for all layers and steps while the cells stay the same tensor. Copies
+    and saved files start without it."""
 
     cells: Tensor | None
     identity: Tensor
@@ -102,7 +102,7 @@ def sum_of(cells: Tensor) -> Tensor | None:
 
 def in_backward() -> bool:
     """Whether this thread is in a backward pass, as where activation checkpointing repeats a forward pass. Always False
-    if torch does not tell."""
+    without torch's private calls."""
     return AVAILABLE and _pass() != -1
 
 

@@ -40,7 +40,7 @@ class Geometry:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether each output position is computed from the same position of the input alone."""
+        """Whether each output position reads only the same position of the input."""
         return self.groups == 1 and set((*self.kernel_size, *self.stride)) == {1} and not any(self.padding)
 
     def out_size(self, space: tuple[int, ...]) -> tuple[int, ...]:
