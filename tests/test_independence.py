@@ -35,10 +35,62 @@ def test_source_imports_torch_timm_and_the_standard_library_alone(source):
     assert imported <= {"kw", "torch", "timm", *optional, *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize(("package", "stranger"), [("train", "detection"), ("detection", "train")])
-def test_train_and_detection_do_not_know_each_other(package, stranger):
-    for source in (Path(kw.__file__).parents[1] / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(source.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not any(name.partition(".")[0] in (stranger, "scripts") for name in names), source
+def imports(source):
+    """Full names of all that a file imports, such as `kw.config.KWConfig`."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name, package):
+    return f"{name}.".startswith(f"{package}.")
+
+
+@pytest.mark.parametrize(
+    ("package", "strangers", "shared"),
+    [("train", ("detection", "scripts"), ()), ("detection", ("train", "scripts"), ("train.jobs",))],
+)
+def test_train_and_detection_share_only_jobs(package, strangers, shared):
+    sources = list((Path(kw.__file__).parents[1] / package).rglob("*.py"))
+    assert sources
+    for source in sources:
+        for name in imports(source):
+            allowed = any(within(name, part) for part in shared)
+            assert allowed or not any(within(name, stranger) for stranger in strangers), f"{source} imports {name}"
+
+
+def reached(module, graph):
+    """All modules of kw that a module imports, also through others."""
+    found, waiting = set(), [module]
+    while waiting:
+        for name in graph[waiting.pop()] - found:
+            found.add(name)
+            waiting.append(name)
+    return found
+
+
+def test_modules_of_kw_do_not_import_each_other_in_a_circle_and_conversion_knows_nothing_of_freezing_and_profiles():
+    root = Path(kw.__file__).parents[1]
+    names = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+    del names["kw"]
+    graph = {
+        module: {
+            max((known for known in names if within(name, known)), key=len, default=None) for name in imports(path)
+        }
+        - {None}
+        for module, path in names.items()
+    }
+    assert {"kw.layers", "kw.temperature"} <= reached("kw.conversion", graph), "the graph has edges"
+    for module in graph:
+        assert module not in reached(module, graph)
+    for module, stranger in [
+        ("conversion", "freezing"),
+        ("conversion", "profiling"),
+        ("released", "freezing"),
+        ("temperature", "freezing"),
+        ("freezing", "profiling"),
+        ("layers", "conversion"),
+    ]:
+        assert f"kw.{stranger}" not in reached(f"kw.{module}", graph), f"{module} imports {stranger}"
