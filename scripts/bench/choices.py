@@ -66,7 +66,7 @@ class Call:
         """The input as it is convolved: tokens are positions, and padding is done that the convolution does not do."""
         if isinstance(self.layer, KWLinear):
             return (self.x.flatten(1, -2) if self.x.dim() > 2 else self.x.unsqueeze(1)).transpose(1, 2)
-        return self.x if self.layer.beforehand is None else F.pad(self.x, self.layer.beforehand)
+        return self.x if self.layer.extra_padding is None else F.pad(self.x, self.layer.extra_padding)
 
     @property
     def key(self) -> tuple[Any, ...]:
