@@ -65,7 +65,7 @@ class Backbone:
         settings = {key: kwargs.pop(key) for key in SETTINGS if key in kwargs}
         if settings and dynamic != KW:
             raise ValueError(f"{', '.join(settings)} applies to dynamic='kw' only, not to {dynamic!r}.")
-        features = {key: kwargs.pop(key) for key in FEATURE_OPTIONS if key in kwargs}
+        features = {key: kwargs.pop(key) for key in FEATURE_OPTIONS if features_only and key in kwargs}
         try:
             model = self.vanilla(self.base, pretrained=pretrained, **kwargs)
         except TypeError as error:
