@@ -391,7 +391,7 @@ def test_reading_checkpoints_changes_nothing_and_going_on_keeps_the_best(tmp_pat
     again = Checkpoints(tmp_path)
     found = again.newest()
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-    again.go_on_from(found)
+    again.resume_from(found)
     assert again.best == [(60.0, 1)]
     assert [path.name for path in tmp_path.glob("best-*.pt")] == ["best-0001.pt"]
     assert Checkpoints(tmp_path / "none").newest() is None

@@ -97,7 +97,7 @@ class Checkpoints:
         """As the function `newest`, but None if no checkpoint was ever written."""
         return newest(self.folder) if any((self.folder / name).exists() for name in NAMES) else None
 
-    def go_on_from(self, found: Found) -> None:
+    def resume_from(self, found: Found) -> None:
         """Resume after a state that was found here, as if it had just been saved. On one rank only."""
         self.best = [(float(score), int(epoch)) for score, epoch in found.state["best"]]
         self._keep_best_of(found.path, found.state.get("epoch"))

@@ -67,7 +67,7 @@ def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
     """Evaluate the checkpoint or run folder `config.evaluate`.
 
     Our checkpoints contain their config; the command line may change the data (`data_settings`) and the runtime. For a
-    released checkpoint, the whole config is the command line's. A moving average of the weights is evaluated too.
+    released checkpoint, all settings are the command line's. A moving average of the weights is evaluated too.
 
     Raises:
         CheckpointError: it cannot be read, or does not fit.
@@ -90,7 +90,7 @@ def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
     if ours and list(state["classes"]) != images.classes:
         raise ConfigError(
             f"{path} was trained on {len(state['classes'])} classes ({', '.join(state['classes'][:3])}, ...); "
-            f"the data set {config.data.name!r} has {len(images.classes)} others: data=... data.root=..."
+            f"the data set {config.data.name!r} has {len(images.classes)} others: set data=... data.root=..."
         )
     samples = Samples(images, eval_transform(config.data, config.recipe), config.seed)
     batch = config.runtime.micro_batch or 256
@@ -107,11 +107,14 @@ def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
 
 
 def data_settings(saved: DataConfig, composed: DataConfig, given: list[str]) -> DataConfig:
-    """The data to evaluate on: as saved, but for the `data.*` keys that were given. A group, data=..., takes the place
-    of all but the images' size and normalization, which the model was trained with.
+    """The data to evaluate on: as saved, except for the `data.*` keys of the command line. A group, data=..., replaces
+    all but the size and normalization of the images, with which the model was trained.
+
+    Args:
+        given: the keys of the command line.
 
     Raises:
-        ConfigError: data.root is given for the digits, which are in no folder.
+        ConfigError: data.root is set for the digits, which are not in a folder.
     """
     group = "data" in given
     kept = {"image_size", "mean", "std"} if group else {field.name for field in fields(DataConfig)}
@@ -119,7 +122,7 @@ def data_settings(saved: DataConfig, composed: DataConfig, given: list[str]) -> 
     made = replace(composed, **{key: getattr(saved, key) for key in kept})
     if made.format == "digits" and "data.root" in given:
         raise ConfigError(
-            f"data.root={composed.root!r}: the digits are in no folder. Which data are it? data=folder ..."
+            f"data.root={composed.root!r}: the digits are not in a folder. Say which data it is: data=folder ..."
         )
     return made
 

@@ -22,7 +22,7 @@ import kw
 from train.config import RuntimeConfig, TrainConfig
 from train.data.loader import Batch
 from train.data.order import seed_everything
-from train.data.run import RunData
+from train.data.run_data import RunData
 from train.evaluate import cast
 from train.jobs.errors import NonFiniteError
 from train.jobs.signals import StopRequest, first_signal

@@ -31,10 +31,10 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     try:
         model = kw.create_model(name, n=config.n, dynamic=config.dynamic, **settings, **kwargs)
     except (TypeError, ValueError) as error:
-        given = config.backbone.kwargs
-        source = f" backbone.kwargs={given} come from the group backbone=...; backbone=timm has none." if given else ""
-        asked = f"backbone={name} cannot be built at n={config.n}, dynamic={config.dynamic}"
-        raise ConfigError(f"{asked}: {str(error).removesuffix('.')}.{source}") from error
+        more = config.backbone.kwargs
+        source = f" backbone.kwargs={more} come from the group backbone=...; backbone=timm has none." if more else ""
+        wanted = f"backbone={name} cannot be built at n={config.n}, dynamic={config.dynamic}"
+        raise ConfigError(f"{wanted}: {str(error).removesuffix('.')}.{source}") from error
     if config.recipe.drop_path_rule:
         set_drop_path(model, config.recipe.drop_path, config.recipe.drop_path_rule)
     return model

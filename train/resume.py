@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from train.checkpoint import State
 from train.config import TrainConfig, learnt_settings, validate
-from train.data.run import RunData
+from train.data.run_data import RunData
 from train.jobs.errors import ConfigError
 
 REMEDY = "Set it back to resume, or give the new run another label=..."

@@ -2,7 +2,8 @@
 
 This is a program's loop, not a library, and nothing here is meant to be subclassed. Tests and benchmarks may build a
 `Trainer`, call its public methods (`resume` and `fit`, or `train_step` and `evaluate` by themselves), and append to the
-lists of callbacks, `on_step` and `on_epoch_end`. The data of a run is `train.data.run`, one step is `train.learner`.
+lists of callbacks, `on_step` and `on_epoch_end`. The data of a run is in `train.data.run_data`, one step in
+`train.learner`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 from train.checkpoint import Checkpoints, State
 from train.config import TrainConfig, to_plain
 from train.data.loader import Batch
-from train.data.run import RunData
+from train.data.run_data import RunData
 from train.evaluate import cast, evaluate
 from train.jobs.checkpoint import FORMAT
 from train.jobs.errors import CheckpointError, ConfigError, NonFiniteError, RunError
@@ -97,7 +98,7 @@ class Trainer:
         check_same_data(found.state, self.data, self.folder)
         self.load(found.state)
         if self.world.is_main:  # other ranks may still be reading checkpoints; these are not touched
-            self.checkpoints.go_on_from(found)
+            self.checkpoints.resume_from(found)
             self.metrics.keep_before(self.step // self.steps_per_epoch - (self.unevaluated is not None))
         self.display.print(f"Resumed {self.folder} at step {self.step} of {self.steps}.")
 

@@ -79,26 +79,26 @@ class Part(Images):
         ConfigError: the data set has fewer images.
     """
 
-    def __init__(self, whole: Images, count: int, setting: str):
-        if count > len(whole):
-            raise ConfigError(f"{setting}={count}, but there are {len(whole)} images: lower it, or leave it out.")
-        self.whole, self.classes = whole, whole.classes
-        by_class = np.argsort(whole.targets, kind="stable")
-        self.indices = np.sort(by_class[np.arange(count) * len(whole) // count])  # (count,)
-        self.targets = whole.targets[self.indices]
+    def __init__(self, images: Images, count: int, setting: str):
+        if count > len(images):
+            raise ConfigError(f"{setting}={count}, but there are {len(images)} images: lower it, or leave it out.")
+        self.images, self.classes = images, images.classes
+        by_class = np.argsort(images.targets, kind="stable")
+        self.indices = np.sort(by_class[np.arange(count) * len(images) // count])  # (count,)
+        self.targets = images.targets[self.indices]
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        return self.whole.load(int(self.indices[index]))
+        return self.images.load(int(self.indices[index]))
 
     def describe(self, index: int) -> str:
-        return self.whole.describe(int(self.indices[index]))
+        return self.images.describe(int(self.indices[index]))
 
     def order(self, seed: int, epoch: int) -> Tensor | None:
-        order = self.whole.order(seed, epoch)
+        order = self.images.order(seed, epoch)
         if order is None:
             return None
-        whole = order.numpy()
-        return torch.from_numpy(np.searchsorted(self.indices, whole[np.isin(whole, self.indices)]))
+        kept = order.numpy()[np.isin(order.numpy(), self.indices)]
+        return torch.from_numpy(np.searchsorted(self.indices, kept))
 
 
 def identity(images: Images, most: int = 10_000) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Substitutes:
 
     def __init__(self, folder: Path, images: Images, rank: int = 0):
         self.images, self.rank = images, rank
-        self.whole, self.parts = folder / "substituted.txt", folder / "substituted"
+        self.list, self.parts = folder / "substituted.txt", folder / "substituted"
 
     def record(self, batch: Loaded) -> None:
         """Append what was replaced in a batch to this rank's file.
@@ -53,7 +53,7 @@ class Substitutes:
         for part in self.parts.glob("*.txt"):
             lines |= {line for line in part.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")}
         if lines and self.rank == 0:
-            write_whole(self.whole, "".join(sorted(lines, key=lambda line: [int(x) for x in line.split("\t")[:3]])))
+            write_whole(self.list, "".join(sorted(lines, key=lambda line: [int(x) for x in line.split("\t")[:3]])))
         return sum(line.startswith(f"{epoch}\t") for line in lines)
 
 

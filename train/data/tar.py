@@ -88,7 +88,7 @@ def members(path: Path) -> Iterator[Member]:
                 name = posixpath.normpath(member.name).lstrip("/")
                 if member.issym() or member.islnk():
                     again = "tar --dereference --hard-dereference writes files in their place"
-                    raise DataError(f"{path}: {member.name!r} is a link, which has no bytes of its own; {again}.")
+                    raise DataError(f"{path}: {member.name!r} is a link, which holds no bytes; {again}.")
                 if member.isdir() or member.isreg():
                     yield Member(name, member.offset_data, FOLDER if member.isdir() else member.size)
             end = archive.offset
