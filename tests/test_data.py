@@ -22,11 +22,15 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import scripts.data.shards
-import train.data.archives
+import train.data.tar
 from scripts.data.shards import make_shards
 from train.config import AugmentConfig, DataConfig, RecipeConfig, validate
-from train.data.images import BrokenImage, open_split
-from train.data.loader import Key, MicroBatches, Samples, Substitutes, epoch_order, eval_loader, train_loader
+from train.data.batching import MicroBatches
+from train.data.formats import FORMATS, open_split
+from train.data.images import BrokenImage
+from train.data.loader import Samples, eval_loader, train_loader
+from train.data.order import Key, epoch_order
+from train.data.substitutes import Substitutes
 from train.data.transforms import eval_transform, train_transform
 from train.jobs.errors import ConfigError, DataError
 from train.jobs.world import World
@@ -75,9 +79,12 @@ def shards(folder, tmp_path):
     return tmp_path / "shards"
 
 
-@pytest.fixture(params=["folder", "tar", "shards"])
+OF_FILES = ["folder", "tar", "shards"]
+
+
+@pytest.fixture(params=OF_FILES)
 def data(request):
-    """The same images, held in three ways."""
+    """The same images in each format that holds files of images."""
     holder = request.getfixturevalue({"tar": "archive"}.get(request.param, request.param))
     return DataConfig(format=request.param, root=str(holder), image_size=16, window=2)
 
@@ -101,6 +108,11 @@ def png(value=0):
 
 
 # ---- what there is to read ----
+
+
+def test_every_format_is_tested():
+    """Formats of image files by the fixture `data`; digits in test_train.py, CIFAR-10 in test_cifar.py."""
+    assert {*OF_FILES, "digits", "cifar10"} == FORMATS.keys()
 
 
 @pytest.mark.parametrize("prefix", ["", "a/b", "./x", "train"])
@@ -170,12 +182,12 @@ def test_a_data_set_can_be_pickled_for_processes_that_are_not_forked(data):
 
 
 def test_an_index_is_kept_and_made_anew_when_the_archive_changes(archive, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.data.archives, "CACHE_FROM", 1)
+    monkeypatch.setattr(train.data.tar, "CACHE_FROM", 1)
     data = DataConfig(format="tar", root=str(archive))
     first = open_split(data, "train")
     assert len(list((tmp_path / "cache" / "kernelwarehouse").iterdir())) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(train.data.archives, "members", lambda path: pytest.fail("read again"))
+        patch.setattr(train.data.tar, "members", lambda path: pytest.fail("read again"))
         assert open_split(data, "train").describe(3) == first.describe(3)
     save_image(folder / "train" / "猫" / "new.png", 99)
     archive.unlink()
@@ -206,7 +218,7 @@ def drawn(samples, workers=0, world=1, steps=6, accumulation=1, start=0, repeats
     for rank in range(world):
         batches = MicroBatches(
             len(samples.images), batch_size=8, accumulation=accumulation, steps=steps, seed=samples.seed, start=start,
-            repeats=repeats, rank=rank, world=world, order=samples.order,
+            repeats=repeats, rank=rank, world=world, order=samples.images.order,
         )  # fmt: skip
         for k, batch in enumerate(train_loader(samples, batches, workers, pin=False)):
             found[start + k // accumulation, k % accumulation, rank] = batch
@@ -284,7 +296,7 @@ def test_an_epoch_of_shards_is_cut_as_that_of_a_folder(shards):
 def test_evaluation_sees_every_sample_once(data, world, workers):
     samples = Samples(open_split(data, "val"), eval_transform(data, RecipeConfig()), 0)
     loaders = [eval_loader(samples, 4, workers, False, rank, world) for rank in range(world)]
-    seen = [index for loader in loaders for batch in loader for index in batch.index.tolist()]
+    seen = [index for loader in loaders for batch in loader for index in batch.indices.tolist()]
     assert sorted(seen) == list(range(13))
     assert sum(len(loader) for loader in loaders) == sum(-(-len(range(rank, 13, world)) // 4) for rank in range(world))
 
@@ -346,7 +358,7 @@ def test_substitutes_are_the_same_for_all_and_listed_exactly(broken, tmp_path, f
         run = tmp_path / f"run{number}"
         for rank in range(world):
             batches = MicroBatches(17, batch_size=8, accumulation=1, steps=6, seed=3, rank=rank, world=world,
-                                   order=samples.order)  # fmt: skip
+                                   order=samples.images.order)  # fmt: skip
             loader = train_loader(samples, batches, workers, False, Substitutes(run, images, rank))
             for k, _ in enumerate(loader):
                 if k == 2:  # killed, with others drawn ahead by workers; then again from the start

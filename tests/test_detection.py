@@ -24,7 +24,7 @@ from detection.config import open_up, validate
 from detection.data import check_data
 from detection.loading import load
 from scripts.data.digits_coco import SPLITS, make_split
-from train.data.images import Digits
+from train.data.digits import Digits
 from train.jobs import folder as run_folder
 from train.jobs.errors import CheckpointError, ConfigError, DataError
 

@@ -154,12 +154,13 @@ def job(folder, disturb, *settings):
 
 
 STOPPED_IN_AN_EVALUATION = """
-load = trainer.eval_samples.images.load
+images = trainer.data.eval_samples.images
+load = images.load
 def asked(index):
     if index == 43:  # the second process has the odd ones
         signal.raise_signal(signal.SIGTERM)
     return load(index)
-trainer.eval_samples.images.load = asked
+images.load = asked
 """
 
 
@@ -174,13 +175,13 @@ def test_a_signal_to_one_process_in_an_evaluation_stops_all_and_loses_nothing(tw
 
 
 IN_A_STEP = """
-forward = trainer._forward
-def disturbed(images, targets):
-    loss = forward(images, targets)
+loss_of = trainer.learner.loss
+def disturbed(logits, targets):
+    loss = loss_of(logits, targets)
     if trainer.step == {step} and world.rank == 1:
         {what}
     return loss
-trainer._forward = disturbed
+trainer.learner.loss = disturbed
 """
 
 
@@ -215,20 +216,22 @@ def test_a_broken_loss_of_one_process_stops_all_at_the_same_step_and_is_not_save
 EACH_HAS_ITS_OWN = """
 def mean(model):
     return next(value for name, value in model.named_buffers() if name.endswith("running_mean"))
-evaluate, save = trainer._evaluate, trainer._save
-def saving():
-    save()
+def saved():
+    state = torch.load(trainer.checkpoints.folder / "last.pt")["model"]
+    return next(value for name, value in state.items() if name.endswith("running_mean"))
+own = []
+def after_a_step(trainer):
     assert len(trainer.world.stack(mean(trainer.model)).unique(dim=0)) == 2, "still shared in each step"
-    trainer.saved = mean(trainer.model).clone()
-def evaluating(model):
-    found = evaluate(model)
-    assert len(trainer.world.stack(mean(model)).unique(dim=0)) == 1, "not shared"
+    own[:] = [mean(trainer.model).clone()]
+    if world.is_main and trainer.step == trainer.steps:
+        assert torch.equal(saved(), own[0]), "not the first one's"
+def after_the_evaluation(trainer):
+    for model in (trainer.model, trainer.ema.module):
+        assert len(trainer.world.stack(mean(model)).unique(dim=0)) == 1, "not shared"
     if world.is_main:
-        state = torch.load(trainer.checkpoints.folder / "last.pt")["model"]
-        kept = next(value for name, value in state.items() if name.endswith("running_mean"))
-        assert torch.equal(kept, trainer.saved) and torch.equal(mean(trainer.model), kept)
-    return found
-trainer._save, trainer._evaluate = saving, evaluating
+        assert torch.equal(mean(trainer.model), own[0]) and torch.equal(saved(), own[0])
+trainer.on_step.append(after_a_step)
+trainer.on_epoch_end.append(after_the_evaluation)
 """
 
 
@@ -245,7 +248,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_says_so(two, tmp_pat
     process.kill()
     process.communicate()
     out, _ = run(stopped, "n=static", "runtime.micro_batch=32")
-    assert "Going on with 1 processes; there were 2" in out
+    assert "Resuming with 1 processes; there were 2" in out
     for now, undisturbed in zip(metrics(stopped), metrics(two), strict=True):
         assert now["train_loss"] == pytest.approx(undisturbed["train_loss"], rel=1e-3)
 

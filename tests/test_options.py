@@ -14,8 +14,9 @@ from torch import nn
 
 from kw.layers import KWLayer
 from train.checkpoint import Checkpoints
-from train.data.images import Digits
-from train.data.loader import Drawn, Substitutes
+from train.data.digits import Digits
+from train.data.loader import Loaded
+from train.data.substitutes import Substitutes
 from train.jobs.errors import ConfigError, NonFiniteError, RunError, WriteError
 from train.jobs.folder import write_whole
 from train.jobs.world import connect
@@ -50,9 +51,9 @@ def test_half_precision_learns_what_float32_does(precision, clip, tmp_path):
 @pytest.mark.parametrize("clip", ["null", "1.0"])
 def test_float16_passes_over_steps_that_overflow_and_scales_back(clip, tmp_path):
     trainer = Trainer(config(*TINY, *NARROW, "runtime.precision=float16", f"recipe.clip_grad={clip}"), tmp_path, ALONE)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)  # far too large
+    trainer.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)  # far too large
     trainer.fit()
-    assert trainer.scaler.get_scale() < 2.0**120
+    assert trainer.learner.scaler.get_scale() < 2.0**120
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
 
 
@@ -63,21 +64,21 @@ def test_float16_refuses_gradients_that_no_scale_makes_finite(tmp_path):
     before = weight.clone()
     with pytest.raises(NonFiniteError, match=r"^Step 16: loss \d.*gradient norm nan"):  # the scale begins at 2**16
         trainer.fit()
-    assert trainer.scaler.get_scale() == 0.25  # halved by that step, and by the next one, in which it is noticed
+    assert trainer.learner.scaler.get_scale() == 0.25  # halved by that step, and by the next one
     assert torch.equal(weight, before)
 
 
 def test_clipping_bounds_what_reaches_the_optimizer(tmp_path):
     trainer = Trainer(config(*TINY, *NARROW, "recipe.clip_grad=0.01"), tmp_path, ALONE)
     norms = []
-    step = trainer.optimizer.step
+    step = trainer.learner.optimizer.step
 
     def noting(*arguments, **more):
         gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
         norms.append(nn.utils.get_total_norm(gradients).item())
         return step(*arguments, **more)
 
-    trainer.optimizer.step = noting
+    trainer.learner.optimizer.step = noting
     trainer.fit()
     assert len(norms) == trainer.steps and max(norms) <= 0.01 * (1 + 1e-4)
 
@@ -147,7 +148,7 @@ def test_under_layer_decay_cells_learn_as_fast_as_the_deepest_layer_that_draws_f
 
 def test_layer_decay_reaches_the_steps(tmp_path):
     trainer, _ = train(tmp_path / "run", "recipe.layer_decay=0.5", "recipe.schedule=constant")
-    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    rates = {group["lr"] for group in trainer.learner.optimizer.param_groups}
     assert max(rates) == trainer.config.recipe.lr and min(rates) < 0.1 * max(rates)
 
 
@@ -197,7 +198,7 @@ def test_each_file_that_a_full_disk_does_not_take_is_named(tmp_path, monkeypatch
     assert (tmp_path / "config.yaml").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(WriteError, match=r"metrics\.jsonl could not be written: No space left"):
         MetricsFile(tmp_path / "metrics.jsonl").append({"epoch": 0})
-    broken = Drawn(image=torch.zeros(1), target=0, index=[1], epoch=[0], copy=[0], used=[2])
+    broken = Loaded(image=torch.zeros(1), target=0, index=[1], epoch=[0], copy=[0], used=[2])
     with pytest.raises(WriteError, match=r"substituted/3\.txt could not be written: No space left"):
         Substitutes(tmp_path, Digits("val"), rank=3).record(broken)
     assert not WriteError.everywhere  # whichever process it is says so

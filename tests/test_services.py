@@ -36,14 +36,12 @@ def train(folder, *overrides, stop_after=None):
     folder.mkdir(exist_ok=True)
     trainer = Trainer(config(*SMALL, *overrides), folder, World(0, 1, torch.device("cpu")))
     trainer.resume()
-    end_epoch = trainer._end_epoch
 
-    def stopping(*args):
-        end_epoch(*args)
+    def stop(trainer):
         if trainer.step == stop_after:
             raise Stop
 
-    trainer._end_epoch = stopping
+    trainer.on_epoch_end.append(stop)
     return trainer.fit()
 
 

@@ -20,13 +20,13 @@ import kw
 from scripts.kill_storm import differences, outcome
 from train.checkpoint import Checkpoints, newest
 from train.config import RecipeConfig
-from train.data.loader import MicroBatches, epoch_order
+from train.data.batching import MicroBatches, accumulation
+from train.data.order import epoch_order
 from train.jobs.checkpoint import FORMAT, read
 from train.jobs.errors import CheckpointError, ConfigError
 from train.model import build_model
 from train.optim import build_optimizer
 from train.schedule import learning_rate, temperature
-from train.trainer import accumulation
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv2_050", "deit_tiny_patch16_224"])
@@ -125,14 +125,16 @@ def test_micro_batches_far_smaller_than_asked_for_are_refused_with_values_that_w
 
 @pytest.mark.parametrize("epochs, warned", [(0, False), (1, False), (2, True)])
 @pytest.mark.parametrize("n", ["static", "1/2"])
-def test_a_warm_up_of_the_temperature_beyond_the_end_is_told_of(n, epochs, warned, tmp_path, capsys):
+def test_a_run_warns_of_a_temperature_that_does_not_reach_0(n, epochs, warned, tmp_path):
     from train.jobs.world import World
     from train.trainer import Trainer
 
     made = config(*TINY, *NARROW, f"n={n}", f"recipe.temperature_epochs={epochs}")
-    Trainer(made, tmp_path, World(0, 1, torch.device("cpu")))._warn_of_temperature()
-    told = "temperature_epochs=2 is more than recipe.epochs=1: the temperature ends at 0.50" in capsys.readouterr().out
-    assert told == (warned and n != "static")
+    found = Trainer(made, tmp_path, World(0, 1, torch.device("cpu"))).warnings()
+    if warned and n != "static":
+        assert "temperature_epochs=2 is more than recipe.epochs=1: the temperature ends at 0.50" in found[0]
+    else:
+        assert found == []
 
 
 @pytest.fixture(scope="module")
@@ -215,14 +217,12 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
         pass
 
     cut = Trainer(made, tmp_path / "cut", world)
-    train_step = cut._train_step
 
-    def stopping(loader):
-        if cut.step == cut.steps_per_epoch + 2:
+    def stop(trainer):
+        if trainer.step == trainer.steps_per_epoch + 2:
             raise Stop
-        train_step(loader)
 
-    cut._train_step = stopping
+    cut.on_step.append(stop)
     with pytest.raises(Stop):
         cut.fit()
     again = Trainer(made, tmp_path / "cut", world)
@@ -256,24 +256,19 @@ def test_a_run_stopped_in_an_evaluation_has_lost_nothing(which, signalled, tmp_p
     for name in trainers:
         (tmp_path / name).mkdir()
     trainers["whole"].fit()
-    cut, passed = trainers["cut"], itertools.count()
-    evaluate = cut._evaluate
+    cut, images = trainers["cut"], trainers["cut"].data.eval_samples.images
+    loaded, load = itertools.count(), images.load
 
-    def stopping(model):
-        if next(passed) == which:
-            load = cut.eval_samples.images.load
-            cut.eval_samples.images.load = lambda index: stop(load(index), index)
-        return evaluate(model)
-
-    def stop(image, index):
-        if index == 100 and signalled:  # in the first of two batches
+    def stopping(index):
+        evaluation, place = divmod(next(loaded), len(images))
+        assert (evaluation, place) < (which, 256), "goes on though it was asked to stop"
+        if (evaluation, place) == (which, 100) and signalled:  # in the first of two batches
             os.kill(os.getpid(), signal.SIGTERM)
-        elif index == 100:
+        elif (evaluation, place) == (which, 100):
             raise InterruptedError
-        assert index < 256, "goes on though it was asked to stop"
-        return image
+        return load(index)
 
-    cut._evaluate = stopping
+    images.load = stopping
     with pytest.raises(SystemExit if signalled else InterruptedError):
         cut.fit()
     assert len(cut.metrics.read()) == which // 2
@@ -378,7 +373,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
 
 def test_a_foreign_checkpoint_is_passed_over_and_named(tmp_path):
     torch.save({"model": {}, "best": 0.7}, tmp_path / "fresh.pt")
-    with pytest.raises(CheckpointError, match=r"fresh\.pt is no checkpoint of a run"):
+    with pytest.raises(CheckpointError, match=r"fresh\.pt is not a checkpoint of a run"):
         Checkpoints(tmp_path).newest()
     Checkpoints(tmp_path / "run").save({"format": FORMAT, "step": 1})
     torch.save({"model": {}}, tmp_path / "run" / "fresh.pt")
@@ -396,7 +391,7 @@ def test_reading_checkpoints_changes_nothing_and_going_on_keeps_the_best(tmp_pat
     again = Checkpoints(tmp_path)
     found = again.newest()
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-    again.go_on_from(found)
+    again.resume_from(found)
     assert again.best == [(60.0, 1)]
     assert [path.name for path in tmp_path.glob("best-*.pt")] == ["best-0001.pt"]
     assert Checkpoints(tmp_path / "none").newest() is None
@@ -459,6 +454,6 @@ def test_a_published_row_takes_its_first_step(row, thousand_classes, tmp_path):
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     batches = MicroBatches(1000, batch_size=4, accumulation=1, steps=1, seed=0)
     trainer.model.train()
-    trainer._train_step(iter(train_loader(trainer.train_samples, batches, 0, False)))
+    trainer.train_step(iter(train_loader(trainer.data.train_samples, batches, 0, False)))
     moved = [not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)]
     assert trainer.step == 1 and sum(moved) > 0.5 * len(moved)  # drop path leaves some blocks out of so small a batch

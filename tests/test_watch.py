@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kw
 from scripts.kill_storm import differences, outcome
+from train import learner as module
 from train import optim
-from train import trainer as module
 from train.evaluate import evaluate
 from train.jobs.checkpoint import read
 from train.jobs.errors import NonFiniteError
@@ -92,7 +92,8 @@ def on_meta(tmp_path, monkeypatch):
 
 def steps(trainer, number):
     """Take them; returns the copies that were made, and what was put and taken when."""
-    order, put, take = [], trainer.watch.put, trainer.watch.take
+    watch = trainer.learner.watch
+    order, put, take = [], watch.put, watch.take
 
     def putting(counts, step):
         order.append(("put", step.number))
@@ -103,12 +104,12 @@ def steps(trainer, number):
         order.append(("take", taken and taken[1].number))
         return taken
 
-    trainer.watch.put, trainer.watch.take = putting, taking
-    loader = trainer._loader()
+    watch.put, watch.take = putting, taking
+    batches = trainer.data.train_batches(0)
     trainer.model.train()
     with Copies() as copies:
         for _ in range(number):
-            trainer._train_step(loader)
+            trainer.train_step(batches)
     return copies, order
 
 
@@ -121,7 +122,7 @@ SPLIT = ("recipe.clip_grad=1.0", "runtime.micro_batch=4", "runtime.channels_last
 def test_a_step_reads_of_the_device_only_the_flags_of_the_step_before(optimizer, more, on_meta):
     trainer = on_meta(f"recipe.optimizer={optimizer}", *more)
     copies, order = steps(trainer, 4)
-    assert trainer._tau in (None, 0)  # with and without the warm-up's end
+    assert trainer.learner.temperature(trainer.step - 1) == 0  # the warm-up, if there is one, has ended
     assert copies.to_host == [4] * 4 and not copies.waiting  # of each step one flag, and the number of each signal
     taken = [None, 0, 1, 2]
     assert order == [entry for k in range(4) for entry in (("take", taken[k]), ("put", k))]
@@ -141,14 +142,14 @@ PLANTED = {
 @pytest.mark.parametrize("plant", PLANTED.values(), ids=PLANTED.keys())
 def test_a_read_that_is_planted_is_found(plant, on_meta):
     trainer = on_meta("n=static")
-    forward = trainer._forward
+    loss = trainer.learner.loss
 
-    def planted(images, targets):
-        loss = forward(images, targets)
-        plant(loss.detach())
-        return loss
+    def planted(logits, targets):
+        value = loss(logits, targets)
+        plant(value.detach())
+        return value
 
-    trainer._forward = planted
+    trainer.learner.loss = planted
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         steps(trainer, 1)
 
@@ -197,24 +198,24 @@ def test_a_float16_step_reads_nothing_where_the_optimizer_is_fused(fused, optimi
     monkeypatch.setattr(optim, "has_fused", lambda *_: fused)
     settings = ("n=static", "runtime.precision=float16", "recipe.batch_size=8", f"recipe.optimizer={optimizer}")
     trainer = Trainer(config(*TINY, *NARROW, *settings), tmp_path, ALONE)
-    samples = list(itertools.islice(trainer._loader(), 3))
+    batches = list(itertools.islice(trainer.data.train_batches(0), 3))
     with Reads() as reads:
-        for sample in samples:
-            trainer._train_step(iter([sample]))
+        for batch in batches:
+            trainer.train_step(iter([batch]))
     assert bool(reads.found) != fused
 
 
 def until_broken(folder, step, *settings):
     """A run whose loss is not finite at one step; how many steps were made when that was noticed."""
     trainer = Trainer(config(*TINY, *NARROW, *settings), folder, ALONE)
-    forward, passed = trainer._forward, []
+    loss, passed = trainer.learner.loss, []
 
-    def broken(images, targets):
+    def broken(logits, targets):
         passed.append(trainer.step)
-        loss = forward(images, targets)
-        return loss * math.nan if trainer.step == step else loss
+        value = loss(logits, targets)
+        return value * math.nan if trainer.step == step else value
 
-    trainer._forward = broken
+    trainer.learner.loss = broken
     with pytest.raises(NonFiniteError) as told:
         trainer.fit()
     return str(told.value), passed[-1]
@@ -257,7 +258,7 @@ def test_a_loss_that_is_not_finite_is_never_saved(every, step, last, saved, calm
 
 def test_the_samples_of_the_broken_step_are_named(tmp_path):
     trainer = Trainer(config(*TINY, *NARROW, *SETTINGS), tmp_path, ALONE)
-    indices = [sample.index for sample in itertools.islice(trainer._loader(), 3)]
+    indices = [batch.indices for batch in itertools.islice(trainer.data.train_batches(0), 3)]
     message, _ = until_broken(tmp_path, 1, *SETTINGS)
     assert f"samples: {', '.join(map(str, indices[1][:64].tolist()))}. " in message
 
@@ -266,17 +267,17 @@ def test_a_temperature_is_set_where_it_changes_and_the_averages_after_each_updat
     calls, set_temperature = [], kw.set_temperature
     monkeypatch.setattr(kw, "set_temperature", lambda model, tau: (calls.append(tau), set_temperature(model, tau)))
     trainer = Trainer(config(*TINY, *NARROW, *SETTINGS), tmp_path, ALONE)
-    loader, made = trainer._loader(), []
+    batches, made = trainer.data.train_batches(0), []
     for _ in range(7):
         calls.clear()
-        trainer._train_step(loader)
+        trainer.train_step(batches)
         made.append(len(calls))
-        tau = trainer._temperature(trainer.step - 1)
+        tau = trainer.learner.temperature(trainer.step - 1)
         for model in (trainer.model, trainer.ema.module):
             assert {each.value.item() for each in kw.temperatures(model)} == {torch.tensor(tau).item()}
     assert made == [3, 3, 3, 3, 2, 0, 0] and tau == 0
     trainer.load(trainer.state())
-    trainer._train_step(loader)
+    trainer.train_step(batches)
     assert len(calls) == 2
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment: written whole or not at all, the newest whole one found."""
+"""Checkpoints that survive a kill at any moment: writes are atomic, and reads find the newest complete file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = ("fresh.pt", "last.pt", "previous.pt")  # of a run's checkpoints, newest
 
 
 def write(path: Path, state: State) -> None:
-    """Write atomically: a temporary file beside it, fsync, rename. On an error what was there before stays.
+    """Write atomically: a temporary file beside it, fsync, rename. After an error the former file is still there.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
@@ -43,10 +43,10 @@ class Found(NamedTuple):
 
 
 def newest(folder: Path) -> Found:
-    """The newest whole state in a run's folder of checkpoints. Nothing is changed there: many processes may ask.
+    """The newest complete state in a run's folder of checkpoints. Changes nothing there: all ranks may call it.
 
     Raises:
-        CheckpointError: there is none, or none of them is a whole checkpoint of a run.
+        CheckpointError: there is no checkpoint of a run that is complete.
     """
     remarks = []
     for path in (folder / name for name in NAMES):
@@ -59,19 +59,19 @@ def newest(folder: Path) -> Found:
             continue
         if state.get("format") == FORMAT:
             return Found(path, state, remarks)
-        remarks.append(f"{path} is no checkpoint of a run.")
+        remarks.append(f"{path} is not a checkpoint of a run.")
     raise CheckpointError(f"{folder}: no checkpoint can be read. " + (" ".join(remarks) or "There is none."))
 
 
 class Checkpoints:
-    """A run's checkpoints: `last.pt`, the one before it as `previous.pt`, and the best as `best-{epoch}.pt`."""
+    """A run's checkpoints: `last.pt`, the one before it as `previous.pt`, and the best epochs' as `best-{epoch}.pt`."""
 
     def __init__(self, folder: Path, keep_best: int = 1):
         self.folder, self.keep_best = folder, keep_best
         self.best: list[tuple[float, int]] = []  # (score, epoch), best first
 
     def save(self, state: State) -> None:
-        """Replace `last.pt`, keeping the former one until the new one is whole, and beyond.
+        """Replace `last.pt`. The former one becomes `previous.pt` once the new one is complete.
 
         Raises:
             CheckpointError, WriteError: the disk is full or the folder cannot be written.
@@ -87,34 +87,41 @@ class Checkpoints:
             _sync_folder(self.folder)
 
     def save_epoch(self, state: State, epoch: int, score: float) -> None:
-        """`save`, and keep the file as one of the best where its score is."""
+        """`save`, and keep the file if its score is one of the best."""
         ranked = sorted([*self.best, (score, epoch)], key=lambda entry: (-entry[0], entry[1]))
         self.best = ranked[: self.keep_best]
         self.save({**state, "epoch": epoch})
         self._keep_best_of(self.folder / "last.pt", epoch)
 
     def newest(self) -> Found | None:
-        """As the function `newest`; None if none was ever written."""
+        """As the function `newest`, but None if no checkpoint was ever written."""
         return newest(self.folder) if any((self.folder / name).exists() for name in NAMES) else None
 
-    def go_on_from(self, found: Found) -> None:
-        """Go on after a state that was found here, as if it had just been saved. Only one process may."""
+    def resume_from(self, found: Found) -> None:
+        """Resume after a state that was found here, as if it had just been saved. On one rank only."""
         self.best = [(float(score), int(epoch)) for score, epoch in found.state["best"]]
         self._keep_best_of(found.path, found.state.get("epoch"))
 
+    def what_is_kept(self) -> str:
+        """For the message of an error that ends a run."""
+        last = self.folder / "last.pt"
+        if last.exists():
+            return f"Nothing after the last good checkpoint was kept: {last}."
+        return "There is no checkpoint yet: nothing was kept."
+
     def _keep_best_of(self, path: Path, epoch: int | None = None) -> None:
-        """Keep the state at `path` if it is that of one of the best epochs, and drop files that are no longer."""
+        """Link the checkpoint of an epoch if the epoch is one of the best, and remove files of epochs that are not."""
         wanted = {self.folder / f"best-{number:04d}.pt" for _, number in self.best}
         kept = self.folder / f"best-{epoch:04d}.pt" if epoch is not None else None
         with writing(kept or self.folder):
             if kept in wanted and not kept.exists():
-                os.link(path, kept)  # checkpoints are replaced, never rewritten: a link is a copy for free
+                os.link(path, kept)  # checkpoints are replaced, never rewritten: so a link is as good as a copy
             for stale in set(self.folder.glob("best-*.pt")) - wanted:
                 stale.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename is on disk only once its folder is."""
+    """A rename is on disk only once its folder is synchronized."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

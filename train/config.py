@@ -26,6 +26,7 @@ from timm.optim import list_optimizers
 from kw import KWConfig
 from kw.baselines.registry import BASELINES, check_budget, choices
 from kw.config import KW, STATIC, format_budget, parse_budget
+from train.data.formats import FORMATS
 from train.jobs import slurm
 from train.jobs.errors import ConfigError, check, check_choice
 
@@ -88,7 +89,7 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
 
     def __post_init__(self) -> None:
-        check_choice("data.format", self.format, ("digits", "folder", "tar", "auto", "shards", "cifar10"))
+        check_choice("data.format", self.format, ("auto", *FORMATS))
         check_choice("data.on_error", self.on_error, ("stop", "substitute"))
         check(self.window >= 1, "data.window", self.window, "must be at least 1 shard")
         some = self.train_images

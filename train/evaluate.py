@@ -1,4 +1,4 @@
-"""Evaluation: every sample counted once, whatever the number of processes; in training, or of a checkpoint."""
+"""Evaluation, in training or of a checkpoint. Every sample counts once, for any number of processes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import nn
 import kw
 from train.checkpoint import State, newest
 from train.config import DataConfig, TrainConfig, validate
-from train.data.images import open_split
-from train.data.loader import Sample, Samples, eval_loader
+from train.data.formats import open_split
+from train.data.loader import Batch, Samples, eval_loader
 from train.data.transforms import eval_transform
 from train.jobs.checkpoint import FORMAT, read
 from train.jobs.errors import CheckpointError, ConfigError
@@ -28,23 +28,27 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 
 
 def cast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Automatic mixed precision as `runtime.precision` asks, or nothing."""
+    """Autocast to `runtime.precision`; off for float32."""
     dtype = PRECISIONS[config.runtime.precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Iterable[Sample], world: World, amp: contextlib.AbstractContextManager[object]
+    model: nn.Module, batches: Iterable[Batch], world: World, amp: contextlib.AbstractContextManager[object]
 ) -> dict[str, float]:
-    """Accuracies in percent, mean cross entropy, and the number of samples behind them.
+    """Accuracies in percent, mean cross entropy, and the number of samples. A collective.
 
-    With fewer than five classes, top-5 counts every sample.
+    With fewer than five classes, top-5 is 100.
+
+    Args:
+        batches: this rank's share of the samples.
+        amp: the context of the forward passes (`cast`).
     """
     training = model.training
     model.eval()
     totals = torch.zeros(2 + len(TOP), dtype=torch.float64, device=world.device)  # samples, loss, hits at 1 and 5
-    for images, targets, _ in loader:
+    for images, targets, _ in batches:
         images, targets = (t.to(world.device, non_blocking=True) for t in (images, targets))
         with amp:
             logits = model(images)
@@ -62,12 +66,12 @@ def evaluate(
 def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
     """Evaluate the checkpoint or run folder `config.evaluate`.
 
-    One of ours knows its backbone, budget and data set, which the command line may change (`data_settings`). For a
-    released checkpoint, all is the command line's. An average of the weights is evaluated too.
+    Our checkpoints contain their config; the command line may change the data (`data_settings`) and the runtime. For a
+    released checkpoint, all settings are the command line's. A moving average of the weights is evaluated too.
 
     Raises:
         CheckpointError: it cannot be read, or does not fit.
-        ConfigError: the data set has other classes than the model, or settings were given that the checkpoint knows.
+        ConfigError: the data set has other classes than the model, or the command line sets what the checkpoint has.
     """
     path = Path(str(config.evaluate)).expanduser()
     path, state = newest(path / "checkpoints")[:2] if path.is_dir() else (path, read(path))
@@ -76,7 +80,9 @@ def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
         saved = validate(OmegaConf.create(state["config"]))
         for key in config.given:
             if not key.startswith(("data", "runtime", "evaluate", "hydra")):
-                raise ConfigError(f"{path} is of {saved.name} and knows its own settings: leave {key}=... out.")
+                raise ConfigError(
+                    f"{path} is a checkpoint of {saved.name} and contains its settings: leave {key}=... out."
+                )
         saved.data = data_settings(saved.data, config.data, config.given)
         saved.runtime = config.runtime
         config = saved
@@ -84,7 +90,7 @@ def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
     if ours and list(state["classes"]) != images.classes:
         raise ConfigError(
             f"{path} was trained on {len(state['classes'])} classes ({', '.join(state['classes'][:3])}, ...); "
-            f"the data set {config.data.name!r} has {len(images.classes)} others: data=... data.root=..."
+            f"the data set {config.data.name!r} has {len(images.classes)} others: set data=... data.root=..."
         )
     samples = Samples(images, eval_transform(config.data, config.recipe), config.seed)
     batch = config.runtime.micro_batch or 256
@@ -101,11 +107,14 @@ def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
 
 
 def data_settings(saved: DataConfig, composed: DataConfig, given: list[str]) -> DataConfig:
-    """The data to evaluate on: as saved, but for the `data.*` keys that were given. A group, data=..., takes the place
-    of all but the images' size and normalization, which the model was trained with.
+    """The data to evaluate on: as saved, except for the `data.*` keys of the command line. A group, data=..., replaces
+    all but the size and normalization of the images, with which the model was trained.
+
+    Args:
+        given: the keys of the command line.
 
     Raises:
-        ConfigError: data.root is given for the digits, which are in no folder.
+        ConfigError: data.root is set for the digits, which are not in a folder.
     """
     group = "data" in given
     kept = {"image_size", "mean", "std"} if group else {field.name for field in fields(DataConfig)}
@@ -113,7 +122,7 @@ def data_settings(saved: DataConfig, composed: DataConfig, given: list[str]) -> 
     made = replace(composed, **{key: getattr(saved, key) for key in kept})
     if made.format == "digits" and "data.root" in given:
         raise ConfigError(
-            f"data.root={composed.root!r}: the digits are in no folder. Which data are it? data=folder ..."
+            f"data.root={composed.root!r}: the digits are not in a folder. Say which data it is: data=folder ..."
         )
     return made
 

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 from train.config import TrainConfig
+from train.data.batching import accumulation
 from train.jobs.errors import ConfigError
 from train.jobs.launch import launch as launch_processes
 from train.jobs.slurm import rendezvous
 from train.run import run
-from train.trainer import accumulation
 
 
 def launch(config: TrainConfig, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model of a run: a backbone of kw, or any other timm model, made dynamic as the run asks."""
+"""The model of a run: a backbone of kw or any other timm model, with the dynamic layers of the config."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from train.jobs.errors import ConfigError
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """Build, with cells and attentions at their initial values.
+    """Build the model, with cells and attentions at their initial values.
 
     Raises:
-        ConfigError: timm does not take `backbone.kwargs`, or the kernels cannot be cut as asked.
+        ConfigError: timm does not accept `backbone.kwargs`, or the kernels cannot be cut into such cells.
     """
     name = config.backbone.name
     kwargs: dict[str, Any] = {"num_classes": num_classes, "drop_rate": config.recipe.dropout}
     if config.recipe.drop_path > 0:
         kwargs["drop_path_rate"] = config.recipe.drop_path
-    if timm.get_pretrained_cfg(name).fixed_input_size:  # transformers: positions of another image size
+    pretrained = timm.get_pretrained_cfg(name)
+    if pretrained and pretrained.fixed_input_size:  # transformers: the position embeddings depend on it
         kwargs["img_size"] = config.data.image_size
     kwargs |= config.backbone.kwargs
     settings = config.kw.given()
     try:
         model = kw.create_model(name, n=config.n, dynamic=config.dynamic, **settings, **kwargs)
     except (TypeError, ValueError) as error:
-        given = config.backbone.kwargs
-        source = f" backbone.kwargs={given} come from the group backbone=...; backbone=timm has none." if given else ""
-        asked = f"backbone={name} cannot be built at n={config.n}, dynamic={config.dynamic}"
-        raise ConfigError(f"{asked}: {str(error).removesuffix('.')}.{source}") from error
+        more = config.backbone.kwargs
+        source = f" backbone.kwargs={more} come from the group backbone=...; backbone=timm has none." if more else ""
+        wanted = f"backbone={name} cannot be built at n={config.n}, dynamic={config.dynamic}"
+        raise ConfigError(f"{wanted}: {str(error).removesuffix('.')}.{source}") from error
     if config.recipe.drop_path_rule:
         set_drop_path(model, config.recipe.drop_path, config.recipe.drop_path_rule)
     return model
@@ -44,14 +45,14 @@ def set_drop_path(model: nn.Module, rate: float, rule: str) -> None:
     `rate` in the last.
 
     Raises:
-        ConfigError: the model has no such blocks.
+        ConfigError: the model has none of timm's residual blocks.
     """
-    # timm's blocks have an attribute `drop_path`, or `drop_path1` and `drop_path2`, whatever the rate is.
+    # timm's blocks have `drop_path`, or `drop_path1` and `drop_path2`, at any rate.
     slots = [[key for key in ("drop_path", "drop_path1", "drop_path2") if hasattr(m, key)] for m in model.modules()]
     blocks = [(block, keys) for block, keys in zip(model.modules(), slots, strict=True) if keys]
     if not blocks:
         raise ConfigError(
-            f"recipe.drop_path_rule={rule}: this {type(model).__name__} has no residual blocks of timm's."
+            f"recipe.drop_path_rule={rule}: this {type(model).__name__} has none of timm's residual blocks."
         )
     for index, (block, keys) in enumerate(blocks):
         share = 1.0 if rule == "constant" else index / max(len(blocks) - 1, 1)

@@ -1,8 +1,8 @@
-"""Optimizer, loss and gradient scaling, from timm and torch, as a recipe sets them."""
+"""Optimizer, parameter groups, mixup and loss of a recipe, from timm and torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def build_optimizer(model: nn.Module, recipe: RecipeConfig) -> torch.optim.Optimizer:
-    """Weight decay on all but biases, one-dimensional parameters and what the model itself exempts.
+    """timm's optimizer, with weight decay on all but biases, one-dimensional parameters and what the model exempts.
 
     Raises:
         ConfigError: timm cannot build this optimizer here, or not with these settings.
@@ -44,7 +44,7 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig) -> torch.optim.Optim
             momentum=recipe.momentum,
             **extra,
         )
-    except Exception as error:  # each fails in its own way at a missing library or settings that it does not know
+    except Exception as error:  # optimizers raise different errors for a missing library or an unknown setting
         raise ConfigError(
             f"recipe.optimizer={recipe.optimizer!r} cannot be built here: {type(error).__name__}: {error}"
         ) from error
@@ -53,13 +53,13 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig) -> torch.optim.Optim
 
 
 def has_fused(optimizer: str, device: torch.device) -> bool:
-    """Whether torch has fused kernels for it there. They pass over a float16 step that overflows by themselves; with
-    other optimizers the scaler has to know it on the host, and waits for the device in each step."""
+    """Whether torch has fused kernels for the optimizer. They skip a float16 step that overflows on the device; for
+    other optimizers the scaler reads the overflow on the host, and so waits for the device in each step."""
     return device.type == "cuda" and get_optimizer_class(optimizer, bind_defaults=False) in (SGD, Adam, AdamW)
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state, which may be of another device: whether the kernels are fused is this optimizer's to say."""
+    """Load a state that may come from another device. Whether kernels are fused stays as it is: the device decides."""
     groups = []
     for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
         groups.append({**saved, "fused": own["fused"]} if "fused" in own else saved)
@@ -68,8 +68,8 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 
 
 def _begin_momenta(optimizer: torch.optim.Optimizer) -> None:
-    """At zero, from where SGD's first step is the same as without. Its fused kernel does not write the momenta of a
-    step that overflows; were that the first one, they would stay as the memory was (torch 2.11)."""
+    """Start SGD's momenta at zero, which gives the same first step as none. The fused kernel allocates them without
+    writing them if the first step overflows, and they would keep what was in the memory (torch 2.11)."""
     for group in optimizer.param_groups:
         if group.get("fused") and group.get("momentum"):
             for parameter in group["params"]:
@@ -77,9 +77,9 @@ def _begin_momenta(optimizer: torch.optim.Optimizer) -> None:
 
 
 def layer_decay_groups(model: nn.Module, weight_decay: float, decay: float) -> list[dict[str, Any]]:
-    """timm's parameter groups, in which the learning rate of a layer is `decay` times that of the next one; but cells,
-    which timm would put with the head, learn as fast as the deepest layer that draws from them."""
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    """timm's parameter groups, in which the learning rate of a layer is `decay` times that of the next one. timm would
+    put the cells of warehouses with the head; here they learn as fast as the deepest layer that uses them."""
+    exempt: Collection[str] = getattr(model, "no_weight_decay", tuple)()
     groups: list[dict[str, Any]] = param_groups_layer_decay(model, weight_decay, exempt, layer_decay=decay)
     scales = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
     by_cells: dict[nn.Parameter, float] = {}
@@ -89,17 +89,20 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, decay: float) -> l
             by_cells[cells] = max(scale, by_cells.get(cells, 0.0))
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter not in by_cells]
-    of_cells = [{"params": [cells], "lr_scale": by_cells[cells], "weight_decay": weight_decay} for cells in by_cells]
-    return [group for group in groups if group["params"]] + of_cells
+    shared = [{"params": [cells], "lr_scale": scale, "weight_decay": weight_decay} for cells, scale in by_cells.items()]
+    return [group for group in groups if group["params"]] + shared
 
 
 def build_mixup(recipe: RecipeConfig, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix within a micro-batch, which turns targets `(B,)` into shares `(B, num_classes)`."""
+    """timm's mixup and cutmix within a micro-batch, from targets `(B,)` to shares `(B, num_classes)`; or None."""
     if recipe.mixup == recipe.cutmix == 0:
         return None
-    return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=num_classes)
+    smoothing = recipe.label_smoothing
+    return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=num_classes)  # type: ignore[no-untyped-call]
 
 
 def build_loss(recipe: RecipeConfig, mixup: Mixup | None) -> Loss:
     """Cross entropy `(B, num_classes), targets -> ()`; mixup smooths labels itself."""
-    return SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    if mixup:
+        return SoftTargetCrossEntropy()  # type: ignore[no-untyped-call]
+    return nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)

@@ -1,4 +1,4 @@
-"""Where the time of a few steps goes: `runtime.profile_steps=5`."""
+"""`runtime.profile_steps=5`: where the time of a few steps goes, by torch.profiler."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-FIRST = 5  # the step, counted from where the run was started, that is profiled first: those before it warm up
+FIRST = 5  # the first step that is profiled, counted from the start of this process; those before it warm up
 
 
 class StepProfiler:
-    """torch.profiler over a number of steps; it leaves profile/trace.json (for chrome://tracing or Perfetto) and
-    profile/operations.txt in the run folder. Of no steps it does nothing."""
+    """torch.profiler over `steps` steps. Writes profile/trace.json (for chrome://tracing or Perfetto) and
+    profile/operations.txt in the run folder. With `steps=0` it does nothing."""
 
     def __init__(self, steps: int, folder: Path, device: torch.device):
         self.folder = folder / "profile"
@@ -28,12 +28,12 @@ class StepProfiler:
             self.profile.start()
 
     def step(self) -> None:
-        """A step is done."""
+        """Call it after each step."""
         if self.profile:
             self.profile.step()
 
     def stop(self) -> None:
-        """Write what there is, if the run ended before all steps were."""
+        """Write what was profiled, if the run ends before all steps were."""
         if self.profile:
             self.profile.stop()
 

@@ -11,8 +11,8 @@ from train.config import RecipeConfig
 def learning_rate(step: int, steps_per_epoch: int, recipe: RecipeConfig) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
-    It rises linearly over `warmup_epochs`, to `lr` in their last step. Then `cosine` goes down to `min_lr` at the end
-    of training, `step` multiplies by `decay_rate` at each of `decay_epochs`, `constant` stays.
+    It rises linearly over `warmup_epochs`, to `lr` in their last step. Then schedule `cosine` falls to `min_lr` at the
+    end of training, `step` multiplies by `decay_rate` at each of `decay_epochs`, and `constant` stays at `lr`.
     """
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
     total = recipe.epochs * steps_per_epoch

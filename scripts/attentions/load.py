@@ -17,7 +17,7 @@ import kw
 from kw.layers import KWLayer
 from train.checkpoint import State, newest
 from train.config import TrainConfig, validate
-from train.data.images import open_split
+from train.data.formats import open_split
 from train.data.transforms import eval_transform
 from train.jobs.checkpoint import FORMAT, read
 from train.jobs.errors import CheckpointError, ConfigError

@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from train.config import AugmentConfig, DataConfig, RecipeConfig
-from train.data.images import open_split
-from train.data.loader import Key, Loader, Sample, Samples, epoch_order
+from train.data.formats import open_split
+from train.data.loader import Batch, Loader, Samples
+from train.data.order import Key, epoch_order
 from train.data.transforms import Transform, train_transform
 from train.jobs.errors import ConfigError, DataError
 
@@ -37,7 +38,7 @@ def ours(root: str, format_: str, split: str, transform: Transform, batch: int) 
     samples = Samples(images, transform, seed=0)
 
     def epoch(number: int) -> Loader:
-        order = epoch_order(len(images), 0, number, order=samples.order).tolist()
+        order = epoch_order(len(images), 0, number, order=images.order).tolist()
         keys = [[Key(number, i) for i in order[k : k + batch]] for k in range(0, len(order), batch)]
         return Loader(DataLoader(samples, batch_sampler=keys, num_workers=0))
 
@@ -64,8 +65,8 @@ def measure(batches: Iterable[Any]) -> tuple[float, float, int]:
     seen: set[int] = set()
     for batch in batches:
         images += len(batch[0])
-        if isinstance(batch, Sample):
-            seen.update(torch.as_tensor(batch.index).tolist())
+        if isinstance(batch, Batch):
+            seen.update(torch.as_tensor(batch.indices).tolist())
     cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
     return images / cpu, images / clock, len(seen) or images
 

@@ -19,7 +19,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from train.config import validate
-from train.data.loader import Sample
+from train.data.loader import Batch
 from train.jobs.world import connect
 from train.trainer import Trainer
 
@@ -27,17 +27,17 @@ DEFAULTS = ("backbone=resnet18", "n=static", "data.image_size=64", "recipe.batch
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def bare_step(trainer: Trainer, sample: Sample) -> None:
+def bare_step(trainer: Trainer, batch: Batch) -> None:
     """Forward, backward, update: what every loop has to do."""
-    images, targets = sample.image.to(trainer.world.device), sample.target.to(trainer.world.device)
-    trainer.loss(trainer.model(images), targets).backward()
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
+    images, targets = batch.images.to(trainer.world.device), batch.targets.to(trainer.world.device)
+    trainer.learner.loss(trainer.model(images), targets).backward()
+    trainer.learner.optimizer.step()
+    trainer.learner.optimizer.zero_grad()
 
 
-def timed(trainer: Trainer, step: Callable[[Sample], object], sample: Sample) -> float:
+def timed(trainer: Trainer, step: Callable[[Batch], object], batch: Batch) -> float:
     began = time.perf_counter()
-    step(sample)
+    step(batch)
     if trainer.world.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
@@ -53,15 +53,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, Path(folder), connect(config.runtime))
         size = config.data.image_size
-        batch = config.recipe.batch_size
-        indices = torch.arange(batch)
-        sample = Sample(torch.randn(batch, 3, size, size), indices % 10, indices)
+        count = config.recipe.batch_size
+        indices = torch.arange(count)
+        batch = Batch(torch.randn(count, 3, size, size), indices % 10, indices)
         trainer.model.train()
         bare, whole = [], []
         for step in range(options.steps + 5):
-            order = [(bare, lambda s: bare_step(trainer, s)), (whole, lambda s: trainer._train_step(iter([s])))]
+            order = [(bare, lambda b: bare_step(trainer, b)), (whole, lambda b: trainer.train_step(iter([b])))]
             for times, run in order if step % 2 else reversed(order):
-                times.append(timed(trainer, run, sample))
+                times.append(timed(trainer, run, batch))
     a, b = median(bare[5:]), median(whole[5:])
     print(
         f"{config.backbone.label} n={config.n}, {size} pixels, batch {config.recipe.batch_size}, {trainer.world.device}"

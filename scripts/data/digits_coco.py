@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from train.data.images import Digits
+from train.data.digits import Digits
 
 SPLITS = {"train2017": "train", "val2017": "val"}  # COCO's names for Digits' splits
 Array = np.ndarray[Any, Any]

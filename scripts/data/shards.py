@@ -17,7 +17,10 @@ from pathlib import Path
 import torch
 
 from train.config import DataConfig
-from train.data.images import SIZES, Files, list_shards, open_split, order_generator, read_sizes
+from train.data.formats import open_split
+from train.data.images import Files
+from train.data.order import order_generator
+from train.data.shards import SIZES, list_shards, read_sizes
 from train.jobs.errors import ConfigError, DataError
 from train.jobs.folder import write_whole
 

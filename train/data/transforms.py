@@ -1,4 +1,4 @@
-"""Images to tensors: timm's transforms, as a recipe sets them."""
+"""Images to tensors: timm's transforms, with the settings of a recipe."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ Transform = Callable[[Image.Image], Tensor]
 def train_transform(data: DataConfig, recipe: RecipeConfig) -> Transform:
     """A random crop, flip, color changes and erasing; `(3, image_size, image_size)`, normalized."""
     augment = recipe.augment
+    low, high = augment.scale
     transform: Transform = create_transform(
         data.image_size,
         is_training=True,
-        scale=tuple(augment.scale),
+        scale=(low, high),
         hflip=augment.hflip,
         color_jitter=augment.color_jitter,
         auto_augment=augment.auto_augment,
@@ -33,7 +34,7 @@ def train_transform(data: DataConfig, recipe: RecipeConfig) -> Transform:
 
 
 def eval_transform(data: DataConfig, recipe: RecipeConfig) -> Transform:
-    """The short side to `eval_resize` (for 224 pixels; in proportion for others), then the center."""
+    """Resize the short side to `eval_resize` (for 224 pixels; in proportion for others), and crop the center."""
     transform: Transform = create_transform(
         data.image_size,
         interpolation=recipe.augment.eval_interpolation,
