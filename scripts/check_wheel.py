@@ -11,7 +11,6 @@ hour on two cores and 6 GB of disk; an environment is removed when it has been c
 
 from __future__ import annotations
 
-import argparse
 import ast
 import os
 import re
@@ -23,10 +22,13 @@ from pathlib import Path
 
 import tomllib
 
+from scripts.arguments import argument_parser
+
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 OLDEST, NEWEST = "python3.10", "python3.13"
 # What comes with torch and timm: torchvision and PyYAML are timm's own requirements, numpy is torchvision's.
+PYTEST = ("pytest", "pytest-xdist", "pytest-timeout")
 AT_HAND = {"kw", "torch", "timm", "torchvision", "numpy", "yaml", "pytest", *sys.stdlib_module_names}
 LINES = """
 import kw, timm, torch
@@ -96,17 +98,7 @@ def check(wheel: Path, python: str, requirements: list[str], only: str | None) -
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         files = [str(path) for path in library_tests() if only is None or path.stem == only]
         commands = (
-            [
-                "pip",
-                "install",
-                "--quiet",
-                "--no-cache-dir",
-                str(wheel),
-                "pytest",
-                "pytest-xdist",
-                "pytest-timeout",
-                *requirements,
-            ],
+            ["pip", "install", "--quiet", "--no-cache-dir", str(wheel), *PYTEST, *requirements],
             ["pytest", "-n", "2", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", *files],
         )
         install, test = ([inside, "-m", *command] for command in commands)
@@ -117,17 +109,15 @@ def check(wheel: Path, python: str, requirements: list[str], only: str | None) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m scripts.check_wheel"
-    )
+    parser = argument_parser("check_wheel", __doc__)
     parser.add_argument("python", nargs="?", help=f"an interpreter; without it, {OLDEST} and {NEWEST}")
     parser.add_argument("requirements", nargs="*", help="versions for it, such as torch==2.8.0")
     parser.add_argument("--only", help="one file of tests/, without .py")
-    given = parser.parse_args(arguments)
-    chosen = [(given.python, given.requirements)] if given.python else [(OLDEST, oldest()), (NEWEST, [])]
+    options = parser.parse_args(arguments)
+    chosen = [(options.python, options.requirements)] if options.python else [(OLDEST, oldest()), (NEWEST, [])]
     with tempfile.TemporaryDirectory(prefix="wheel-") as folder:
         wheel = build(Path(folder))
-        passed = {(python, *versions): check(wheel, python, versions, given.only) for python, versions in chosen}
+        passed = {(python, *versions): check(wheel, python, versions, options.only) for python, versions in chosen}
     print()
     for environment, fine in passed.items():
         print("passed" if fine else "FAILED", *environment)

@@ -6,7 +6,6 @@ out in a grid, each object with its mask, its box, and its class and score.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw
 import detection  # noqa: F401  first, as it stands in for mmcv's operators
 from detection.data import class_names
 from detection.run import calm, quiet
+from scripts.arguments import argument_parser
 from train.jobs.errors import RunError
 
 COLORS = [(214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207)]
@@ -26,30 +26,26 @@ TEXT = 12  # pixels above a box
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.draw_detections",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("draw_detections", __doc__)
     parser.add_argument("run", type=Path, help="a run folder of python -m detection")
-    parser.add_argument("picture", type=Path, help="the file to write")
-    parser.add_argument("--images", type=int, default=8, help="how many: 8")
-    parser.add_argument("--score", type=float, default=0.5, help="of the detections that are drawn, at least: 0.5")
-    parser.add_argument("--zoom", type=int, default=2, help="of the images: 2")
-    given = parser.parse_args()
+    parser.add_argument("picture", type=Path, help="the image file to write")
+    parser.add_argument("--images", type=int, default=8, help="number of images (default: 8)")
+    parser.add_argument("--score", type=float, default=0.5, help="least score of detections to draw (default: 0.5)")
+    parser.add_argument("--zoom", type=int, default=2, help="factor by which images are enlarged (default: 2)")
+    options = parser.parse_args()
     calm()
     try:
         with quiet():
-            images = list(detected(given.run, given.images, given.score, given.zoom))
+            images = list(detected(options.run, options.images, options.score, options.zoom))
     except RunError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    given.picture.parent.mkdir(parents=True, exist_ok=True)
-    grid(images).save(given.picture)
-    print(f"{len(images)} images in {given.picture}")
+    options.picture.parent.mkdir(parents=True, exist_ok=True)
+    grid(images).save(options.picture)
+    print(f"{len(images)} images in {options.picture}")
 
 
 def detected(run: Path, count: int, score: float, zoom: int) -> Any:
-    """The first images of the evaluation set, with what is detected on them."""
+    """The first images of the evaluation set, with their detections drawn on them."""
     from mmdet.apis import inference_detector, init_detector
     from mmdet.registry import DATASETS
     from mmengine.config import Config
@@ -67,7 +63,7 @@ def detected(run: Path, count: int, score: float, zoom: int) -> Any:
 
 
 def draw(image: Image.Image, found: Any, names: list[str], zoom: int) -> Image.Image:
-    """The image enlarged; on it masks, boxes, and classes with scores."""
+    """The enlarged image with masks, boxes, classes and scores."""
     pixels = np.asarray(image, float)
     for mask, label in zip(found.get("masks", []), found.labels, strict=False):
         pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.array(COLORS[label % len(COLORS)])

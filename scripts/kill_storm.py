@@ -1,15 +1,14 @@
 """Prove that a run survives SIGKILL: kill it at random moments, start the same command again until it ends, and compare
-it with a run that nobody disturbed. Weights, optimizer, average, step and metrics must be the same to the bit. A run
-that ends before it was killed often enough is followed by another.
+it with an undisturbed run. Weights, optimizer, average, step and metrics must be the same to the bit. If a run ends
+before the number of kills is reached, another one follows.
 
     python -m scripts.kill_storm                         30 kills of a small run on digits, one process
     python -m scripts.kill_storm --devices 2 --kills 10
-    python -m scripts.kill_storm -- n=1/4 recipe.mixup=0.2   with settings of your own
+    python -m scripts.kill_storm -- n=1/4 recipe.mixup=0.2   with overrides of `python -m train`
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import signal
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from scripts.arguments import argument_parser
 from train.jobs.checkpoint import read
 
 SMALL = [
@@ -52,14 +52,14 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 
 def storm(folder: Path, settings: list[str], kills: int, span: tuple[float, float], chance: random.Random) -> int:
-    """Kill a run at random moments within `span` seconds of its starts, until it ends by itself or the number is
-    reached, when it may end; return how many times it was killed."""
+    """Kill a run at random moments within `span` seconds of its starts, until it ends by itself or the number of kills
+    is reached; then let it end. Returns the number of kills."""
     for done in range(kills):
         process = start(folder, settings)
         try:
             process.wait(chance.uniform(*span))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)  # the launcher alone: its workers have to notice
+            process.send_signal(signal.SIGKILL)  # only the launcher: its workers have to notice
             process.wait()
             continue
         finish(process)
@@ -69,7 +69,7 @@ def storm(folder: Path, settings: list[str], kills: int, span: tuple[float, floa
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two nests of dictionaries, lists, tensors and values are not the same to the bit."""
+    """Paths at which two nests of dictionaries, lists, tensors and values differ in any bit."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = sorted(one.keys() | other.keys(), key=str)
         return [found for key in keys for found in differences(one.get(key), other.get(key), f"{path}.{key}")]
@@ -82,7 +82,7 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What must not depend on being killed: the state without its configuration's paths, and metrics without times."""
+    """What kills must not change: the state without its configuration, which has paths, and metrics without times."""
     state = read(folder / "checkpoints" / "last.pt")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -91,11 +91,11 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30)
+    parser = argument_parser("kill_storm", __doc__)
+    parser.add_argument("--kills", type=int, default=30, help="default: 30")
     parser.add_argument("--devices", type=int, default=1, help="processes of the run")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("settings", nargs="*", help="further settings of the run, after --")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("settings", nargs="*", help="overrides of the run, after --")
     options = parser.parse_args()
     settings = [*options.settings, f"runtime.devices={options.devices}"]
     with tempfile.TemporaryDirectory() as place:
@@ -107,16 +107,16 @@ def main() -> None:
         ready = time.monotonic() - began  # to the first checkpoint
         finish(process)
         whole = time.monotonic() - began
-        # Each run gets on by a few checkpoints, so that the moments spread over the training and not its start alone.
+        # Each start gets a few checkpoints further, so that the kills spread over all of the training.
         span = (0.8 * ready, ready + 2 * (whole - ready) / (options.kills + 1))
         reference, chance = outcome(calm), random.Random(options.seed)
         killed, runs, found = 0, 0, []
-        while killed < options.kills and not found:  # a run that ends early makes way for another
+        while killed < options.kills and not found:  # if a run ends early, another follows
             stormy = Path(place) / f"stormy{runs}"
             done = storm(stormy, settings, options.kills - killed, span, chance)
             found = differences(reference, outcome(stormy))
             killed, runs = killed + done, runs + 1
-            if not done:  # the machine is faster now than at the first run
+            if not done:  # the machine is faster now than in the first run
                 span = (0.7 * span[0], 0.7 * span[1])
     print(
         f"Killed {killed} times, in {runs} runs. "

@@ -1,19 +1,22 @@
-"""What a model costs, layer by layer, and who draws from which warehouse: a table, and a picture of the sharing.
+"""What a model costs, layer by layer, and which layers share which warehouse: a table, and a picture of the sharing.
 
     python -m scripts.profile_model backbone=resnet18 n=1/4                224 pixels, 1000 classes
-    python -m scripts.profile_model experiment=resnet50_kw1d2x --out report/resnet50.png
+    python -m scripts.profile_model experiment=resnet50_kw1d2x out=report/resnet50.png
     python -m scripts.profile_model backbone=resnet18 dynamic=odconv n=4
     python -m scripts.profile_model backbone=timm backbone.name=regnety_002 n=1/2 kw.reduction=1/32
 
-The picture has a line for each layer. Left: the cells of its warehouse, all of which it mixes, in pale; those that are
-its own in full color; and the number of its mixtures. Right: the multiply-adds of one image. Nothing is trained or
-computed, so that size does not matter.
+out          the picture
+all other keys are those of `python -m train`; the data are ImageNet's, unless you say otherwise
+
+The picture has a line for each layer. Left: the cells of its warehouse, all of which it mixes, in pale color; those
+that it owns in full color; and the number of its mixtures. Right: the multiply-adds of one image. The model is built on
+the meta device and nothing is computed, so its size does not matter.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +24,15 @@ import matplotlib
 
 matplotlib.use("Agg")  # no screen is needed
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
 import kw
 from kw.profiling import LayerCost, LayerShare, Profile, WarehouseCost
-from train.config import TrainConfig, validate
-from train.jobs.errors import ConfigError
+from scripts.options import imagenet_defaults, one_line_errors, parse
+from train.config import TrainConfig, compose
 from train.model import build_model
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 CLASSES = 1000
 COLORS = plt.get_cmap("tab10").colors  # of warehouses, in turn
 STATIC = "#9aa3ad"
@@ -41,14 +41,16 @@ LABELS = {"apply": "convolution or product", "assembly": "assembly of kernels", 
 LINE = 0.19  # inches
 
 
-def composed(settings: list[str]) -> TrainConfig:
-    """As of `python -m train`, for ImageNet's images if no others are asked for."""
-    keys = {setting.partition("=")[0] for setting in settings}
-    given = [] if "data" in keys or "experiment" in keys else ["data=imagenet"]
-    given += [] if "backbone" in keys or "experiment" in keys else ["backbone=resnet18"]
-    given += [] if "data.root" in keys else ["data.root=unused"]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return validate(compose("train", [*given, *settings]))
+@dataclass
+class Options:
+    out: str = "report/sharing.png"
+
+
+def composed(overrides: list[str]) -> TrainConfig:
+    """As of `python -m train`, with ResNet18 and ImageNet's image size where nothing else is named."""
+    keys = {word.partition("=")[0] for word in overrides}
+    backbone = [] if keys & {"backbone", "experiment"} else ["backbone=resnet18"]
+    return compose([*imagenet_defaults(overrides), *backbone, *overrides])
 
 
 def profile_of(config: TrainConfig) -> Profile:
@@ -59,7 +61,7 @@ def profile_of(config: TrainConfig) -> Profile:
 
 
 def draw(profile: Profile, title: str, path: Path) -> None:
-    """Warehouses one below the other, static layers last; lines are layers, in module order."""
+    """One warehouse below the other, static layers last; lines are layers, in module order."""
     costs = {layer.name: layer for layer in profile.layers}
     static = [layer for layer in profile.layers if layer.warehouse is None]
     lines = sum(len(w.shares) + 1.6 for w in profile.warehouses) + len(static) + 1.6
@@ -127,24 +129,15 @@ def _finish(left: Any, right: Any, ticks: dict[float, str], lines: float) -> Non
         axes.tick_params(axis="y", length=0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.profile_model",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as of python -m train")
-    parser.add_argument("--out", type=Path, default=Path("report/sharing.png"), help="default: report/sharing.png")
-    options = parser.parse_args()
-    try:
-        config = composed(options.settings)
+def main(words: list[str]) -> None:
+    with one_line_errors():
+        options, overrides = parse(Options, words, __doc__)
+        config = composed(overrides)
         profile = profile_of(config)
-    except (ConfigError, HydraException) as error:
-        sys.exit(str(error).splitlines()[0])
     print(profile)
-    draw(profile, f"{config.backbone.label}, {config.dynamic}, n = {config.n}", options.out)
+    draw(profile, f"{config.backbone.label}, {config.dynamic}, n = {config.n}", Path(options.out))
     print(f"\nThe picture is {options.out}.")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

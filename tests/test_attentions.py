@@ -1,27 +1,27 @@
 """What is said of attentions is what the model computes; it tells anchored from free, and fixed from dynamic."""
 
-import base64
 import csv
-import json
 import re
 
 import numpy as np
 import pytest
 import torch
-from helpers.browser import CHROMIUM, PLAYWRIGHT
+from helpers.browser import CHROMIUM, PLAYWRIGHT, loaded
 from helpers.training import NARROW, TINY, config
 from PIL import Image
+from plotly.offline import get_plotlyjs
 from torch import nn
 
 import kw
 from kw.layers import KWLayer
+from scripts.attentions import page
 from scripts.attentions.__main__ import main
 from scripts.attentions.collect import attend, collect
-from scripts.attentions.load import Options, choose_images
+from scripts.attentions.load import Options, choose_images, load_model
 from scripts.attentions.statistics import by_warehouse, statistics, usage, warehouse_values
 from train.checkpoint import FORMAT
 from train.config import to_plain
-from train.jobs.errors import ConfigError, DataError
+from train.jobs.errors import DataError
 from train.model import build_model
 
 CLASSES = [str(digit) for digit in range(10)]
@@ -185,27 +185,48 @@ def test_the_command_leaves_tables_pictures_and_a_page(checkpoint, tmp_path, cap
     assert [row["warehouse"] for row in csv.DictReader((out / "warehouses.csv").open())] == [
         f"stage{s}" for s in range(4)
     ]
-    for name in (*(f"cells_stage{s}.png" for s in range(4)), "sharing.png", "layers.png", "classes.png"):
-        assert Image.open(out / name).width > 300
     text = (out / "index.html").read_text()
-    assert not re.search(r"(src|href)\s*=|https?:|@import|fetch\(", text)
-
-
-def unpacked(packed):
-    return np.frombuffer(base64.b64decode(packed["bytes"]), np.int8) * packed["limit"] / 127
+    assert loaded(text) == [] and "default-src 'none'" in text and len(text) - len(get_plotlyjs()) < 6_000_000
+    assert all(f"Warehouse stage{s}" in text for s in range(4))
 
 
 def test_the_page_has_the_mean_attentions_of_each_class(checkpoint, folder, tmp_path):
     main([f"checkpoint={checkpoint}", f"images={folder}", f"out={tmp_path}/out"])
     text = (tmp_path / "out" / "index.html").read_text()
-    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
-    assert data["classes"] == ["ant", "bee<b>"] and "bee<b>" not in text
-    for warehouse in data["warehouses"]:
-        mixtures = sum(layer["mixtures"] for layer in warehouse["layers"])
-        maps = {key: unpacked(packed) for key, packed in warehouse["maps"].items()}
-        assert all(len(value) == mixtures * warehouse["cells"] for value in maps.values())
-        gaps = np.abs(maps["0"] + maps["1"])  # of two classes of three images each
-        assert np.quantile(gaps, 0.99) <= 0.02 * warehouse["maps"]["0"]["limit"]
+    assert "class ant, minus the mean" in text and "bee<b>" not in text
+
+
+def test_a_heat_map_shows_the_attentions_by_class_with_frames_and_anchors():
+    _, model = small("1")
+    layers = statistics(collect(model, images_of(2, 4), ["ant", "bee<b>"]))
+    for name, members in by_warehouse(layers).items():
+        maps = {what: values for what, values, _ in page.maps_of(members, ["ant", "bee<b>"])}
+        less = maps["class ant, minus the mean"] + maps["class bee<b>, minus the mean"]
+        assert less.abs().max() < 1e-9  # two classes of as many images each
+        assert torch.allclose(maps["class ant"] - maps["class ant, minus the mean"], maps["mean over all images"])
+        figure = page.heat_map(members, page.maps_of(members, ["ant", "bee<b>"]))
+        heat = [trace for trace in figure.data if trace.type == "heatmap"]
+        assert [trace.name for trace in heat] == [page.plain(what) for what in maps]
+        assert all(np.asarray(trace.z).shape == (len(trace.y), len(trace.x)) for trace in heat)
+        assert np.allclose(heat[0].z, maps["mean over all images"].numpy(), atol=1e-6)
+        buttons = figure.layout.updatemenus[0].buttons
+        shown = [button.args[0]["visible"] for button in buttons]
+        assert [sum(each[: len(heat)]) for each in shown] == [1] * len(heat) and all(all(e[len(heat) :]) for e in shown)
+        frames = [(shape.x0 + 0.5, shape.x1 + 0.5) for shape in figure.layout.shapes if shape.type == "rect"]
+        shares = model.warehouses[name].shares
+        assert frames == [(share.start, share.start + share.owned) for share in shares]
+        dots = sum(len(trace.x) for trace in figure.data if trace.type == "scatter")
+        assert dots == sum(cell < len(heat[0].x) for share in shares for cell in share.anchors)
+
+
+def test_a_large_model_leaves_classes_out_of_its_page_and_then_the_deviation(monkeypatch):
+    _, model = small("1")
+    layers = statistics(collect(model, images_of(2, 2), CLASSES[:2]))
+    size = sum(layer.mean.numel() for layer in layers)
+    for most, classes, deviation in ((6 * size, True, True), (2 * size, False, True), (size, False, False)):
+        monkeypatch.setattr(page, "MOST", most)
+        text = page.attentions_page("title", "", layers, ["ant", "bee"])
+        assert ("class ant, minus the mean" in text, '"deviation over images"' in text) == (classes, deviation)
 
 
 def test_images_are_taken_evenly_from_folders_with_or_without_classes(folder):
@@ -221,10 +242,13 @@ def test_images_are_taken_evenly_from_folders_with_or_without_classes(folder):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ([], "checkpoint=PATH"),
+        ([], "checkpoint=''"),
         (["checkpoint"], "KEY=VALUE"),
         (["checkpoint={run}", "classes=0"], "classes=0"),
+        (["checkpoint={run}", "classes=many"], "classes=many"),
         (["checkpoint={run}", "ema=maybe"], "ema=maybe"),
+        (["checkpoint={run}", "clases=3"], "leave clases=3 out"),
+        (["checkpoint={run}", "data.rot=x"], "data.rot"),
         (["checkpoint={run}", "ema=true"], "no average"),
         (["checkpoint={run}", "n=4"], "leave n=4 out"),
         (["checkpoint=nowhere.pt"], "nowhere.pt does not exist"),
@@ -233,14 +257,22 @@ def test_images_are_taken_evenly_from_folders_with_or_without_classes(folder):
         (["checkpoint={foreign}"], "backbone=resnet18 n=1/4"),
         (["checkpoint={foreign}", "backbone=resnet18", "n=static"], "no attentions"),
         (["checkpoint={foreign}", "backbone=resnet18", "n=1/4"], "does not fit"),
+        (["checkpoint={foreign}", "backbone=resnet18", "per_clas=1"], "per_clas"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_line(words, said, checkpoint, tmp_path):
+def test_what_cannot_be_done_ends_in_a_line(words, said, checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
     torch.save({"weight": torch.zeros(1)}, tmp_path / "foreign.pth")
     places = {"run": checkpoint, "empty": tmp_path / "empty", "foreign": tmp_path / "foreign.pth"}
-    with pytest.raises((SystemExit, ConfigError), match=re.escape(said)):
-        Options.parse([]) if not words else main([word.format(**places) for word in words])
+    with pytest.raises(SystemExit, match=re.escape(said)) as exit:
+        main([word.format(**places) for word in words])
+    assert "\n" not in str(exit.value)
+
+
+def test_the_data_of_a_run_may_be_elsewhere_now(checkpoint):
+    options = Options(checkpoint=str(checkpoint))
+    assert load_model(options, ["data.image_size=24"])[1].data.image_size == 24
+    assert load_model(options, [])[1].data.image_size == 16
 
 
 @pytest.mark.skipif(
@@ -253,23 +285,15 @@ def test_the_page_works_in_a_browser(scheme, checkpoint, folder, tmp_path):
     main([f"checkpoint={checkpoint}", f"images={folder}", f"out={tmp_path}/out"])
     with sync_playwright() as tools:
         browser = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(color_scheme=scheme, viewport={"width": 1360, "height": 900})
+        shown = browser.new_page(color_scheme=scheme, viewport={"width": 1360, "height": 900})
         wrong = []
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: wrong.append(message.text))
-        page.goto(f"file://{tmp_path}/out/index.html")
-        for warehouse in range(4):
-            page.select_option("#warehouse", str(warehouse))
-            for what in ("mean", "deviation", "0", "1-mean"):
-                page.select_option("#what", what)
-                assert (
-                    page.evaluate(
-                        "new Set(document.querySelector('canvas').getContext('2d').getImageData(0, 0, 9, 9).data).size"
-                    )
-                    > 3
-                )
-        page.hover("#map")
-        assert "mixture" in page.inner_text("#tip")
+        shown.on("pageerror", lambda error: wrong.append(str(error)))
+        shown.on("console", lambda message: wrong.append(message.text))
+        shown.goto(f"file://{tmp_path}/out/index.html")
+        assert shown.locator(".heatmaplayer image").count() >= 4
+        shown.click(".updatemenu-header >> nth=0")
+        shown.click(".updatemenu-dropdown-button >> nth=2")
+        assert "class ant" in shown.text_content(".updatemenu-header >> nth=0")
         browser.close()
     assert wrong == []
 

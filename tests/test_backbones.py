@@ -18,7 +18,7 @@ from kw.warehouse import Warehouse
 BUDGETS = [STATIC, "1/8", "1/4", "1/2", 1, 2, 3, 4, 8]
 PUBLISHED = {
     row["id"]: row
-    for row in yaml.safe_load((Path(__file__).parents[1] / "scripts/published.yaml").read_text())["imagenet"]
+    for row in yaml.safe_load((Path(__file__).parents[1] / "scripts/report/published.yaml").read_text())["imagenet"]
     if row.get("params_exact")
 }
 CONVOLUTIONAL = [name for name in BACKBONES if not name.startswith("deit")]

@@ -18,7 +18,7 @@ from kw.backbones import BACKBONES
 from kw.baselines import BASELINES, DynamicConv2d, KernelBank, register
 from kw.config import STATIC
 from kw.layers import DynamicLayer
-from scripts.bench import __main__ as benchmark
+from scripts.bench import cases
 from scripts.bench.step_time import composed
 from scripts.report.published import COSTS, RIVALS, published
 from scripts.report.rows import sections
@@ -30,7 +30,7 @@ from train.model import build_model
 
 METHODS = sorted(BASELINES)
 CONVOLUTIONAL = [name for name in BACKBONES if not name.startswith("deit")]
-PUBLISHED = yaml.safe_load((ROOT / "scripts/published.yaml").read_text())[RIVALS]
+PUBLISHED = yaml.safe_load((ROOT / "scripts/report/published.yaml").read_text())[RIVALS]
 LAYERS = {  # arguments of nn.Conv2d, and pixels of the input
     "3x3": ((8, 12, 3, 1, 1), 7),
     "stride, even kernel, bias": ((6, 4, 2, 2, 0, 1, 1, True), 8),
@@ -442,8 +442,8 @@ def test_a_new_method_is_one_class_and_known_everywhere():
         made = config("dynamic=toy", "n=3", "backbone=resnet18")
         assert made.name == run_name("resnet18", "toy", 3) == "resnet18_toy3x"
         assert any(isinstance(module, Toy) for module in build_model(made, 10).modules())
-        case = benchmark.parse_case("small:toy3@2")
-        built = benchmark.create(case, case.n, benchmark.parse([])[1])
+        case = cases.parse_case("small:toy3@2")
+        built = cases.create(case, case.n, cases.Settings())
         assert any(isinstance(module, DynamicLayer) for module in built.modules())
         with pytest.raises(ValueError, match=r"'toy'.*toy"):
             register("toy", budget=False)

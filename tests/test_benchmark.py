@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from scripts.bench import __main__ as benchmark
-from scripts.bench import fit_prices
+from scripts.bench import cases, fit_prices, freeze
 from scripts.bench.table import Row, choices_of, draw, markdown
-from scripts.bench.timing import Sample, by_turns, repeated
+from scripts.bench.timing import Sample, in_turns, medians
 
 SETTINGS = benchmark.parse(["resnet18:1", "--repeats", "4"])[1]
 SETUP = dict.fromkeys(("machine", "threads", "torch", "dtype", "layout", "environment", "commit"), "some")
@@ -76,7 +76,7 @@ def test_a_choice_that_fails_is_told_and_the_others_are_measured(tmp_path):
     def fail():
         raise RuntimeError("out of memory\nand so on")
 
-    samples = by_turns({"static": lambda: None, "grouped": fail, "auto": lambda: None}, "cpu", rounds=4)
+    samples = in_turns({"static": lambda: None, "grouped": fail, "auto": lambda: None}, rounds=4)
     assert samples["grouped"] == Sample((), "RuntimeError: out of memory")
     assert len(samples["static"].values) == len(samples["auto"].values) == 4
     row = Row("resnet18", "4", 16, 224, "train", samples)
@@ -87,14 +87,14 @@ def test_a_choice_that_fails_is_told_and_the_others_are_measured(tmp_path):
 
 
 def test_a_case_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
-    create = benchmark.create
+    create = cases.create
 
     def creating(case, n, settings):
         if case.n == "4":
             raise torch.OutOfMemoryError("no memory left")
         return create(case, n, settings)
 
-    monkeypatch.setattr(benchmark, "create", creating)
+    monkeypatch.setattr(cases, "create", creating)
     options = ["--in-process", "--repeats", "1", "--what", "one", "--choices", "auto", "--out", str(tmp_path)]
     benchmark.main(["small:4", "small:1", *options])
     with (tmp_path / "benchmark.csv").open() as file:
@@ -103,30 +103,41 @@ def test_a_case_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, capsy
 
 
 def test_slow_calls_end_after_a_few_rounds():
-    assert len(by_turns({"static": lambda: None}, "cpu", 50, seconds=0, fewest=3)["static"].values) == 3
+    assert len(in_turns({"static": lambda: None}, 50, seconds=0, fewest=3)["static"].values) == 3
 
 
 def test_calls_take_turns_in_changing_order_after_warming_up():
     for count in (2, 3, 6):
         calls = []
         named = {str(k): partial(calls.append, k) for k in range(count)}
-        samples = by_turns(named, "cpu", rounds=6, warm_up=1, before_each=partial(calls.append, "-"))
+        samples = in_turns(named, rounds=6, before_each=partial(calls.append, "-"))
         assert calls[::2] == ["-"] * 7 * count and [len(sample.values) for sample in samples.values()] == [6] * count
         rounds = [calls[1::2][k : k + count] for k in range(0, 7 * count, count)]
         assert all(sorted(order) == list(range(count)) for order in rounds)
         assert len({order[0] for order in rounds}) == count
-    assert len(repeated(lambda: None, "cpu", rounds=2, warm_up=3)) == 2
+
+
+def test_a_value_is_the_mean_of_calls_in_a_row_by_the_clock():
+    now = []
+    samples = in_turns({"a": lambda: now.append(2)}, rounds=3, warm_up=2, times=4, clock=lambda: sum(now))
+    assert samples["a"].values == (2.0, 2.0, 2.0) and len(now) == 2 + 3 * 4
+    assert medians(samples) == [2.0]
+
+
+def test_medians_of_what_failed_end_the_program_with_the_error():
+    with pytest.raises(SystemExit, match="dynamic: ZeroDivisionError: division by zero"):
+        medians(in_turns({"dynamic": lambda: 1 / 0}, rounds=2))
 
 
 def test_cases_carry_their_batch_or_take_the_commands_or_their_own_default():
-    cases, settings, _ = benchmark.parse(["resnet50:1/2@3", "resnet50:4", "small:1"])
-    assert [(case.n, settings.batch_of(case), settings.size_of(case)) for case in cases] == [
+    found, settings, _ = benchmark.parse(["resnet50:1/2@3", "resnet50:4", "small:1"])
+    assert [(case.n, settings.batch_of(case), settings.size_of(case)) for case in found] == [
         ("1/2", 3, 224),
         ("4", 8, 224),
         ("1", 64, 32),
     ]
-    cases, settings, _ = benchmark.parse(["resnet50:4@3", "small:1", "--batch", "128"])
-    assert [settings.batch_of(case) for case in cases] == [3, 128]
+    found, settings, _ = benchmark.parse(["resnet50:4@3", "small:1", "--batch", "128"])
+    assert [settings.batch_of(case) for case in found] == [3, 128]
 
 
 @pytest.mark.parametrize(
@@ -146,8 +157,8 @@ def test_options_that_do_not_go_together_fail_at_once(options, named, capsys):
 
 
 def test_all_default_cases_are_known():
-    cases = (*benchmark.CASES, *benchmark.GPU_CASES, *fit_prices.CPU_CASES, *fit_prices.GPU_CASES)
-    assert all(benchmark.parse_case(case).backbone for case in cases)
+    known = (*benchmark.CASES, *benchmark.GPU_CASES, *fit_prices.CPU_CASES, *fit_prices.GPU_CASES)
+    assert all(cases.parse_case(case).backbone for case in known)
 
 
 @pytest.mark.parametrize("case, named", [("resnet18", "BACKBONE:N"), ("resnet19:1", "resnet18"), ("resnet18:0", "0")])
@@ -159,7 +170,17 @@ def test_a_bad_case_fails_at_once_and_is_named(case, named, capsys):
 
 
 def test_the_small_case_ends_at_four_positions():
-    case = benchmark.parse_case("small:1")
-    model = benchmark.create(case, "static", SETTINGS)
-    features = model.forward_features(torch.zeros(1, 3, benchmark.SMALL_SIZE, benchmark.SMALL_SIZE))
+    case = cases.parse_case("small:1")
+    model = cases.create(case, "static", SETTINGS)
+    features = model.forward_features(torch.zeros(1, 3, cases.SMALL_SIZE, cases.SMALL_SIZE))
     assert features.shape == (1, 512, 2, 2)
+
+
+def test_folded_layers_are_timed_beside_the_layers_as_they_were(monkeypatch, capsys):
+    monkeypatch.setattr(freeze, "MOST", 1)
+    model = cases.create(cases.parse_case("small:4"), "4", SETTINGS).eval()
+    with torch.no_grad():
+        freeze.layers_in_turns(model, torch.randn(1, 3, 32, 32), "small", torch.zeros(8))
+    lines = capsys.readouterr().out.splitlines()[3:]
+    shapes = {line.split()[0] for line in lines}
+    assert {"64x64x3x3", "512x512x3x3"} <= shapes and all(float(line.split()[-1]) > 0 for line in lines)

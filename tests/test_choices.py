@@ -11,18 +11,17 @@ import kw
 from kw.compute import prices
 from kw.compute.cost import Choice, cost
 from kw.functional import choose
-from scripts.bench import __main__ as benchmark
-from scripts.bench import choices, fit_prices
+from scripts.bench import cases, choices, fit_prices
 from scripts.bench.choices import PLAIN
 from scripts.bench.fit_prices import Timed
 
-SETTINGS = benchmark.parse(["small:4"])[1]
+SETTINGS = cases.Settings()
 FOLDED = Choice("folded", "grouped")
 BLOCKS = Choice("cells", "blocks")
 
 
 def calls_of(n="4", batch=2):
-    model = benchmark.create(benchmark.parse_case(f"small:{n}"), n, SETTINGS).eval()
+    model = cases.create(cases.parse_case(f"small:{n}"), n, SETTINGS).eval()
     return choices.record(model, torch.randn(batch, 3, 32, 32))
 
 

@@ -24,7 +24,7 @@ from kw.layers import KWLayer
 from train.jobs.errors import ConfigError
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
-ROWS = yaml.safe_load((ROOT / "scripts/published.yaml").read_text())["coco"]
+ROWS = yaml.safe_load((ROOT / "scripts/report/published.yaml").read_text())["coco"]
 SIZES = [(short, 1333) for short in range(480, 801, 32)]
 
 

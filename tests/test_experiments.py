@@ -19,7 +19,7 @@ from train.model import build_model
 from train.optim import build_optimizer
 from train.schedule import learning_rate
 
-PUBLISHED = yaml.safe_load((ROOT / "scripts/published.yaml").read_text())
+PUBLISHED = yaml.safe_load((ROOT / "scripts/report/published.yaml").read_text())
 ROWS = {row["id"]: row for row in PUBLISHED["imagenet"]}
 EXPERIMENTS = {path.stem for path in (ROOT / "configs/experiment").glob("*.yaml")}
 

@@ -4,22 +4,44 @@ import json
 
 import pytest
 
-from scripts.bench import step_time
+from scripts.bench import step_time, trainer
 from scripts.report.steps import read_steps
 
+SMALL = ["data.image_size=32", "runtime.device=cpu"]
 
-def test_a_row_is_timed_and_read_by_the_report(tmp_path, monkeypatch):
+
+def test_a_row_is_timed_and_read_by_the_report(tmp_path):
     out = tmp_path / "runs" / "steps.jsonl"
-    small = ["--set", "data.image_size=32", "runtime.micro_batch=2", "runtime.device=cpu"]
-    monkeypatch.setattr("sys.argv", ["step_time", "mobilenetv2_050_kw1x", "--repeats", "1", "--out", str(out), *small])
-    step_time.main()
+    step_time.main(["rows=mobilenetv2_050_kw1x", "repeats=1", f"out={out}", *SMALL, "runtime.micro_batch=2"])
     line = json.loads(out.read_text())
     assert (line["row"], line["micro_batch"], line["precision"]) == ("mobilenetv2_050_kw1x", 2, "float32")
     (step,), remarks = read_steps(out)
     assert step.images_per_second == line["images_per_second"] > 0 and step.device.startswith("cpu") and not remarks
 
 
-def test_an_unknown_row_is_refused_with_the_known_ones(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["step_time", "resnet19"])
-    with pytest.raises(SystemExit, match=r"No such row: resnet19.*resnet18_kw1d4x"):
-        step_time.main()
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "rows=: must name rows. .*resnet18_kw1d4x"),
+        (["rows=resnet19"], "there is no resnet19. .*resnet18_kw1d4x"),
+        (["rows=resnet18", "repeat=3"], "repeat"),
+        (["rows=resnet18", "--repeats"], "--repeats.* is not KEY=VALUE"),
+    ],
+)
+def test_what_is_not_known_is_named_in_one_line(words, said):
+    with pytest.raises(SystemExit, match=said) as exit:
+        step_time.main(words)
+    assert "\n" not in str(exit.value)
+
+
+def test_help_has_the_keys_and_their_defaults(capsys):
+    with pytest.raises(SystemExit) as exit:
+        step_time.main(["--help"])
+    assert not exit.value.code and step_time.__doc__ in (text := capsys.readouterr().out) and "repeats=3" in text
+
+
+def test_the_trainers_step_is_compared_with_a_bare_one(capsys):
+    trainer.main(
+        ["backbone=resnet_digits", "data.image_size=16", "recipe.batch_size=4", "steps=2", "runtime.device=cpu"]
+    )
+    assert "n=static, 16 pixels, batch 4" in (text := capsys.readouterr().out) and "ms a step: " in text

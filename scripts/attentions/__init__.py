@@ -1,1 +1,1 @@
-"""What the attentions of a trained model do: statistics and heat maps; `python -m scripts.attentions`."""
+"""`python -m scripts.attentions`: what the attentions of a trained model do, as statistics, heat maps and a page."""

@@ -1,6 +1,6 @@
-"""The attentions of a model over images, summed up by class while the images pass through.
+"""Sums of a model's attentions by class, collected while images pass through the model.
 
-Shapes: `K` classes, `m` mixtures of a layer, `n` cells of its warehouse; place `n` of `n + 1` is the zero cell.
+Shapes: `K` classes, `m` mixtures of a layer, `n` cells of its warehouse; the last of `n + 1` is the zero cell.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from train.jobs.errors import DataError
 
 
 def attend(attention: Attention, pooled: Tensor) -> Tensor:
-    """The attentions `(B, m, n + 1)` that `attention` computes from `(B, C)`, with that of the zero cell, which it
-    drops: only with it do a row's absolute values add up to 1 (where the attention function sees to that at all)."""
+    """The attentions `(B, m, n + 1)` that `attention` computes from `(B, C)`, with that to the zero cell, which it
+    drops. With it, the absolute values of a row sum to 1 (if the attention function normalizes)."""
     values, divisor = FUNCTIONS[attention.attention_function](attention.scores(pooled).double())
     return (1 - attention.tau) * values / divisor + attention.tau * anchors(attention)
 
 
 def anchors(attention: Attention) -> Tensor:
-    """Where the temperature starts from, one-hot `(m, n + 1)`; zeros where nothing is anchored."""
+    """The attentions at temperature 1, one-hot `(m, n + 1)`; zeros if nothing is anchored."""
     if attention.beta is None:
         weight = attention.fc1.weight
         return weight.new_zeros(attention.mixtures, attention.cells + 1, dtype=torch.float64)
@@ -35,7 +35,7 @@ def anchors(attention: Attention) -> Tensor:
 
 @dataclass
 class Sums:
-    """What is kept of one layer's attentions."""
+    """Sums over images of one layer's attentions alpha."""
 
     share: Share
     counts: Tensor  # (K,), of images
@@ -43,7 +43,7 @@ class Sums:
     by_class: Tensor  # (K, m, n + 1), of alpha
     absolute: Tensor  # (m, n + 1), of |alpha|
     square: Tensor  # (m, n + 1), of alpha squared
-    moved: Tensor  # (K, m), of half the distance in absolute value from the anchors; zeros where there are none
+    moved: Tensor  # (K, m), of half the absolute distance from the anchors; zeros if there are none
 
     @classmethod
     def empty(cls, layer: KWLayer, classes: int) -> Sums:
@@ -54,7 +54,7 @@ class Sums:
         return cls(layer.share, counts, start, by_class, zeros, zeros.clone(), moved)
 
     def add(self, alpha: Tensor, targets: Tensor) -> None:
-        """Raises DataError: an attention is not finite, which no mean would survive."""
+        """Raises DataError: an attention is not finite."""
         if not alpha.isfinite().all():
             raise DataError(f"Layer {self.share.kernel.name!r}: its attentions are not finite on these images.")
         self.counts += torch.bincount(targets, minlength=len(self.counts))
@@ -67,7 +67,7 @@ class Sums:
 
 @dataclass
 class Collected:
-    """Sums by layer, in the order in which images pass through them; how many images there were."""
+    """Sums by layer, in the order in which images pass through the layers; and the number of images."""
 
     classes: list[str]
     images: int
@@ -79,7 +79,7 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes:
     """Send batches `(B, 3, H, W)` with their classes `(B,)` through the model, in evaluation mode.
 
     Raises:
-        DataError: attentions are not finite, as of a model that was never trained.
+        DataError: attentions are not finite, as in a model that diverged.
     """
     made = Collected(classes, 0)
     targets = torch.empty(0, dtype=torch.long)

@@ -1,78 +1,54 @@
-"""The model of a checkpoint, and images by class: of a folder, or of the data set that the model was trained on."""
+"""The model of a checkpoint, and images by class: from a folder, or from the data set that the model was trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
 import kw
 from kw.layers import KWLayer
+from scripts.options import imagenet_defaults
 from train.checkpoint import State, newest
-from train.config import TrainConfig, validate
+from train.config import TrainConfig, compose, validate
 from train.data.formats import open_split
 from train.data.transforms import eval_transform
 from train.jobs.checkpoint import FORMAT, read
-from train.jobs.errors import CheckpointError, ConfigError
+from train.jobs.errors import CheckpointError, ConfigError, check
 from train.model import build_model
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 BATCH = 32
 
 
-@dataclass(frozen=True)
+@dataclass
 class Options:
-    """`key=value` words of the command line."""
+    """The command's own keys."""
 
-    checkpoint: str = ""  # a file, or a run folder; of ours, or a released one
-    images: str = ""  # a folder of images, or of a folder for each class; left out: the data set's
-    classes: int = 10  # at most so many, at even distances
+    checkpoint: str = ""  # a file or a run folder, of ours or of the release
+    images: str = ""  # a folder of images, or of a folder for each class; empty: the data set's
+    classes: int = 10  # at most so many, evenly spaced
     per_class: int = 50  # images of each
     ema: bool = False  # the average of the weights
     out: str = "report/attentions"
-    settings: tuple[str, ...] = ()  # of a released checkpoint: backbone=resnet18 n=1/4
 
-    @classmethod
-    def parse(cls, words: list[str]) -> Options:
-        """Raises ConfigError for a word or value that cannot be understood."""
-        kinds = {f.name: type(f.default) for f in fields(cls) if f.name != "settings"}
-        made: dict[str, object] = {}
-        settings = []
-        for word in words:
-            key, equals, value = word.partition("=")
-            if not equals:
-                raise ConfigError(f"{word!r} is no KEY=VALUE; keys are {', '.join(kinds)}.")
-            if key not in kinds:
-                settings.append(word)
-                continue
-            made[key] = _parsed(key, value, kinds[key])
-        if not made.get("checkpoint"):
-            raise ConfigError("checkpoint=PATH is needed: a run folder, or a checkpoint's file.")
-        return cls(**made, settings=tuple(settings))  # type: ignore[arg-type]
+    def __post_init__(self) -> None:
+        check(bool(self.checkpoint), "checkpoint", self.checkpoint, "must be a run folder or a checkpoint's file")
+        for key in ("classes", "per_class"):
+            check(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
 
 
-def _parsed(key: str, value: str, kind: type) -> object:
-    if kind is bool:
-        if value.lower() not in ("true", "false"):
-            raise ConfigError(f"{key}={value}: must be true or false.")
-        return value.lower() == "true"
-    if kind is int:
-        if not value.isdigit() or int(value) < 1:
-            raise ConfigError(f"{key}={value}: must be a whole number of at least 1.")
-        return int(value)
-    return value
+def load_model(options: Options, overrides: list[str]) -> tuple[nn.Module, TrainConfig, str]:
+    """The model in evaluation mode, its configuration, and the checkpoint's name.
 
-
-def load_model(options: Options) -> tuple[nn.Module, TrainConfig, State, str]:
-    """The model in evaluation mode, its configuration, what the checkpoint holds, and the checkpoint's name.
+    A checkpoint of ours contains its configuration, in which `data.*` can be overridden. For a released one, the
+    overrides are those of `python -m train`.
 
     Raises:
         CheckpointError: it cannot be read or does not fit.
@@ -82,14 +58,7 @@ def load_model(options: Options) -> tuple[nn.Module, TrainConfig, State, str]:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     path, state = newest(folder)[:2] if folder.is_dir() else (path, read(path))
     ours = state.get("format") == FORMAT
-    if ours and options.settings:
-        raise ConfigError(f"{path} knows its own settings: leave {options.settings[0]} out.")
-    if ours:
-        config = validate(OmegaConf.create(state["config"]))
-    elif options.settings:
-        config = _composed(options.settings)
-    else:
-        raise ConfigError(f"{path} is not of `python -m train`: say what it is, by backbone=resnet18 n=1/4 or so.")
+    config = _saved_config(path, state, overrides) if ours else _composed(path, overrides)
     weights = _weights(path, state, options.ema) if ours else state
     model = build_model(config, len(state["classes"]) if ours else config.data.num_classes or 1000)
     if not any(isinstance(module, KWLayer) for module in model.modules()):
@@ -102,14 +71,21 @@ def load_model(options: Options) -> tuple[nn.Module, TrainConfig, State, str]:
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit {config.backbone.label} at n={config.n}: {error}") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval().to(device), config, state if ours else {}, f"{config.name}, {path.name}"
+    return model.eval().to(device), config, f"{config.name}, {path.name}"
 
 
-def _composed(settings: tuple[str, ...]) -> TrainConfig:
-    data = [] if any(word.startswith(("data=", "experiment=")) for word in settings) else ["data=imagenet"]
-    root = [] if any(word.startswith("data.root=") for word in settings) else ["data.root=unused"]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return validate(compose("train", [*data, *root, *settings]))
+def _saved_config(path: Path, state: State, overrides: list[str]) -> TrainConfig:
+    for word in overrides:
+        if not word.startswith("data."):
+            raise ConfigError(f"{path} contains its own settings: leave {word} out; only data.* can be overridden.")
+    merged = OmegaConf.merge(OmegaConf.create(state["config"]), OmegaConf.from_dotlist(overrides))
+    return validate(OmegaConf.create(merged))  # type: ignore[arg-type]
+
+
+def _composed(path: Path, overrides: list[str]) -> TrainConfig:
+    if not overrides:
+        raise ConfigError(f"{path} is not a checkpoint of `python -m train`: add backbone=resnet18 n=1/4 or the like.")
+    return compose([*imagenet_defaults(overrides), *overrides])
 
 
 def _weights(path: Path, state: State, ema: bool) -> State:
@@ -128,7 +104,7 @@ def choose_images(options: Options, config: TrainConfig) -> tuple[list[str], Loa
     Raises:
         ConfigError: there are no images.
     """
-    classes, loads = _of_folder(options) if options.images else _of_data_set(config)
+    classes, loads = _from_folder(options) if options.images else _from_data_set(config)
     kept = _evenly(sorted({target for _, target in loads}), options.classes)
     chosen: Loads = []
     for number, target in enumerate(kept):
@@ -138,18 +114,15 @@ def choose_images(options: Options, config: TrainConfig) -> tuple[list[str], Loa
 
 
 def _evenly(items: list[Any], most: int) -> list[Any]:
-    """At most so many, at even distances."""
-    if len(items) <= most:
-        return items
-    return [items[k * len(items) // most] for k in range(most)]
+    """At most so many, evenly spaced."""
+    return items if len(items) <= most else [items[k * len(items) // most] for k in range(most)]
 
 
-def _of_folder(options: Options) -> tuple[list[str], Loads]:
+def _from_folder(options: Options) -> tuple[list[str], Loads]:
     root = Path(options.images).expanduser()
     if not root.is_dir():
-        raise ConfigError(f"images={options.images}: no such folder.")
-    below = sorted(path for path in root.iterdir() if path.is_dir() and _files(path))
-    folders = below or [root]
+        raise ConfigError(f"images={options.images}: there is no such folder.")
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and _files(path)) or [root]
     loads: Loads = [(_loading(path), k) for k, folder in enumerate(folders) for path in _files(folder)]
     if not loads:
         raise ConfigError(f"images={options.images}: no images there ({', '.join(sorted(SUFFIXES))}).")
@@ -170,10 +143,10 @@ def _loading(path: Path) -> Callable[[], Image.Image]:
     return load
 
 
-def _of_data_set(config: TrainConfig) -> tuple[list[str], Loads]:
+def _from_data_set(config: TrainConfig) -> tuple[list[str], Loads]:
     images = open_split(config.data, config.data.eval_split)
     targets = getattr(images, "targets", None)
-    if targets is None:  # shards know an image's class once it is read
+    if targets is None:  # in shards, an image's class is known once it is read
         targets = [images.load(index)[1] for index in range(len(images))]
     return list(images.classes), [
         (lambda index=index: images.load(index)[0], int(target)) for index, target in enumerate(targets)

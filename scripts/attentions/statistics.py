@@ -1,5 +1,7 @@
-"""Numbers of what a layer's attentions do, from their sums. Shares are of a mixture's absolute attentions, which add up
-to 1 with that of the zero cell; a layer's is the mean over its mixtures, a warehouse's over all mixtures there.
+"""Statistics of a layer's attentions, from their sums.
+
+Shares are of a mixture's absolute attentions, which sum to 1 with that to the zero cell. A layer's value is the mean
+over its mixtures, a warehouse's over the mixtures of all its layers.
 """
 
 from __future__ import annotations
@@ -12,23 +14,23 @@ from torch import Tensor
 from scripts.attentions.collect import Collected, Sums
 
 MEANINGS = {
-    "own": "share of attention on the cells that are the layer's own",
-    "even": "what that share would be if all cells were used alike",
-    "others": "on cells that are other layers' own",
+    "own": "share of attention on the cells that the layer owns",
+    "even": "what that share would be if all cells were used equally",
+    "others": "on cells that other layers own",
     "zero": "on the zero cell",
     "negative": "share of attention that is negative",
     "effective": "cells that a mixture mixes, effectively: exp of the entropy of its mean absolute attentions",
-    "anchored": "share of mixtures whose strongest cell is still the one they were anchored to, if they were",
-    "kept": "mean attention of a mixture to the cell it was anchored to: 1 at the start, when the temperature is 1",
-    "moved": "half the distance (sum of absolute differences) from the anchors: 0 still there, 1 nothing left there",
+    "anchored": "share of mixtures whose strongest cell is still their anchor",
+    "kept": "mean attention of a mixture to its anchor: 1 at temperature 1",
+    "moved": "half the distance (sum of absolute differences) from the anchors: from 0, all there, to 1, nothing there",
     "dynamic": "standard deviation over images, relative to the mean attentions: 0 is one kernel for all images",
-    "by_class": "share of the variance over images that lies between classes, less what chance gives: 1 is all of it",
+    "by_class": "share of the variance over images that lies between classes, minus what chance gives: 1 is all of it",
 }
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """`MEANINGS` of one layer, and what pictures show of it.
+    """`MEANINGS` of one layer, and what the figures need.
 
     `mean`, `deviation`: over images, `(m, n)`; `shift`: how far each mixture moved, `(m,)`; `drawn`: the share of its
     attention on the cells of each layer of the warehouse, the zero cell last, `(L + 1,)`; `classes`: half the distance
@@ -43,11 +45,11 @@ class LayerStatistics:
     zero: float
     negative: float
     effective: float
-    anchored: float | None  # None, as the next two, where nothing is anchored
+    anchored: float | None  # None, as the next two, if nothing is anchored
     kept: float | None
     moved: float | None
     dynamic: float
-    by_class: float | None  # None where there is one class
+    by_class: float | None  # None if there is one class
     mean: Tensor
     deviation: Tensor
     shift: Tensor
@@ -95,14 +97,14 @@ def layer_statistics(name: str, sums: Sums) -> LayerStatistics:
 
 
 def _by_owner(cells: Tensor, sums: Sums) -> Tensor:
-    """`(n + 1,)` summed up over the cells of each layer of the warehouse, the zero cell last."""
+    """Sums of `(n + 1,)` over the cells that each layer of the warehouse owns, the zero cell last: `(L + 1,)`."""
     shares = sums.share.warehouse.shares
     return torch.stack([*(cells[share.start : share.start + share.owned].sum() for share in shares), cells[-1]])
 
 
 def _between(of_class: Tensor, mean: Tensor, variance: Tensor, counts: Tensor) -> float | None:
-    """Epsilon squared: the between-class share of the variance, with what as many groups drawn by lot would have taken
-    off it. None where there are not two classes and more images than classes."""
+    """Epsilon squared: the between-class share of the variance, minus what as many random groups would have. None
+    unless there are at least two classes and more images than classes."""
     images, kept = int(counts.sum()), counts > 0
     groups = int(kept.sum())
     total = float(variance.sum()) * images
@@ -119,27 +121,26 @@ def statistics(collected: Collected) -> list[LayerStatistics]:
 
 
 def by_warehouse(layers: list[LayerStatistics]) -> dict[str, list[LayerStatistics]]:
-    """The layers of each warehouse in the order of its cells; warehouses in the order in which images meet them."""
+    """The layers of each warehouse in the order of its cells; warehouses in the order in which images pass them."""
     made: dict[str, list[LayerStatistics]] = {}
     for layer in layers:
         made.setdefault(layer.warehouse, []).append(layer)
-    return {name: sorted(drawing, key=lambda layer: layer.sums.share.start) for name, drawing in made.items()}
+    return {name: sorted(members, key=lambda layer: layer.sums.share.start) for name, members in made.items()}
 
 
-def warehouse_values(drawing: list[LayerStatistics]) -> dict[str, float | None]:
+def warehouse_values(members: list[LayerStatistics]) -> dict[str, float | None]:
     """`MEANINGS` of a warehouse: the mean over the mixtures of all its layers."""
-    weights = [len(layer.shift) for layer in drawing]
+    weights = [len(layer.shift) for layer in members]
     made: dict[str, float | None] = {}
     for key in MEANINGS:
-        values = [getattr(layer, key) for layer in drawing]
-        whole = sum(weights)
-        known = None not in values
-        made[key] = sum(v * w for v, w in zip(values, weights, strict=True)) / whole if known else None
+        values = [getattr(layer, key) for layer in members]
+        total = sum(v * w for v, w in zip(values, weights, strict=True)) if None not in values else None
+        made[key] = None if total is None else total / sum(weights)
     return made
 
 
-def usage(drawing: list[LayerStatistics]) -> Tensor:
-    """How much each cell is used, `(n,)`: the mean absolute attention that mixtures pay it, relative to an even use."""
-    total = sum(layer.sums.absolute[:, :-1].sum(dim=0) for layer in drawing)
+def usage(members: list[LayerStatistics]) -> Tensor:
+    """How much each cell is used, `(n,)`: the mean absolute attention of all mixtures to it, 1 for equal use."""
+    total = sum(layer.sums.absolute[:, :-1].sum(dim=0) for layer in members)
     assert isinstance(total, Tensor)
     return total / total.mean().clamp(min=1e-12)

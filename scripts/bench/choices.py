@@ -1,24 +1,21 @@
-"""How the dynamic layers of a backbone are computed: what each choice should cost, and which one is taken.
+"""How the dynamic layers of a backbone are computed: what each implementation should cost, and which one is chosen.
 
-    python -m scripts.bench.choices resnet18 4                       what the cost model expects, at batch 16 and 224 px
-    python -m scripts.bench.choices resnet18 4 --batch 1 --measure   beside it what was measured
+    python -m scripts.bench.choices resnet18 4                       costs by the cost model, at batch 16 and 224 pixels
+    python -m scripts.bench.choices resnet18 4 --batch 1 --measure   and measured times
     python -m scripts.bench.choices resnet50 1 --device cuda --dtype bfloat16 --batch 128 --measure
 
-Layers of the same shape that draw from the same warehouse are one entry. A choice says how kernels are made and how
-they are applied (kw/functional.py). What is timed is the whole layer, its attention included, at temperature 0. A
-choice with many times the plain one's multiply-adds is not measured.
+Layers of the same shape on the same warehouse are one entry. A choice says how kernels are made and how they are
+applied (kw/functional.py). Times are of the complete layer with its attention, at temperature 0. A choice with more
+than five times the multiply-adds of the plain one is not measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -30,20 +27,21 @@ from kw.backbones import BACKBONES
 from kw.compute import IMPLEMENTATIONS, MAKES, Geometry
 from kw.compute.cost import Choice, Quantities, applies, best, cost, multiply_adds, work
 from kw.compute.prices import device_kind, file_name, table
-from kw.config import parse_budget
 from kw.layers import KWLayer, KWLinear
-from scripts.bench.timing import Clock, Sample, by_turns
+from scripts.arguments import argument_parser
+from scripts.bench.cases import DTYPES, Case, Settings, add_options, create, images_of, parse_budget_word
+from scripts.bench.layers import visit_layers
+from scripts.bench.timing import Clock, Sample, clock_of_torch, in_turns
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN = Choice("cells", "grouped")
-HOPELESS = 5  # times the plain choice's multiply-adds
-LAYERS_OF_STEP = 2  # that draw from the same cells: gradients of a warehouse's layers have to be added up
-IN_A_ROW = {"cpu": 1, "cuda": 4}  # calls for one value: a model gives a GPU its layers without waiting for each
+HOPELESS = 5  # multiples of the plain choice's multiply-adds
+LAYERS_OF_STEP = 2  # on the same cells: the gradients of a warehouse's layers have to be summed
+IN_A_ROW = {"cpu": 1, "cuda": 4}  # calls for one value: a model queues its layers on a GPU without waiting
 
 
 @dataclass
 class Call:
-    """Layers of one kind: the first of them, and what it was given."""
+    """Layers of one kind: the first of them, and its input."""
 
     names: list[str]
     layer: KWLayer
@@ -63,7 +61,7 @@ class Call:
 
     @property
     def seen(self) -> Tensor:
-        """The input as it is convolved: tokens are positions, and padding is done that the convolution does not do."""
+        """The input of the convolution: tokens as positions, and padded where the convolution does not pad."""
         if isinstance(self.layer, KWLinear):
             return (self.x.flatten(1, -2) if self.x.dim() > 2 else self.x.unsqueeze(1)).transpose(1, 2)
         return self.x if self.layer.extra_padding is None else F.pad(self.x, self.layer.extra_padding)
@@ -73,7 +71,7 @@ class Call:
         return (self.x.shape, self.layer.warehouse, self.geometry, self.hidden)
 
     def choices(self) -> list[Choice]:
-        """Those that apply. Triton's interpreter is none: it would take minutes."""
+        """Those that apply, without Triton's interpreter, which would take minutes."""
         makes = MAKES if self.layer.attention.is_affine else MAKES[:1]
         names = [name for name in IMPLEMENTATIONS if name != "triton" or self.x.is_cuda]
         x = self.seen
@@ -89,25 +87,19 @@ class Call:
 
 
 def record(model: nn.Module, image: Tensor) -> list[Call]:
-    """What the layers are given in a forward pass, one call for each kind of layer."""
+    """The inputs of layers in a forward pass, one call for each kind of layer."""
     calls: dict[tuple[Any, ...], Call] = {}
-    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, KWLayer)}
 
-    def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, KWLayer)
-        call = Call([], layer, args[0].detach())
-        calls.setdefault(call.key, call).names.append(names[layer])
+    def note(name: str, layer: KWLayer, x: Tensor) -> None:
+        call = Call([], layer, x)
+        calls.setdefault(call.key, call).names.append(name)
 
-    hooks = [layer.register_forward_pre_hook(note) for layer in names]
-    with torch.no_grad():
-        model(image)
-    for hook in hooks:
-        hook.remove()
+    visit_layers(model, image, note)
     return list(calls.values())
 
 
 def hopeful(call: Call) -> list[Choice]:
-    """The choices that apply, but for those of many times the plain one's multiply-adds, which would take minutes."""
+    """The choices that apply, without those of many times the plain one's multiply-adds, which would take minutes."""
     most = HOPELESS * multiply_adds(call.work(PLAIN))
     return [choice for choice in call.choices() if multiply_adds(call.work(choice)) <= most]
 
@@ -118,22 +110,22 @@ def measure(
     rounds: int,
     dtype: str = "float32",
     seconds: float = float("inf"),
-    clock: Clock = time.perf_counter,
+    clock: Clock = clock_of_torch,
 ) -> dict[Choice, tuple[float, float]]:
-    """Seconds of a forward pass, and of one with its backward pass, of choices that did not fail: the least of all
-    rounds, for what else the machine does only adds to them.
+    """Seconds of a forward pass, and of one with its backward pass, for choices that did not fail: the least of all
+    rounds, since other load on the machine only adds to them.
 
     Args:
-        seconds: after which no round is begun, of passes and of steps each.
-        clock: of a CPU.
+        seconds: after which no round begins, for passes and steps each.
+        clock: `time.process_time` for the CPU's time.
     """
     device = call.x.device.type
     found = []
     for function in (_forward, _step):
         calls = {choice: partial(function, call, choice, dtype) for choice in choices}
         plain = {choice: calls.pop(choice) for choice in choices if device == "cuda" and choice.apply == "grouped"}
-        samples = _times(calls, device, rounds, seconds, IN_A_ROW[device], clock)
-        found.append(samples | _times(plain, device, 1, seconds, 1, clock))  # so slow on a GPU that once must do
+        samples = _times(calls, rounds, seconds, IN_A_ROW[device], clock)
+        found.append(samples | _times(plain, 1, seconds, 1, clock))  # so slow on a GPU that one round must do
     forward, step = found
     return {
         choice: (min(forward[choice].values), min(step[choice].values) / LAYERS_OF_STEP)
@@ -143,10 +135,10 @@ def measure(
 
 
 def _times(
-    calls: dict[Choice, Callable[[], None]], device: str, rounds: int, seconds: float, in_a_row: int, clock: Clock
+    calls: dict[Choice, Callable[[], None]], rounds: int, seconds: float, in_a_row: int, clock: Clock
 ) -> dict[Choice, Sample]:
     named = {" ".join(choice): call for choice, call in calls.items()}
-    samples = by_turns(named, device, rounds, seconds, warm_up=1, times=in_a_row, clock=clock)
+    samples = in_turns(named, rounds, seconds, times=in_a_row, clock=clock)
     return {choice: samples[" ".join(choice)] for choice in calls}
 
 
@@ -169,12 +161,12 @@ def _step(call: Call, choice: Choice, dtype: str) -> None:
 
 
 def name_of(choice: Choice) -> str:
-    """As the benchmark's `--choices` has it: "triton", "triton+folded"."""
+    """As in the benchmark's `--choices`: "triton", "triton+folded"."""
     return choice.apply if choice.make == MAKES[0] else f"{choice.apply}+{choice.make}"
 
 
 def shown(calls: list[Call], rounds: int, dtype: str) -> Table:
-    """Expected milliseconds of a forward pass and of a step; with `rounds` also those measured."""
+    """Expected milliseconds of a forward pass and of a step; with `rounds`, also measured ones."""
     titles = ["forward", "step", *(["forward measured", "step measured"] if rounds else [])]
     table_ = Table("layers", "input", "kernel", "cells", "choice", *titles)
     for call in calls:
@@ -206,7 +198,7 @@ def _expected(call: Call, choice: Choice, choices: list[Choice], step: bool) -> 
 
 
 def rule(device: torch.device) -> str:
-    """What the choice goes by."""
+    """The rule by which implementations are chosen on this device."""
     kind = device_kind(device)
     prices = table(kind)
     if prices is not None:
@@ -214,46 +206,28 @@ def rule(device: torch.device) -> str:
     if device.type == "cuda":
         return (
             f"No prices were measured for {kind!r} ({file_name(kind)}): kernels are applied by triton where it "
-            f"applies, else by batched products, and made by the fewest multiply-adds. "
+            f"applies, else by batched products, and made with the fewest multiply-adds. "
             f"python -m scripts.bench.fit_prices measures."
         )
-    return f"No prices were measured for {kind!r} ({file_name(kind)}): the plain choice is taken."
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those of every script that runs a backbone here."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="others than float32 mean autocast")
-    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="default: on a GPU")
-
-
-def budget(text: str) -> str:
-    """n as it was typed. Raises argparse's error for what is no budget."""
-    try:
-        parse_budget(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+    return f"No prices were measured for {kind!r} ({file_name(kind)}): the plain one is chosen."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser("bench.choices", __doc__)
     parser.add_argument("backbone", choices=list(BACKBONES), help="such as resnet18")
-    parser.add_argument("n", nargs="?", default="1", type=budget)
+    parser.add_argument("n", nargs="?", default="1", type=parse_budget_word)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--measure", type=int, nargs="?", const=3, default=0, metavar="TIMES")
     add_options(parser)
     options = parser.parse_args()
-    device = torch.device(options.device)
-    last = options.device == "cuda" if options.channels_last is None else options.channels_last
-    layout = torch.channels_last if last else torch.contiguous_format
-    model = timm.create_model(f"kw_{options.backbone}", n=options.n).eval().to(device, memory_format=layout)
-    image = torch.randn(options.batch, 3, options.size, options.size).to(device, memory_format=layout)
+    case = Case(options.backbone, options.n, options.batch)
+    settings = Settings(options.device, options.dtype, options.channels_last, size=options.size)
+    model, image = create(case, case.n, settings).eval(), images_of(case, options.batch, settings)
     console = Console(width=None if Console().is_terminal else 160, highlight=False)
     console.print(f"{options.backbone} n={options.n}, batch {options.batch}, {options.size} pixels, {options.dtype}.")
-    console.print(rule(device))
-    console.print("Milliseconds of a layer; * is taken; – was not measured.")
+    console.print(rule(image.device))
+    console.print("Milliseconds of a layer; * is chosen; – was not measured.")
     console.print(shown(record(model, image), options.measure, options.dtype))
 
 

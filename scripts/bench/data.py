@@ -1,9 +1,9 @@
 """How fast images are read, decoded and augmented, by our loader and others: python -m scripts.bench.data FOLDER
 
-One process (no workers) reads every file of a split once with each loader, by turns and in random order, with the
-same transform object on the same files. A rate is images by seconds of processor time, so images/s per core; that by
-the clock, which other programs disturb, stands beside it. `seen` counts distinct files for ours, and images for the
-others; timm's leaves out the last incomplete batch in training.
+One process (no workers) reads every file of a split once with each loader, in turns and in random order, with the same
+transform on the same files. A rate is images per second of processor time, so per core; beside it stands that of the
+wall clock, which other programs disturb. `seen` counts distinct files for ours and images for the others; timm's loader
+leaves out the last incomplete batch in training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,12 +24,14 @@ from timm.data.loader import create_loader
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+from scripts.arguments import argument_parser
+from scripts.bench.timing import in_turns, medians
+from scripts.options import one_line_errors
 from train.config import AugmentConfig, DataConfig, RecipeConfig
 from train.data.formats import open_split
 from train.data.loader import Batch, Loader, Samples
 from train.data.order import Key, epoch_order
 from train.data.transforms import Transform, train_transform
-from train.jobs.errors import ConfigError, DataError
 
 Epoch = Callable[[int], Iterable[Any]]  # epoch -> batches of images, targets, ...
 
@@ -58,21 +61,28 @@ def timms(root: str, split: str, transform: Transform, batch: int, size: int) ->
     return lambda number: loader
 
 
-def measure(batches: Iterable[Any]) -> tuple[float, float, int]:
-    """Images by second of processor time, by second of the clock, and how many there were."""
-    cpu, clock = time.process_time(), time.perf_counter()
-    images = 0
-    seen: set[int] = set()
-    for batch in batches:
-        images += len(batch[0])
-        if isinstance(batch, Batch):
-            seen.update(torch.as_tensor(batch.indices).tolist())
-    cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
-    return images / cpu, images / clock, len(seen) or images
+class Reading:
+    """Reads an epoch at each call; remembers the seconds by the wall clock, and how many images there were."""
+
+    def __init__(self, epoch: Epoch):
+        self.epoch, self.numbers = epoch, count()
+        self.clock: list[float] = []
+        self.seen: list[int] = []
+
+    def __call__(self) -> None:
+        began = time.perf_counter()
+        images = 0
+        seen: set[int] = set()
+        for batch in self.epoch(next(self.numbers)):
+            images += len(batch[0])
+            if isinstance(batch, Batch):
+                seen.update(torch.as_tensor(batch.indices).tolist())
+        self.clock.append(time.perf_counter() - began)
+        self.seen.append(len(seen) or images)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench.data", description=__doc__)
+    parser = argument_parser("bench.data", __doc__)
     parser.add_argument("root", help="a folder with SPLIT/<class>/*")
     parser.add_argument("--tar", help="the same in a tar archive, to read by our loader too")
     parser.add_argument("--shards", help="the same as shards, likewise")
@@ -81,40 +91,39 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--auto-augment", help="timm's notation; default: crop and flip alone")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = RecipeConfig(augment=AugmentConfig(auto_augment=given.auto_augment))
-    transform = train_transform(DataConfig(image_size=given.size), recipe)
-    try:
-        loaders = {"ours, folder": ours(given.root, "folder", given.split, transform, given.batch)}
-        for name in ("tar", "shards"):
-            if root := getattr(given, name):
-                loaders[f"ours, {name}"] = ours(root, name, given.split, transform, given.batch)
-        files = len(open_split(DataConfig(format="folder", root=given.root), given.split))
-    except (ConfigError, DataError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    loaders["timm"] = timms(given.root, given.split, transform, given.batch, given.size)
-    loaders["torchvision"] = torchvisions(given.root, given.split, transform, given.batch)
-    results: dict[str, list[tuple[float, float, int]]] = {name: [] for name in loaders}
-    for turn in range(given.rounds):
-        names = list(loaders) if turn % 2 else list(loaders)[::-1]
-        for name in names:
-            results[name].append(measure(loaders[name](turn)))
-    print_table(results, files, given.rounds)
-    for name, found in results.items():
-        whole = files - files % given.batch if name == "timm" else files
-        if {seen for _, _, seen in found} != {whole}:
-            sys.exit(f"{name} lost images: it should read {whole}.")
+    with one_line_errors():
+        readings = {name: Reading(epoch) for name, epoch in loaders(options)}
+        files = len(open_split(DataConfig(format="folder", root=options.root), options.split))
+    samples = in_turns(readings, options.rounds, warm_up=0, clock=time.process_time)
+    medians(samples)  # exits where a loader failed
+    print(f"{files} files, {options.rounds} rounds in turns; median (least to greatest); {os.cpu_count()} cores")
+    print(f"{'':<14}{'images/s per core':<26}{'by the wall clock':<26}{'to torchvision':<24}seen")
+    rates = {
+        name: [seen / cpu for seen, cpu in zip(reading.seen, samples[name].values, strict=True)]
+        for name, reading in readings.items()
+    }
+    for name, reading in readings.items():
+        by_clock = [seen / spent for seen, spent in zip(reading.seen, reading.clock, strict=True)]
+        ratios = [mine / its for mine, its in zip(rates[name], rates["torchvision"], strict=True)]
+        seen = ", ".join(map(str, sorted(set(reading.seen))))
+        print(f"{name:<14}{spread(rates[name]):<26}{spread(by_clock):<26}{spread(ratios, 3):<24}{seen}")
+    for name, reading in readings.items():
+        expected = files - files % options.batch if name == "timm" else files
+        if set(reading.seen) != {expected}:
+            sys.exit(f"{name} lost images: it should read {expected}.")
 
 
-def print_table(results: dict[str, list[tuple[float, float, int]]], files: int, rounds: int) -> None:
-    print(f"{files} files, {rounds} rounds by turns; median (least to greatest); {os.cpu_count()} cores")
-    print(f"{'':<14}{'images/s per core':<26}{'by the clock':<26}{'to torchvision':<24}seen")
-    for name, found in results.items():
-        ratios = [mine[0] / its[0] for mine, its in zip(found, results["torchvision"], strict=True)]
-        columns = [spread([f[0] for f in found]), spread([f[1] for f in found]), spread(ratios, 3)]
-        seen = {f[2] for f in found}
-        print(f"{name:<14}{columns[0]:<26}{columns[1]:<26}{columns[2]:<24}{', '.join(map(str, sorted(seen)))}")
+def loaders(options: argparse.Namespace) -> Iterator[tuple[str, Epoch]]:
+    recipe = RecipeConfig(augment=AugmentConfig(auto_augment=options.auto_augment))
+    transform = train_transform(DataConfig(image_size=options.size), recipe)
+    split, batch = options.split, options.batch
+    for format_, root in (("folder", options.root), ("tar", options.tar), ("shards", options.shards)):
+        if root:
+            yield f"ours, {format_}", ours(root, format_, split, transform, batch)
+    yield "timm", timms(options.root, split, transform, batch, options.size)
+    yield "torchvision", torchvisions(options.root, split, transform, batch)
 
 
 def spread(values: list[float], digits: int = 0) -> str:

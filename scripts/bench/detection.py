@@ -3,17 +3,12 @@
     python -m scripts.bench.detection                    Mask R-CNN, ResNet50 at n = 1, 320 x 256 pixels
     python -m scripts.bench.detection --config mask_rcnn_kw1x_convnext_tiny_1x_coco --size 512 640 --device cuda
 
-The two have the same images, objects and heads and take turns, so that what else the machine does falls on both; the
-figures are the ratios of the medians.
+Both have the same images, objects and heads. The figures are ratios of medians.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
-from collections.abc import Callable
 from functools import partial
-from statistics import median
 
 import torch
 from mmdet.registry import MODELS
@@ -24,30 +19,31 @@ from torch import nn
 
 from detection.compose import find
 from detection.run import calm
+from scripts.arguments import argument_parser
+from scripts.bench.timing import in_turns, medians
 
-WARMUP = 2
+WARM_UP = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser("bench.detection", __doc__)
     parser.add_argument("--config", default="mask_rcnn_kw1x_resnet50_1x_coco", help="in detection/configs/, or a path")
     parser.add_argument("--size", type=int, nargs=2, default=(256, 320), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch", type=int, default=2, help="images of a training step: 2; an inference has one")
-    parser.add_argument("--steps", type=int, default=10, help=f"of each kind, after {WARMUP} to warm up: 10")
+    parser.add_argument("--steps", type=int, default=10, help=f"of each kind, after {WARM_UP} to warm up: 10")
     parser.add_argument("--device", default="cpu")
-    given = parser.parse_args()
+    options = parser.parse_args()
     calm()
     init_default_scope("mmdet")
-    cfg = Config.fromfile(find(given.config))
-    detectors = {n: detector(cfg, n).to(given.device) for n in ("static", cfg.model.backbone.n)}
+    cfg = Config.fromfile(find(options.config))
+    detectors = {n: detector(cfg, n).to(options.device) for n in ("static", cfg.model.backbone.n)}
     torch.manual_seed(0)
-    shape = [3, *given.size]
-    batch = demo_mm_inputs(given.batch, [shape] * given.batch, num_classes=80, with_mask=True)
-    print(f"{given.config}, {given.size[0]} x {given.size[1]} pixels, {given.device}")
+    shape = [3, *options.size]
+    batch = demo_mm_inputs(options.batch, [shape] * options.batch, num_classes=80, with_mask=True)
+    print(f"{options.config}, {options.size[0]} x {options.size[1]} pixels, {options.device}")
     for kind, step, images in (("training step", train, batch), ("inference", infer, one_of(batch))):
         runs = {n: partial(step, built, images) for n, built in detectors.items()}
-        times = interleaved(runs, given.steps, given.device)
-        static, dynamic = times.values()
+        static, dynamic = medians(in_turns(runs, options.steps, warm_up=WARM_UP))
         print(f"{kind}: static {1000 * static:.0f} ms, n={cfg.model.backbone.n} {1000 * dynamic:.0f} ms: ", end="")
         print(f"{dynamic / static:.2f} times")
 
@@ -76,19 +72,6 @@ def train(model: nn.Module, batch: dict[str, list[object]]) -> None:
 def infer(model: nn.Module, batch: dict[str, list[object]]) -> None:
     model.eval()
     model(**model.data_preprocessor(batch, False), mode="predict")
-
-
-def interleaved(runs: dict[str, Callable[[], None]], steps: int, device: str) -> dict[str, float]:
-    """The median seconds of each run, which take turns in alternating order."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for step in range(WARMUP + steps):
-        for name in runs if step % 2 else reversed(runs):
-            began = time.perf_counter()
-            runs[name]()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - began)
-    return {name: median(found[WARMUP:]) for name, found in times.items()}
 
 
 if __name__ == "__main__":

@@ -4,22 +4,21 @@
     python -m scripts.bench.fit_prices --device cuda --dtype bfloat16 --seconds 300
     python -m scripts.bench.fit_prices resnet18:4@16 small:1@64 --out prices.json
 
-Every kind of dynamic layer of the models is timed with every choice that applies, forward and as a training step, the
-choices taking turns (choices.py). For each implementation, prices are never negative, and are chosen for least squares
-of relative errors. A choice with many times the plain one's multiply-adds is not timed: nothing would take it.
+Every kind of dynamic layer of the models is timed with every choice that applies, forward and as a training step, in
+turns (choices.py). The prices of each implementation minimize the squares of relative errors, and are never negative. A
+choice with many times the plain one's multiply-adds is not timed: it would never be chosen.
 
-The table tells where and how it was measured, and how well it fits: expected over measured time of each implementation;
-and the time of all layers, each by the chosen implementation, over that of the best one for each layer ("auto"), beside
-the same where all layers are computed by one choice. `--compare FILE` tells that of another table too.
+The table contains where and how it was measured, and how well it fits: expected over measured time of each
+implementation; the time of all layers, each by the chosen implementation, over that of the best one for each layer
+("auto"); and the same with one choice for all layers. `--compare FILE` prints "auto" of another table too.
 
-On a machine that others use, `--cpu-time --threads 1` times the processor's work in place of the clock's; and `--add-to
-FILE` keeps the prices of a table that was measured on a quieter machine, and adds those that it lacks for folded
-kernels, in that machine's terms: the same layer with kernels of cells, timed beside it, tells how much faster that is.
+On a machine that others use, `--cpu-time --threads 1` measures CPU time in place of wall time. `--add-to FILE` keeps
+the prices of a table that was measured on a quieter machine, and adds those of folded kernels that it lacks, scaled to
+that machine: the same layer with kernels of cells is timed too, and its time over the table's gives the factor.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
@@ -37,23 +36,25 @@ import kw.compute
 from kw.compute import IMPLEMENTATIONS, MAKES
 from kw.compute.cost import Choice, Quantities, cost
 from kw.compute.prices import Prices, Table, device_kind, file_name
-from scripts.bench.__main__ import Case, Settings, create, machine_name, parse, parse_case
-from scripts.bench.choices import PLAIN, Call, add_options, hopeful, measure, name_of, record
-from scripts.bench.timing import Clock
+from scripts.arguments import argument_parser
+from scripts.bench.cases import Case, Settings, add_options, create, images_of, parse_case
+from scripts.bench.choices import PLAIN, Call, hopeful, measure, name_of, record
+from scripts.bench.machine import machine_name
+from scripts.bench.timing import Clock, clock_of_torch
 from train.jobs.provenance import provenance
 
 CPU_CASES = ("resnet18:4@16", "resnet18:1@16", "resnet50:4@8", "convnext_tiny:1@8", "mobilenetv2_100:4@16",
              "small:1@64", "resnet18:4@1", "resnet18:1@1", "resnet50:4@1", "convnext_tiny:1@1",
              "mobilenetv2_100:4@1")  # fmt: skip
-# Those of which most is expected come first: a budget of seconds may leave out the last.
+# The most important come first: --seconds may leave out the last.
 GPU_CASES = ("resnet18:4@128", "resnet50:1@128", "resnet18:4@1", "convnext_tiny:1@128", "resnet50:4@128",
              "mobilenetv2_100:4@128", "resnet18:1@128", "deit_tiny_patch16_224:4@128", "resnet50:4@1",
              "convnext_tiny:1@1", "resnet50:1@1", "mobilenetv2_100:4@1", "deit_tiny_patch16_224:4@1")  # fmt: skip
-SECONDS_OF_LAYER = 2.0  # for all choices of one: no round is begun after them
+SECONDS_OF_LAYER = 2.0  # for all choices of a layer: no round begins after them
 
 
 class Timed(NamedTuple):
-    """What a choice does for a layer, and the nanoseconds it took."""
+    """The work of a choice for a layer, and the nanoseconds that it took."""
 
     work: Quantities
     time: float
@@ -63,9 +64,9 @@ Layers = list[dict[Choice, Timed]]
 
 
 def collect(
-    cases: list[Case], settings: Settings, rounds: int, seconds: float, clock: Clock = time.perf_counter
+    cases: list[Case], settings: Settings, rounds: int, seconds: float, clock: Clock = clock_of_torch
 ) -> tuple[Layers, Layers]:
-    """Times of forward passes, and of steps; no layer is begun after so many seconds."""
+    """Times of forward passes, and of steps. No layer begins after so many seconds."""
     forward: Layers = []
     step: Layers = []
     began = time.perf_counter()
@@ -84,15 +85,13 @@ def collect(
 
 def _calls(cases: list[Case], settings: Settings) -> Iterator[tuple[Case, Call]]:
     for case in cases:
-        size = settings.size_of(case)
         model = create(case, case.n, settings).eval()
-        images = torch.randn(settings.batch_of(case), 3, size, size)
-        for call in record(model, images.to(settings.device, memory_format=settings.layout)):
+        for call in record(model, images_of(case, settings.batch_of(case), settings)):
             yield case, call
 
 
 def _best(times: dict[Choice, tuple[float, float]]) -> str:
-    """For whoever watches: the fastest choices of a layer."""
+    """The fastest choices of a layer, for the progress line."""
     best = [min(times, key=lambda choice: times[choice][which]) for which in (0, 1)]
     return ", ".join(f"{name_of(choice)} {1e3 * times[choice][k]:.2f} ms" for k, choice in enumerate(best))
 
@@ -101,7 +100,7 @@ def fit(samples: list[Timed], shares: np.ndarray | None = None) -> tuple[dict[st
     """Prices of one implementation, and the ratio of expected to measured time of each sample.
 
     Args:
-        shares: of each sample's time, what the prices are to explain; left out, all.
+        shares: the part of each sample's time that the prices are to explain; None: all.
     """
     names = sorted({name for work, _ in samples for name in work})
     matrix = np.array([[work.get(name, 0.0) / time for name in names] for work, time in samples])
@@ -111,7 +110,7 @@ def fit(samples: list[Timed], shares: np.ndarray | None = None) -> tuple[dict[st
 
 
 def fit_all(layers: Layers) -> tuple[Prices, dict[str, list[float]]]:
-    """Prices by implementation, with those that are 0; and the deciles 1, 5 and 9 of expected over measured time."""
+    """Prices by implementation, zeros included; and the deciles 1, 5 and 9 of expected over measured time."""
     prices: Prices = {}
     spread: dict[str, list[float]] = {}
     for name in IMPLEMENTATIONS:
@@ -124,8 +123,8 @@ def fit_all(layers: Layers) -> tuple[Prices, dict[str, list[float]]]:
 
 
 def add(layers: Layers, prices: Prices) -> Prices:
-    """The prices, and those that folded kernels have and they lack, in terms of the machine they are of: by how long a
-    layer took for kernels of cells, over what the prices expect, that machine is faster for this layer."""
+    """The prices, with those of folded kernels that they lack, scaled to the machine of the prices: a layer's time for
+    kernels of cells over what the prices expect is the factor by which that machine is faster."""
     added: Prices = {}
     for name, known in prices.items():
         rest, explained = [], []
@@ -135,7 +134,7 @@ def add(layers: Layers, prices: Prices) -> Prices:
                 continue
             theirs = folded.time * expected(cells.work, known) / cells.time
             rest.append(Timed({q: v for q, v in folded.work.items() if q not in known}, theirs))
-            explained.append(expected(folded.work, known) / theirs)  # what is left is for the new prices to explain
+            explained.append(expected(folded.work, known) / theirs)  # the new prices explain the rest
         added[name] = known | (rounded(fit(rest, 1 - np.array(explained))[0]) if rest else {})
     return added
 
@@ -149,15 +148,15 @@ def rounded(prices: dict[str, float]) -> dict[str, float]:
 
 
 def over_best(layers: Layers, prices: Table, step: bool) -> dict[str, float]:
-    """The time of all layers by the chosen implementation, and by each choice where it was timed, else by the plain
-    one, over that of the best for each."""
+    """The time of all layers over that with the best choice for each: with the chosen implementation, and with each
+    single choice (the plain one where it was not timed)."""
     single = sorted({choice for layer in layers for choice in layer}, key=name_of)
     totals = dict.fromkeys(("auto", *map(name_of, single)), 0.0)
     best = sum(min(timed.time for timed in layer.values()) for layer in layers)
     for layer in layers:
         costs = {choice: cost(choice, timed.work, prices, step) for choice, timed in layer.items()}
         known = {choice: nanoseconds for choice, nanoseconds in costs.items() if nanoseconds is not None}
-        plain = layer.get(PLAIN, max(layer.values(), key=lambda timed: timed.time))  # it may have lacked memory
+        plain = layer.get(PLAIN, max(layer.values(), key=lambda timed: timed.time))  # PLAIN may have failed
         totals["auto"] += layer[min(known, key=lambda choice: known[choice])].time if known else plain.time
         for choice in single:
             totals[name_of(choice)] += layer.get(choice, plain).time
@@ -189,14 +188,14 @@ def extended(table: Table, forward: Layers, step: Layers, measured: dict[str, An
             "step": over_best(step, larger, step=True),
         },
     }
-    told = {quantity for prices in (larger.forward, larger.step) for known in prices.values() for quantity in known}
-    told -= {quantity for prices in (table.forward, table.step) for known in prices.values() for quantity in known}
-    note = {"added later": {"prices": sorted(told), **measured, **fits}}
+    added = {quantity for prices in (larger.forward, larger.step) for known in prices.values() for quantity in known}
+    added -= {quantity for prices in (table.forward, table.step) for known in prices.values() for quantity in known}
+    note = {"added later": {"prices": sorted(added), **measured, **fits}}
     return larger._replace(measured=table.measured | note)
 
 
 def provenance_of(settings: Settings, clock: Clock) -> dict[str, Any]:
-    """Where and how: all of the table's "measured" that does not come from the times."""
+    """Where and how the table was measured."""
     origin = provenance(*([kw.compute.implicit.triton] if kw.compute.implicit.triton else []))
     threads = {"threads": settings.threads} if settings.device == "cpu" else {}
     return {
@@ -222,28 +221,26 @@ def read(path: Path) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser("bench.fit_prices", __doc__)
     add = parser.add_argument
     add("cases", nargs="*", type=parse_case, metavar="BACKBONE:N[@BATCH]")
     add("--repeats", type=int, default=3, help="rounds at most, after one to warm up")
-    add("--seconds", type=float, default=float("inf"), help="after which no layer is begun")
+    add("--seconds", type=float, default=float("inf"), help="after which no layer begins")
     add("--out", type=Path, help="default: where kw reads it, in kw/compute/prices")
-    add("--compare", type=Path, metavar="FILE", help="another table, to tell what choosing by it would take")
+    add("--compare", type=Path, metavar="FILE", help="another table: print what choosing by it would take")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: as PyTorch has it)")
-    add("--cpu-time", action="store_true", help="time the CPU's work in place of the clock's")
+    add("--cpu-time", action="store_true", help="measure CPU time in place of wall time")
     add("--add-to", type=Path, metavar="FILE", help="keep this table's prices; fit those of folded kernels")
     add_options(parser)
     options = parser.parse_args(arguments)
-    flags = ["--device", options.device, "--dtype", options.dtype, "--threads", str(options.threads)]
-    flags += [] if options.channels_last is None else [f"--{'' if options.channels_last else 'no-'}channels-last"]
-    settings = parse(flags)[1]
+    settings = Settings(options.device, options.dtype, options.channels_last, options.threads)
     cases = options.cases or [parse_case(text) for text in (GPU_CASES if options.device == "cuda" else CPU_CASES)]
     torch.set_num_threads(settings.threads)
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    origin = provenance_of(settings, clock)  # before it writes anything, lest the commit be of a changed tree
+    clock = time.process_time if options.cpu_time else clock_of_torch
+    origin = provenance_of(settings, clock)  # before anything is written, which would mark the commit as changed
     forward, step = collect(cases, settings, options.repeats, options.seconds, clock)
     if not forward:
-        sys.exit("No layer was timed: give --seconds more.")
+        sys.exit("No layer was timed: raise --seconds.")
     table = table_of(forward, step, origin)
     if options.add_to:
         table = extended(read(options.add_to), forward, step, origin)

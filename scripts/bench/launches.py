@@ -1,8 +1,8 @@
-"""How many kernels a dynamic layer launches, and how often it waits for the GPU: small batches take as long as that.
+"""Kernels that each dynamic layer launches, and how often the host waits for the GPU: they limit small batches.
 
     python -m scripts.bench.launches resnet18 4                        counted on the CPU, as a GPU would compute it
     python -m scripts.bench.launches resnet18 4 --tau 0.5 --operators layer1.0.conv1
-    python -m scripts.bench.launches resnet18 4 --fake --size 224      a forward pass on a GPU that is not there
+    python -m scripts.bench.launches resnet18 4 --fake --size 224      a forward pass as on a GPU, without one
     python -m scripts.bench.launches resnet18 4 --device cuda --dtype bfloat16 --batch 128 --size 224
 
 Without a GPU, each operator of torch counts as one kernel, unless it only makes a view or reserves memory; some take
@@ -10,8 +10,8 @@ several on a GPU (a convolution's backward pass), and Triton's kernels are count
 and waits that torch's profiler records are counted. A training step is a forward pass, cross entropy and a backward
 pass; gradients are dropped before it, and there is no optimizer.
 
-Of a dynamic layer's forward pass it is also told, on the CPU, what operators are for: attention, making kernels, or
-applying them (pooling, bias and moving among it). What no dynamic layer does is "rest"; so is the gradients' adding up.
+On the CPU, the operators of a dynamic layer's forward pass are counted by purpose: attention, making kernels, applying
+them (with pooling, bias and copies). "rest" is what no dynamic layer does, and the sums of gradients.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from kw.backbones import BACKBONES
 from kw.compute import implicit, operator
 from kw.config import STATIC
 from kw.layers import DynamicLayer, KWLayer
-from scripts.bench.choices import DTYPES, add_options, budget
+from scripts.arguments import argument_parser
+from scripts.bench.cases import DTYPES, add_options, parse_budget_word
 
 REST = "rest"
 RANGE = "layer: "  # names of the profiler's ranges begin so
@@ -58,13 +59,13 @@ class Count:
         self.operators: list[tuple[tuple[str, str, str], str]] = []
 
     def total(self, counted: Counter[tuple[str, str, str]], layer: str = "", phase: str = "", part: str = "") -> int:
-        """Of those that agree with what is given."""
+        """The sum of those with this layer, phase and part; an empty string stands for all."""
         asked = (layer, phase, part)
         return sum(n for key, n in counted.items() if all(a in ("", k) for a, k in zip(asked, key, strict=True)))
 
 
 class Labels:
-    """Which layer is at work, and in which phase: by hooks of modules, and of autograd's nodes."""
+    """Tracks which layer is at work, and in which phase, by hooks on modules and on autograd nodes."""
 
     def __init__(self, model: nn.Module):
         self.layer, self.phase = REST, "forward"
@@ -96,7 +97,7 @@ class Labels:
             self._label(out.grad_fn, self.names[layer], before=args[0].grad_fn)
 
     def _label(self, node: Any, name: str, before: Any) -> None:
-        """Let the layer's nodes tell when they run: those that its output comes from, up to its input's."""
+        """Hook the autograd nodes between the layer's input and its output."""
         waiting = [node]
         while waiting:
             node = waiting.pop()
@@ -117,11 +118,11 @@ class Operators(TorchDispatchMode):
         self.labels, self.count = labels, count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "kw":  # our own operators: what counts is what they consist of
+        if func.namespace == "kw":  # kw's operators: count those that they consist of
             with self:
                 return _INSIDE[func](*args, **(kwargs or {}))
         if func.namespace == "aten":
-            with self:  # within our own operators, others come here before they are taken apart: `to`, `reshape`
+            with self:  # within them, composite operators such as `to` and `reshape` arrive undecomposed
                 result = func.decompose(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
@@ -147,7 +148,7 @@ _INSIDE = {
 
 
 def _waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the host has to wait for the device: for a value, for the size of a result, or for a copy of its own."""
+    """Whether the host has to wait for the device: for a value, the size of a result, or a copy."""
     if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
         return True
     if func.overloadpacket.__name__ == "_to_copy":
@@ -156,8 +157,8 @@ def _waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _part(phase: str) -> str:
-    """What the calling code is for, by the functions it is called from, the innermost first. Backward passes that
-    autograd writes are called from none."""
+    """The purpose of the calling code, by the innermost function of kw on the stack. There is none in the backward
+    passes that autograd generates."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         path, function = frame.f_code.co_filename, frame.f_code.co_name
@@ -172,7 +173,7 @@ def _part(phase: str) -> str:
 
 
 class _Counted:
-    """In place of a kernel of Triton: its launches are counted, and nothing is run."""
+    """Replaces a Triton kernel: counts its launches, and runs nothing."""
 
     def __init__(self, name: str, note: Callable[[str], None]):
         self.name, self.note = name, note
@@ -183,9 +184,9 @@ class _Counted:
 
 @contextmanager
 def triton_counted(note: Callable[[str], None]) -> Iterator[None]:
-    """Let the implementation "triton" apply on the CPU, with its kernels counted and not run."""
+    """Make the implementation "triton" apply on the CPU; its kernels are counted, not run."""
     if implicit.triton is None:
-        sys.exit("--choice triton: Triton is not installed (it is part of PyTorch for Linux). Take another choice.")
+        sys.exit("--choice triton: Triton is not installed (it comes with PyTorch for Linux). Choose another one.")
     from triton.runtime.jit import KernelInterface
 
     kernels = {name: kernel for name, kernel in vars(implicit).items() if isinstance(kernel, KernelInterface)}
@@ -232,8 +233,8 @@ def count_operators(model: nn.Module, image: Tensor, train: bool, dtype: str = "
 
 
 def count_launches(model: nn.Module, image: Tensor, train: bool, dtype: str = "float32") -> Count:
-    """On a GPU, as the profiler records them. The layer is the range that a launch begins in: while autograd's thread
-    launches, the one that called it waits."""
+    """On a GPU, as the profiler records them. A launch belongs to the layer in whose range it begins: while autograd's
+    thread launches, the thread that called it waits."""
     labels, count = Labels(model), Count()
     try:
         for _ in range(3):
@@ -245,13 +246,13 @@ def count_launches(model: nn.Module, image: Tensor, train: bool, dtype: str = "f
     finally:
         labels.remove()
     attribute(profiler.events(), count)
-    count.syncs[REST, "", ""] -= 1  # that above
+    count.syncs[REST, "", ""] -= 1  # the synchronize above
     return count
 
 
 def attribute(events: Any, count: Count) -> None:
-    """Count the events that launch or wait, by the layers' ranges on the host. A copy from the device to memory that is
-    not pinned waits too: it is followed by a cudaStreamSynchronize, which is counted."""
+    """Count the events that launch or wait, by the layers' ranges on the host. A copy from the device to pageable
+    memory waits too: a cudaStreamSynchronize follows it, which is counted."""
     host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     ranges = sorted(
         (event.time_range.start, event.time_range.end, event.name.removeprefix(RANGE))
@@ -268,7 +269,7 @@ def attribute(events: Any, count: Count) -> None:
 
 
 def table(counts: dict[str, Count], names: list[str], phases: bool) -> Table:
-    """Kernels by layer. `counts` of a training step ("train") and an evaluation ("eval"), or of one of them."""
+    """Kernels by layer. `counts` has "train" (a training step), "eval" (an evaluation), or both."""
     columns: list[tuple[str, Callable[[Count, str], int], str]] = []
     for what, title in (("eval", "evaluation"), ("train", "training step")):
         if what not in counts:
@@ -293,7 +294,7 @@ def table(counts: dict[str, Count], names: list[str], phases: bool) -> Table:
 
 
 def counts_of(options: argparse.Namespace, n: str) -> tuple[dict[str, Count], list[str]]:
-    """Of a training step and an evaluation; and the names of the dynamic layers."""
+    """Counts of a training step and of an evaluation, and the names of the dynamic layers."""
     device = "cuda" if options.fake else options.device
     counting = count_launches if options.device == "cuda" else count_operators
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -307,7 +308,7 @@ def counts_of(options: argparse.Namespace, n: str) -> tuple[dict[str, Count], li
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             _pretend(model, DTYPES[options.dtype])
             if n != STATIC:
-                kw.set_temperature(model, options.tau)  # a new tensor is not known to be 0
+                kw.set_temperature(model, options.tau)  # the fake tensor's value is unknown
         else:
             model.to(device, memory_format=layout)
         image = torch.randn(options.batch, 3, options.size, options.size, device=device).to(memory_format=layout)
@@ -319,8 +320,8 @@ def counts_of(options: argparse.Namespace, n: str) -> tuple[dict[str, Count], li
 
 
 def _pretend(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let parameters and buffers be fakes on a GPU: `.to` would not take parameters of another kind. They are of the
-    dtype themselves, for without a GPU there is no autocast for one."""
+    """Replace parameters and buffers by fakes on a GPU, in place: `.to` refuses to change the kind of parameters. They
+    get the dtype themselves, since autocast for a GPU needs one."""
     done: dict[int, Tensor] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -335,19 +336,19 @@ def _pretend(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser("bench.launches", __doc__)
     add = parser.add_argument
     add("backbone", choices=list(BACKBONES), help="such as resnet18")
-    add("n", nargs="?", default="1", type=budget)
+    add("n", nargs="?", default="1", type=parse_budget_word)
     add("--batch", type=int, default=2)
     add("--size", type=int, default=64)
     add("--tau", type=float, default=0.0, help="temperature (default: 0)")
     add(
         "--choice",
-        help="as of kw.functional.use: triton, triton+folded (default: triton; with a GPU, also a fake, auto)",
+        help="of kw.functional.use: triton, triton+folded (default: triton; with a GPU or --fake: auto)",
     )
     add("--operators", metavar="LAYER", help="list this layer's operators, in order")
-    add("--fake", action="store_true", help="a forward pass of fake tensors on a GPU, the whole model of the dtype")
+    add("--fake", action="store_true", help="a forward pass of fake tensors on a GPU, all of them of the dtype")
     add_options(parser)
     options = parser.parse_args(arguments)
     gpu = options.device == "cuda" or options.fake
@@ -363,8 +364,8 @@ def main(arguments: list[str] | None = None) -> None:
     counts, names = counts_of(options, options.n)
     console.print(table(counts, names, phases=options.device != "cuda"))
     static, _ = counts_of(argparse.Namespace(**vars(options) | {"choice": "auto"}), STATIC)
-    told = {what: f"{count.total(count.kernels)} and {count.total(count.syncs)}" for what, count in static.items()}
-    console.print(f"The static backbone, kernels and waits: {', '.join(f'{w} {told[w]}' for w in told)}.")
+    texts = [f"{w} {count.total(count.kernels)} and {count.total(count.syncs)}" for w, count in static.items()]
+    console.print(f"The static backbone, kernels and waits: {', '.join(texts)}.")
     if options.operators:
         for what, count in counts.items():
             console.print(f"{options.operators}, {what}:")

@@ -1,50 +1,69 @@
-"""How fast this machine trains the paper's ImageNet rows: what the report tells the hours of rows not run yet from.
+"""How fast this machine trains the paper's ImageNet rows: the report's hours of rows that were not run come from it.
 
-    python -m scripts.bench.step_time --all                                       every row, on the GPU if there is one
-    python -m scripts.bench.step_time resnet18_kw1d4x resnet50 --set runtime.precision=bfloat16 runtime.micro_batch=128
+    python -m scripts.bench.step_time rows=all                        every row, on the GPU if there is one
+    python -m scripts.bench.step_time rows=resnet18_kw1d4x,resnet50 runtime.precision=bfloat16 runtime.micro_batch=128
 
-Model, optimizer, loss and mixup are the row's own; images are random numbers in memory, so loading them is not counted.
-A batch is worked off in micro-batches, of which a few are timed, and the optimizer's step once for all of them. Each
-row adds a line to the file (runs/steps.jsonl), which the report reads; a later one of a row takes an earlier's place.
+rows       names of rows, or all
+repeats    micro-batches that are timed, after two to warm up
+out        the file that the lines are appended to; the report reads it, and takes the last line of a row
+
+All other keys are those of `python -m train`. Model, optimizer, loss and mixup are the row's own; images are random
+numbers in memory, so loading is not counted. A batch consists of micro-batches, of which a few are timed, and of one
+step of the optimizer.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from scripts.bench.timing import repeated
-from scripts.report.__main__ import STEPS
+from scripts.bench.timing import in_turns, medians
+from scripts.options import one_line_errors, parse
 from scripts.report.published import CLASSIFICATION, published
-from train.config import TrainConfig, validate
+from scripts.report.steps import STEPS
+from train.config import TrainConfig, compose
 from train.evaluate import cast
+from train.jobs.errors import ConfigError
 from train.jobs.provenance import provenance
 from train.jobs.world import connect
 from train.model import build_model
 from train.optim import build_loss, build_mixup, build_optimizer
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES = 1000
 MICRO_BATCH = {"cpu": 8, "cuda": 64}
-WARM_UP = 2
 
 
-def composed(row: str, settings: list[str]) -> TrainConfig:
-    (overrides,) = [known.overrides for known in published() if known.id == row]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return validate(compose("train", [*overrides, "data.root=unused", *settings]))
+@dataclass
+class Options:
+    rows: str = ""
+    repeats: int = 3
+    out: str = str(STEPS)
 
 
-def measure(row: str, settings: list[str], repeats: int) -> dict[str, Any]:
+def rows_of(names: str) -> list[str]:
+    """Raises ConfigError naming the unknown ones."""
+    known = [row.id for row in published() if row.task == CLASSIFICATION]
+    chosen = known if names == "all" else [name for name in names.split(",") if name]
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        problem = f"there is no {', '.join(unknown)}" if unknown else "must name rows"
+        raise ConfigError(f"rows={names}: {problem}. Rows are all, {', '.join(known)}")
+    return chosen
+
+
+def composed(row: str, overrides: list[str]) -> TrainConfig:
+    (own,) = [known.overrides for known in published() if known.id == row]
+    return compose([*own, "data.root=unused", *overrides])
+
+
+def measure(row: str, overrides: list[str], repeats: int) -> dict[str, Any]:
     """Images per second of training, as a line of the report's file."""
-    config = composed(row, settings)
+    config = composed(row, overrides)
     device = connect(config.runtime).device
     micro = config.runtime.micro_batch or MICRO_BATCH[device.type]
     size = config.data.image_size
@@ -59,38 +78,27 @@ def measure(row: str, settings: list[str], repeats: int) -> dict[str, Any]:
             logits = model(x)
         loss(logits.float(), y).backward()
 
-    times = repeated(backward, device.type, repeats, WARM_UP)
-    step = median(repeated(optimizer.step, device.type, repeats, WARM_UP))
+    calls = {"micro-batch": backward, "optimizer": optimizer.step}
+    part, step = medians(in_turns(calls, repeats, warm_up=2))
     batch = config.recipe.batch_size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    speed = batch / (batch / micro * median(times) + step)
+    speed = batch / (batch / micro * part + step)
     return {"row": row, "device": name, "images_per_second": round(speed, 3), "micro_batch": micro,
             "precision": config.runtime.precision, "repeats": repeats, **provenance()}  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench.step_time",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("rows", nargs="*", help="such as resnet18_kw1d4x")
-    parser.add_argument("--all", action="store_true", help="every ImageNet row")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings as of python -m train")
-    parser.add_argument("--repeats", type=int, default=3, help="micro-batches that are timed, after two to warm up")
-    parser.add_argument("--out", type=Path, default=STEPS, help=f"the file that lines are added to: {STEPS}")
-    options = parser.parse_args()
-    known = [row.id for row in published() if row.task == CLASSIFICATION]
-    unknown = [row for row in options.rows if row not in known]
-    if unknown or not (options.rows or options.all):
-        sys.exit(f"{'No such row: ' + ', '.join(unknown) if unknown else 'Name rows, or --all'}. {', '.join(known)}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    for row in known if options.all else options.rows:
-        line = measure(row, options.set, options.repeats)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print(f"{row}: {line['images_per_second']:,.1f} images/s ({line['device']}, {line['precision']})", flush=True)
+def main(words: list[str]) -> None:
+    with one_line_errors():
+        options, overrides = parse(Options, words, __doc__)
+        out = Path(options.out)
+        for row in rows_of(options.rows):
+            line = measure(row, overrides, options.repeats)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            speed = f"{line['images_per_second']:,.1f} images/s ({line['device']}, {line['precision']})"
+            print(f"{row}: {speed}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The benchmark's figures as text, Markdown, CSV and a picture: time and memory by choice, beside the static ones."""
+"""The benchmark's results as text, Markdown, CSV and a picture: time and memory of each choice and the static model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-PLAIN, FROZEN = "grouped", "frozen"
+PLAIN = "grouped"
 TITLES = {PLAIN: "plain", "auto": "chosen"}
-# What is measured: its name, the unit it is shown in, and how many of that make a second or a byte.
+# What is measured: its name, the unit it is shown in, and how many of the unit make a second or a byte.
 MEASURED = {
     "train": ("training step", "ms", 1e3),
     "eval": ("evaluation", "ms", 1e3),
@@ -42,18 +42,18 @@ class Row:
     samples: dict[str, Sample]
 
     def over_static(self, choice: str) -> float | None:
-        """How many times the static backbone's median, if there are both."""
+        """The ratio to the static backbone's median, if there are both."""
         ours, static = self.samples.get(choice), self.samples[STATIC]
         return ours.median / static.median if ours is not None and ours.values and static.values else None
 
     def excess(self, choice: str) -> float | None:
-        """What the choice takes over the static backbone, in percent of what the plain one takes over it."""
+        """The choice's excess over the static backbone, in percent of the plain choice's excess."""
         ratio, plain = self.over_static(choice), self.over_static(PLAIN)
-        # A plain choice as fast as the static backbone leaves nothing to be a part of.
+        # There is no such percentage if the plain choice is as fast as the static backbone.
         return 100 * (ratio - 1) / (plain - 1) if ratio is not None and plain is not None and plain > 1 else None
 
     def cells(self, choices: list[str]) -> list[str]:
-        """As `head` names them."""
+        """The row under `head`'s names."""
         name, unit, scale = MEASURED[self.what]
         cells = [f"{self.backbone} n={self.n}", str(self.batch), str(self.size), f"{name}, {unit}"]
         cells.append(_sample(self.samples[STATIC], scale))
@@ -63,7 +63,7 @@ class Row:
 
 
 def choices_of(rows: list[Row]) -> list[str]:
-    """All of any row, beside the static backbone: not each takes part in everything that is measured."""
+    """The choices of all rows: not every choice is in every row."""
     return list(dict.fromkeys(choice for row in rows for choice in row.samples if choice != STATIC))
 
 
@@ -79,7 +79,7 @@ def title(choice: str) -> str:
 
 
 def header(setup: dict[str, str]) -> str:
-    """The line that names the machine."""
+    """One line about the machine."""
     return (
         f"{setup['machine']}, threads: {setup['threads']}, {setup['dtype']}, {setup['layout']}, "
         f"environment: {setup['environment']}, PyTorch {setup['torch']}, commit {setup['commit']}"
@@ -137,7 +137,7 @@ def write_csv(rows: list[Row], setup: dict[str, str], path: Path) -> None:
 
 
 def draw(rows: list[Row], setup: dict[str, str], path: Path) -> None:
-    """A panel for each thing measured: how many times the static backbone's, by case and choice."""
+    """A panel for each quantity: the ratio to the static backbone, by case and choice."""
     panels = [what for what in MEASURED if any(row.what == what for row in rows)]
     cases = list(dict.fromkeys((row.backbone, row.n) for row in rows))
     size = (3 + 1.5 * len(cases), 0.9 + 2.6 * len(panels))
@@ -154,7 +154,7 @@ def draw(rows: list[Row], setup: dict[str, str], path: Path) -> None:
 
 
 def _bars(panel: Axes, rows: list[Row]) -> None:
-    """Bars that start at 1, the static backbone, and so point down where a choice is cheaper than that."""
+    """Bars start at 1, the static backbone, and so point down where a choice is cheaper."""
     choices = choices_of(rows)
     width = 0.8 / len(choices)
     for k, choice in enumerate(choices):
@@ -185,7 +185,7 @@ def _sample(sample: Sample | None, scale: float) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three digits that count, at least: 6,824, 152, 15.2, 1.52."""
+    """At least three significant digits: 6,824, 152, 15.2, 1.52."""
     return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 

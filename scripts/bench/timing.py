@@ -1,26 +1,28 @@
-"""Timing of calls, on a CPU or a GPU: what the benchmarks here share.
-
-Calls that are compared take turns in changing order, so that what else the machine does falls on all of them.
+"""The one loop in which calls are timed: they take turns in changing order, so that other load on the machine affects
+all of them alike. The clock is that of torch.utils.benchmark, which waits for the GPU.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 import time
+import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-import torch
+import torch.utils.benchmark
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
+clock_of_torch: Clock = torch.utils.benchmark.timer
 WARM_UP = {"cpu": 1, "cuda": 3}  # rounds that do not count: a GPU's first calls compile kernels and get memory
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the rounds gave, in seconds or bytes; or why there is nothing."""
+    """Seconds (or bytes) of each round, or the error in place of them."""
 
     values: tuple[float, ...]
     error: str = ""
@@ -36,68 +38,42 @@ class Sample:
         return low, middle, high
 
 
-def seconds_of(call: Call, device: str, times: int = 1, clock: Clock = time.perf_counter) -> float:
-    """Of one of `times` calls in a row, by the clock. On a GPU between two events, so until the device is done: the
-    host may be ahead of it by some calls, as it is within a model."""
-    if device != "cuda":
-        began = clock()
-        for _ in range(times):
-            call()
-        return (clock() - began) / times
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    before.record()
-    for _ in range(times):
-        call()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / 1e3 / times
-
-
-def repeated(call: Call, device: str, rounds: int, warm_up: int | None = None) -> list[float]:
-    """Seconds of each round after those to warm up."""
-    warm_up = WARM_UP[device] if warm_up is None else warm_up
-    return [seconds_of(call, device) for _ in range(warm_up + rounds)][warm_up:]
-
-
-def by_turns(
+def in_turns(
     calls: Mapping[str, Call],
-    device: str,
     rounds: int,
     seconds: float = float("inf"),
     fewest: int = 1,
-    warm_up: int | None = None,
+    warm_up: int = 1,
     times: int = 1,
-    before_each: Call | None = None,
-    clock: Clock = time.perf_counter,
+    before_each: Call = lambda: None,
+    clock: Clock = clock_of_torch,
 ) -> dict[str, Sample]:
-    """Time the calls in rounds. One that fails is left out of the rounds after it, and told.
+    """Time the calls in rounds. One that raises takes no part in the rounds after it; its sample has the error.
 
     Args:
         rounds: at most, after those to warm up.
-        seconds: after which no round is begun, once there are the `fewest`.
-        times: calls in a row for one value.
-        before_each: done before each call, and not timed.
-        clock: of a CPU: `time.process_time` leaves out what other processes took meanwhile.
+        seconds: after which no round begins, once there are the `fewest`.
+        times: calls in a row for one value, which is their mean.
+        before_each: is called before each value, and not timed.
+        clock: `time.process_time` does not count what other processes take meanwhile.
     """
     values: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, str] = {}
     orders = itertools.cycle(itertools.permutations(calls) if len(calls) < 5 else _rotations(list(calls)))
-    warm_up = WARM_UP[device] if warm_up is None else warm_up
     began = time.perf_counter()
     for turn in range(-warm_up, rounds):
         if turn == 0:
             began = time.perf_counter()
         if turn >= fewest and time.perf_counter() - began > seconds:
             break
+        number = times if turn >= 0 else 1
         for name in next(orders):
             if name in errors:
                 continue
-            if before_each is not None:
-                before_each()
             try:
-                values[name].append(seconds_of(calls[name], device, times if turn >= 0 else 1, clock))
-            except Exception as error:  # most likely out of memory; whatever it is, the table tells it
+                timer = timeit.Timer(calls[name], before_each, clock)
+                values[name].append(timer.timeit(number) / number)
+            except Exception as error:  # most likely out of memory; the table reports whatever it is
                 errors[name] = message(error)
     return {
         name: Sample((), errors[name]) if name in errors else Sample(tuple(values[name][warm_up:])) for name in calls
@@ -105,8 +81,17 @@ def by_turns(
 
 
 def _rotations(names: list[str]) -> list[tuple[str, ...]]:
-    """Of many calls, all orders would be too many: in these each one is the first in turn, and has two neighbours."""
+    """Of many calls there are too many permutations. In these orders each call is first in turn, and has two
+    neighbors."""
     return [(*order[k:], *order[:k]) for order in (names, names[::-1]) for k in range(len(names))]
+
+
+def medians(samples: Mapping[str, Sample]) -> list[float]:
+    """Of each sample, in seconds. Exits with the first error, if there is one."""
+    for name, sample in samples.items():
+        if sample.error:
+            sys.exit(f"{name}: {sample.error}")
+    return [sample.median for sample in samples.values()]
 
 
 def message(error: BaseException) -> str:

@@ -1,73 +1,66 @@
-"""What the trainer itself costs: its step beside a bare loop's, on the same model and the same images in memory.
+"""What the trainer itself costs: its step beside that of a bare loop, on the same model and images in memory.
 
     python -m scripts.bench.trainer                   ResNet18, static, 64 pixels, batch 32
-    python -m scripts.bench.trainer n=1 data.image_size=96 recipe.batch_size=16
+    python -m scripts.bench.trainer n=1 data.image_size=96 recipe.batch_size=16 steps=10
 
-The two take turns, so that what else the machine does falls on both; the figure is the ratio of the medians.
+steps      timed steps of each kind, after 5 to warm up; all other keys are those of `python -m train`
+
+The figure is the ratio of the medians.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from train.config import validate
+from scripts.bench.timing import in_turns, medians
+from scripts.options import one_line_errors, parse
+from train.config import TrainConfig, compose
 from train.data.loader import Batch
-from train.jobs.world import connect
+from train.jobs.world import World, connect
 from train.trainer import Trainer
 
 DEFAULTS = ("backbone=resnet18", "n=static", "data.image_size=64", "recipe.batch_size=32")
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def bare_step(trainer: Trainer, batch: Batch) -> None:
-    """Forward, backward, update: what every loop has to do."""
-    images, targets = batch.images.to(trainer.world.device), batch.targets.to(trainer.world.device)
-    trainer.learner.loss(trainer.model(images), targets).backward()
-    trainer.learner.optimizer.step()
-    trainer.learner.optimizer.zero_grad()
+@dataclass
+class Options:
+    steps: int = 40
 
 
-def timed(trainer: Trainer, step: Callable[[Batch], object], batch: Batch) -> float:
-    began = time.perf_counter()
-    step(batch)
-    if trainer.world.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", help="as of python -m train")
-    parser.add_argument("--steps", type=int, default=40, help="of each kind, after 5 to warm up")
-    options = parser.parse_args()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = validate(compose("train", [*DEFAULTS, *options.settings]))
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, Path(folder), connect(config.runtime))
-        size = config.data.image_size
-        count = config.recipe.batch_size
+def main(words: list[str]) -> None:
+    with one_line_errors():
+        options, overrides = parse(Options, words, __doc__)
+        config = compose([*DEFAULTS, *overrides])
+        size, count = config.data.image_size, config.recipe.batch_size
         indices = torch.arange(count)
         batch = Batch(torch.randn(count, 3, size, size), indices % 10, indices)
+        world = connect(config.runtime)
+        bare, trainer = measure(config, world, batch, options.steps)
+    print(f"{config.backbone.label} n={config.n}, {size} pixels, batch {count}, {world.device}")
+    print(f"bare {1000 * bare:.1f} ms, trainer {1000 * trainer:.1f} ms a step: {100 * (trainer / bare - 1):+.1f}%")
+
+
+def measure(config: TrainConfig, world: World, batch: Batch, steps: int) -> list[float]:
+    """Median seconds of a bare step, and of the trainer's."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, Path(folder), world)
         trainer.model.train()
-        bare, whole = [], []
-        for step in range(options.steps + 5):
-            order = [(bare, lambda b: bare_step(trainer, b)), (whole, lambda b: trainer.train_step(iter([b])))]
-            for times, run in order if step % 2 else reversed(order):
-                times.append(timed(trainer, run, batch))
-    a, b = median(bare[5:]), median(whole[5:])
-    print(
-        f"{config.backbone.label} n={config.n}, {size} pixels, batch {config.recipe.batch_size}, {trainer.world.device}"
-    )
-    print(f"bare {1000 * a:.1f} ms, trainer {1000 * b:.1f} ms a step: {100 * (b / a - 1):+.1f}%")
+        learner = trainer.learner
+
+        def bare() -> None:
+            """Forward, backward, update: what every loop has to do."""
+            images, targets = batch.images.to(world.device), batch.targets.to(world.device)
+            learner.loss(trainer.model(images), targets).backward()
+            learner.optimizer.step()
+            learner.optimizer.zero_grad()
+
+        return medians(in_turns({"bare": bare, "trainer": lambda: trainer.train_step(iter([batch]))}, steps, warm_up=5))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,0 +1,5 @@
+"""Makes data sets.
+
+python -m scripts.data.shards        WebDataset shards from folders or a tar archive of images
+python -m scripts.data.digits_coco   scikit-learn's digits as a detection data set in COCO's format
+"""

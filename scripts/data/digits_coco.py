@@ -1,13 +1,12 @@
-"""Real digits on canvases, as a data set in COCO's format with masks: python -m scripts.data.digits_coco FOLDER
+"""Real digits as a detection data set in COCO's format, with masks: python -m scripts.data.digits_coco FOLDER
 
-scikit-learn's handwritten digits (8 x 8 pixels) are enlarged and laid on gray canvases, not over one another; those
-held out for evaluation are on the canvases of `val2017` alone. The folder is laid out as COCO is, for
-`data.root=FOLDER`. The same settings make the same files.
+scikit-learn's handwritten digits (8 x 8 pixels) are enlarged and placed on gray canvases without overlap. Digits of the
+evaluation split are only in `val2017`. The folder has COCO's layout, for `data.root=FOLDER`. The same settings give the
+same files.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from scripts.arguments import argument_parser
 from train.data.digits import Digits
 
 SPLITS = {"train2017": "train", "val2017": "val"}  # COCO's names for Digits' splits
@@ -24,26 +24,22 @@ INK = 80  # a pixel this much darker than paper belongs to the digit
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.data.digits_coco",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("data.digits_coco", __doc__)
     parser.add_argument("out", type=Path, help="folder for annotations/, train2017/, val2017/")
     parser.add_argument("--images", type=int, nargs=2, default=(400, 80), help="to train and to evaluate: 400 80")
     parser.add_argument("--size", type=int, default=128, help="of the canvases, in pixels: 128")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    for (folder, split), count in zip(SPLITS.items(), given.images, strict=True):
-        rng = np.random.default_rng([given.seed, split == "val"])
-        made = make_split(given.out, folder, Digits(split), count, given.size, rng)
+    options = parser.parse_args()
+    for (folder, split), count in zip(SPLITS.items(), options.images, strict=True):
+        rng = np.random.default_rng([options.seed, split == "val"])
+        made = make_split(options.out, folder, Digits(split), count, options.size, rng)
         print(f"{folder}: {len(made['images'])} images, {len(made['annotations'])} digits")
 
 
 def make_split(
     out: Path, folder: str, digits: Digits, count: int, size: int, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Write `count` images to `out/folder`, and their annotations; these are returned."""
+    """Write `count` images to `out/folder`, and their annotations, which are returned."""
     (out / folder).mkdir(parents=True, exist_ok=True)
     (out / "annotations").mkdir(exist_ok=True)
     categories = [{"id": number + 1, "name": name} for number, name in enumerate(digits.classes)]
@@ -61,12 +57,12 @@ def make_split(
 
 
 def compose(digits: Digits, size: int, rng: np.random.Generator) -> tuple[Array, list[tuple[int, Array]]]:
-    """A canvas `(size, size, 3)` with some digits, and each one's class and mask `(size, size)`."""
+    """A canvas `(size, size, 3)` with some digits, and the class and mask `(size, size)` of each."""
     paper = rng.integers(150, 240)
     canvas = np.clip(rng.normal(paper, 8, (size, size)), 0, 255)
     taken = np.zeros((size, size), bool)
     placed = []
-    for _ in range(rng.integers(1, 12)):  # there is not always a free place
+    for _ in range(rng.integers(1, 12)):  # some find no free place
         image, target = digits.load(int(rng.integers(len(digits))))
         side = int(rng.integers(size // 6, size // 3))
         ink = np.asarray(image.convert("L").resize((side, side), Image.Resampling.BICUBIC), float)  # (side, side)
@@ -84,7 +80,7 @@ def compose(digits: Digits, size: int, rng: np.random.Generator) -> tuple[Array,
 
 
 def annotation(target: int, mask: Array) -> dict[str, Any]:
-    """What COCO says of an object; the mask as run lengths."""
+    """An object in COCO's format, its mask run-length encoded."""
     runs = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     box = [float(value) for value in coco_mask.toBbox(runs)]  # x, y, width, height
     area = float(coco_mask.area(runs))

@@ -1,12 +1,11 @@
 """Folders or a tar archive of images to WebDataset shards: python -m scripts.data.shards PATH FOLDER
 
-Samples are shuffled once, so that every shard has images of many classes; the bytes of the images stay as they are. The
-same files and settings make the same shards, byte for byte.
+Samples are shuffled once, so that every shard has images of many classes; the images' bytes stay as they are. The same
+files and settings give the same shards, byte for byte.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from scripts.arguments import argument_parser
 from train.config import DataConfig
 from train.data.formats import open_split
 from train.data.images import Files
@@ -26,24 +26,22 @@ from train.jobs.folder import write_whole
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.data.shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser("data.shards", __doc__)
     parser.add_argument("source", help="a folder with SPLIT/<class>/*, or an uncompressed tar archive of such")
     parser.add_argument("out", type=Path, help="folder for SPLIT-000000.tar ..., classes.txt, shards.json")
     parser.add_argument("--splits", nargs="+", default=["train", "val"], metavar="SPLIT", help="default: train val")
     parser.add_argument("--samples", type=int, default=2000, help="in a shard (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the samples (default: 0)")
-    given = parser.parse_args()
+    options = parser.parse_args()
     try:
-        make_shards(given.source, given.out, given.splits, given.samples, given.seed)
+        make_shards(options.source, options.out, options.splits, options.samples, options.seed)
     except (ConfigError, DataError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
 def make_shards(source: str, out: Path, splits: list[str], samples: int = 2000, seed: int = 0) -> None:
-    """Write classes.txt, in shards.json how much each split has, and the shards: these last, so that it is known what
-    is missing if the program is killed.
+    """Write classes.txt, the sizes of the splits in shards.json, and then the shards. In this order it is known what is
+    missing if the program is killed.
 
     Raises:
         ConfigError: a split is not there, there are shards of it already, or splits differ in their classes.
@@ -74,7 +72,7 @@ def make_shards(source: str, out: Path, splits: list[str], samples: int = 2000, 
 
 
 def write_shard(path: Path, images: Files, indices: list[int], begin: int) -> None:
-    """A shard, whole or not at all. Keys are a number and what is left of the file's name."""
+    """Write a shard atomically. Keys are a number and the file's name without dots."""
     temporary = path.with_name(f".{path.name}.tmp")
     with tarfile.open(temporary, "w") as shard:
         for number, index in enumerate(indices, start=begin):
@@ -86,7 +84,7 @@ def write_shard(path: Path, images: Files, indices: list[int], begin: int) -> No
 
 
 def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # no time, no owner: nothing that would differ the next time
+    member = tarfile.TarInfo(name)  # without time and owner, which would differ the next time
     member.size = len(content)
     shard.addfile(member, io.BytesIO(content))
 

@@ -1,13 +1,13 @@
-"""Test and measure everything that needs a GPU, part by part, within a budget of minutes.
+"""Test and measure everything that needs a GPU, part by part, within a number of minutes.
 
     python -m scripts.gpu                                   8 minutes; the results are in report/gpu
     python -m scripts.gpu --data cifar10.tar --minutes 9
     python -m scripts.gpu --only prices benchmark
-    python -m scripts.gpu --dry                             all of it on the CPU, tiny: does it run at all?
+    python -m scripts.gpu --dry                             all of it on the CPU, tiny, to see that it runs
 
-Each part is a process with a time limit. It prints to `<part>.log` and writes files of its own. After each part,
-summary.md and summary.json say what there is so far. A part that fails or exceeds its limit does not stop the next one;
-the exit status is then 1.
+Each part is a process with a time limit. It prints to `<part>.log` and writes to the folder `<part>`. After each part,
+summary.md and summary.json are updated. If a part fails or exceeds its limit, the next one still runs, and the exit
+status is 1.
 
 The first parts need torch, triton, numpy, scipy, timm, rich, matplotlib and pytest; the trainer's and the detector's
 need more. Wheels in the folder .wheels (`make gpu-wheels`) are installed into a folder that only the parts see.
@@ -15,7 +15,6 @@ need more. Wheels in the folder .wheels (`make gpu-wheels`) are installed into a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -32,6 +31,7 @@ from pathlib import Path
 
 import torch
 
+from scripts.arguments import argument_parser
 from scripts.gpu.parts import Part, Run, parts_of
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ class Result:
 def main(arguments: list[str] | None = None) -> int:
     run, only = parse(arguments)
     run.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part at work is stopped, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the running part is stopped, too
     deadline = time.monotonic() + 60 * run.minutes
     with tempfile.TemporaryDirectory() as folder:
         environment = environment_of(run, install_wheels(Path(folder)))
@@ -70,16 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> tuple[Run, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser("gpu", __doc__)
     add = parser.add_argument
-    add("--dry", action="store_true", help="run everything on the CPU, with the smallest sizes")
+    add("--dry", action="store_true", help="run everything on the CPU, at the smallest sizes")
     add("--out", type=Path, default=Path("report/gpu"), help="folder for the results (default: report/gpu)")
     add("--minutes", type=float, default=8.0, help="for all parts together (default: 8)")
     names = [part.name for part in parts_of(Run(Path(), 8.0))]
     add("--only", nargs="+", choices=names, metavar="PART", default=[], help=f"of {', '.join(names)}")
-    add("--data", type=Path, help="CIFAR-10, as data=cifar10 takes it; without it the last part trains on digits")
+    add("--data", type=Path, help="CIFAR-10 for data=cifar10; without it the last part trains on digits")
     options = parser.parse_args(arguments)
     if options.data is not None and not options.data.exists():
         parser.error(f"--data: {options.data} does not exist.")
@@ -89,30 +87,21 @@ def parse(arguments: list[str] | None) -> tuple[Run, list[str]]:
 
 
 def install_wheels(target: Path) -> Path | None:
-    """Install the carried wheels into `target`, without a registry and without changing the Python that runs this."""
+    """Install the carried wheels into `target`, without a package index and without changing the running Python."""
     wheels = sorted(str(path) for path in WHEELS.glob("*.whl"))
     if not wheels:
         return None
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-index",
-        "--no-deps",
-        "--no-compile",
-        "--no-cache-dir",
-    ]
-    done = subprocess.run([*pip, "--target", str(target), *wheels], capture_output=True, text=True)
-    if done.returncode:  # the parts that need no wheel still run
+    options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(target)]
+    command = [sys.executable, "-m", "pip", "install", *options, *wheels]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:  # parts that need no wheel still run
         print(f"The wheels in {WHEELS.name} were not installed:\n{done.stderr.strip()}", flush=True)
         return None
     return target
 
 
 def environment_of(run: Run, wheels: Path | None) -> dict[str, str]:
-    """Of the parts: where they find this checkout and the wheels, and no GPU in a dry run."""
+    """The parts' environment: paths of this checkout and of the wheels; in a dry run, no GPU."""
     paths = [str(ROOT), *([str(wheels)] if wheels else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     if run.dry:  # also on a machine that has a GPU
@@ -121,7 +110,7 @@ def environment_of(run: Run, wheels: Path | None) -> dict[str, str]:
 
 
 def describe() -> str:
-    """One line about the card, its driver, the versions and the commit: what decides a figure."""
+    """One line with what figures depend on: card, driver, versions, commit."""
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         asked = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
@@ -152,7 +141,7 @@ def run_part(part: Part, run: Run, environment: dict[str, str], left: float) -> 
         return Result(part.name, "left out")
     print(f"\n== {part.name}: at most {limit:.0f} s", flush=True)
     began, log = time.monotonic(), run.out / f"{part.name}.log"
-    shutil.rmtree(run.out / part.name, ignore_errors=True)  # of an earlier run; a training would go on from it
+    shutil.rmtree(run.out / part.name, ignore_errors=True)  # of an earlier run, which a training would resume
     before = _files(run.out, part)
     with log.open("w") as file:
         command = part.command(limit)
@@ -169,7 +158,7 @@ def run_part(part: Part, run: Run, environment: dict[str, str], left: float) -> 
         finally:
             stop(process)
     wrote = [path for path, changed in _files(run.out, part).items() if before.get(path) != changed]
-    for path in wrote:  # so that the report has everything
+    for path in wrote:  # so that the report is complete
         if any((ROOT / path).resolve().is_relative_to(place.resolve()) for place in part.writes):
             (run.out / part.name).mkdir(exist_ok=True)
             shutil.copy(ROOT / path, run.out / part.name)
@@ -178,7 +167,7 @@ def run_part(part: Part, run: Run, environment: dict[str, str], left: float) -> 
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the part to stop, as Ctrl-C does, so that it can save or report; then kill it and whatever it has started."""
+    """Ask the part to stop, as Ctrl-C does, so that it can save or report; then kill it and its child processes."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -189,14 +178,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _files(out: Path, part: Part) -> dict[str, int]:
-    """When each file that the part may write was changed."""
+    """The modification times of the files that the part may write."""
     places = [out / part.name, *out.glob(f"{part.name}.*"), *part.writes]
     files = [file for place in places for file in ([place] if place.is_file() else place.rglob("*"))]
     return {os.path.relpath(file, ROOT): file.stat().st_mtime_ns for file in files if file.is_file()}
 
 
 def report(result: Result, out: Path, machine: str, results: list[Result]) -> None:
-    """Print what became of a part, and write the summary anew."""
+    """Print the result of a part, and rewrite the summary."""
     print(*result.tail, f"== {result.part}: {result.status}, {result.seconds:.0f} s", sep="\n", flush=True)
     summary = {"machine": machine, "parts": [asdict(each) for each in results]}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Does kw/compute/implicit.py choose its blocks well? Times of other blocks beside the chosen one's, and torch's own.
+"""Does kw/compute/implicit.py choose its blocks well? Times other blocks and torch's convolution beside the chosen one.
 
     python -m scripts.gpu.blocks --seconds 50 --out report/gpu/blocks/blocks.csv
     python -m scripts.gpu.blocks --dry --out /tmp/blocks.csv            two small layers in Triton's interpreter
@@ -7,13 +7,12 @@ For the layers of ResNet18 and ResNet50 that Triton's kernels compute, at batch 
 gradient of the kernels. From the chosen block, one thing is changed at a time (rows, columns, depth, warps, stages),
 and a few pairs of them. "static" is torch's convolution of the same size, which has one kernel for all samples.
 
-Most of the time goes into compiling. So several processes compile first, side by side, the chosen blocks and the
-costliest layers before others. What they have not compiled within their share of the seconds is not timed.
+Compilation takes most of the time. Several processes compile first, in parallel, beginning with the chosen blocks and
+the costliest layers. Blocks that are not compiled within their share of the seconds are not timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import time
@@ -28,16 +27,19 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kw.compute import Geometry, implicit, samples
 from kw.compute.implicit import Block
 from kw.layers import KWLayer
+from scripts.arguments import argument_parser
+from scripts.bench.layers import visit_layers
+from scripts.bench.timing import in_turns
 
 BACKBONES = ("resnet18", "resnet50")
 BATCH = 128
-COMPILING = 0.6  # of the seconds
-FLOAT32_LAYERS = 2  # of the costliest are timed in float32, too
+COMPILING = 0.6  # share of the seconds
+FLOAT32_LAYERS = 2  # so many of the costliest layers are timed in float32, too
 PASSES = ("forward", "grad_input", "grad_kernels")
 COLUMNS = ("layer", "dtype", "pass", "rows", "columns", "depth", "warps", "stages", "chosen", "microseconds", "tflops",
            "static_microseconds")  # fmt: skip
@@ -46,7 +48,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution: name of the first such layer, its kernel's cells, and what it reads."""
+    """A convolution: the name of the first such layer, its cells `(o, i)`, and its input."""
 
     name: str
     geometry: Geometry
@@ -80,22 +82,17 @@ class Task:
 
 
 def layers_of(backbone: str) -> list[Layer]:
-    """The different layers that Triton's kernels compute, at 224 pixels."""
+    """The distinct layers that Triton's kernels compute, at 224 pixels."""
     model = timm.create_model(f"kw_{backbone}", n=1).eval()
     found: dict[tuple[object, ...], Layer] = {}
-    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, KWLayer)}
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, KWLayer)
-        x, (o, i), geometry = inputs[0], layer.warehouse.cells.shape[-2:], layer.geometry
+    def note(name: str, layer: KWLayer, x: Tensor) -> None:
+        (o, i), geometry = layer.warehouse.cells.shape[-2:], layer.geometry
         if x.dim() == 4 and geometry.groups == 1 and not samples._is_matrix(geometry):
-            new = Layer(f"{backbone}.{names[layer]}", geometry, (o, i), x.shape[1], (x.shape[2], x.shape[3]))
+            new = Layer(f"{backbone}.{name}", geometry, (o, i), x.shape[1], (x.shape[2], x.shape[3]))
             found.setdefault((geometry, new.cell, new.space), new)
 
-    for layer in names:
-        layer.register_forward_pre_hook(note)
-    with torch.no_grad():
-        model(torch.randn(1, 3, 224, 224))
+    visit_layers(model, torch.randn(1, 3, 224, 224), note)
     return sorted(found.values(), key=lambda layer: -layer.multiply_adds)
 
 
@@ -112,11 +109,11 @@ def others(chosen: Block) -> list[Block]:
 
 
 class Chosen(Exception):
-    """Thrown once implicit.py has chosen a block, so that nothing is compiled yet."""
+    """Raised when implicit.py has chosen a block, before it compiles."""
 
 
 def chosen_block(layer: Layer, direction: str) -> Block:
-    """Ask implicit.py, by watching what it chooses when it is called."""
+    """The block that implicit.py chooses when it is called."""
     rule = implicit.blocks
 
     def watch(*arguments: Any, **more: Any) -> Block:
@@ -130,7 +127,7 @@ def chosen_block(layer: Layer, direction: str) -> Block:
         return block
     finally:
         implicit.blocks = rule
-    raise RuntimeError(f"implicit.{direction} asks implicit.blocks for no block any more: mend scripts/gpu/blocks.py.")
+    raise RuntimeError(f"implicit.{direction} does not call implicit.blocks any more: update scripts/gpu/blocks.py.")
 
 
 def call(layer: Layer, direction: str, x: Tensor, kernels: Tensor, grad: Tensor) -> Callable[[], None]:
@@ -145,7 +142,7 @@ def call(layer: Layer, direction: str, x: Tensor, kernels: Tensor, grad: Tensor)
 
 @contextmanager
 def forced(block: Block) -> Iterator[None]:
-    """Have implicit.py choose this block, whatever the product."""
+    """Make implicit.py choose this block for every product."""
     rule = implicit.blocks
     implicit.blocks = lambda *_, **__: block
     try:
@@ -171,14 +168,14 @@ def device_of() -> str:
 
 
 def compile_task(task: Task) -> None:
-    """Compile into Triton's cache on disk, in a process of its own: with few samples, which change nothing about it."""
+    """Compile into Triton's cache on disk, in a separate process; few samples give the same kernel as many."""
     with forced(task.block):
         call(task.layer, task.direction, *task.layer.tensors(2, device_of()))()
     torch.cuda.synchronize()
 
 
 def compiled(tasks: list[Task], seconds: float, processes: int) -> list[Task]:
-    """Those that were compiled in time, and that a multiprocessor has enough memory for."""
+    """Tasks that were compiled in time, and fit into a multiprocessor's memory."""
     pool = ProcessPoolExecutor(processes, get_context("spawn"))
     deadline = time.monotonic() + seconds
     futures: list[Future[None]] = [pool.submit(compile_task, task) for task in tasks]
@@ -192,33 +189,23 @@ def compiled(tasks: list[Task], seconds: float, processes: int) -> list[Task]:
     ]
 
 
-def microseconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Of one call, on the device: the least of three rounds after one to warm up."""
-    if device_of() == "cpu":
-        began = time.perf_counter()
-        run()
-        return 1e6 * (time.perf_counter() - began)
-    found = []
-    run()
-    for _ in range(3):
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record()
-        for _ in range(repeats):
-            run()
-        after.record()
-        after.synchronize()
-        found.append(1e3 * before.elapsed_time(after) / repeats)
-    return min(found)
+def microseconds(run: Callable[[], object]) -> float:
+    """Of one call, on a GPU: the least of three rounds, each of five calls, after one to warm up."""
+    rounds = {"rounds": 1, "warm_up": 0} if device_of() == "cpu" else {"rounds": 3, "times": 5}
+    sample = in_turns({"call": run}, **rounds)["call"]
+    if sample.error:
+        raise RuntimeError(sample.error)
+    return 1e6 * min(sample.values)
 
 
 def tasks_of(layers: list[Layer]) -> list[Task]:
-    """The chosen block of every layer and direction first; then the others."""
+    """First the chosen block of every layer and direction, then the others."""
     first = [Task(layer, direction, chosen_block(layer, direction), True) for layer in layers for direction in PASSES]
     return first + [replace(task, block=block, chosen=False) for task in first for block in others(task.block)]
 
 
 def measure(tasks: list[Task], batch: int, seconds: float, out: Path) -> None:
-    """Time tasks, those of one layer and direction together, and write a line each."""
+    """Time the tasks, grouped by layer and direction, and write a line for each."""
     groups: dict[tuple[Layer, str], list[Task]] = {}
     for task in tasks:
         groups.setdefault((task.layer, task.direction), []).append(task)
@@ -229,7 +216,7 @@ def measure(tasks: list[Task], batch: int, seconds: float, out: Path) -> None:
         writer.writeheader()
         for (layer, direction), group in groups.items():
             if time.monotonic() - began > seconds:
-                print("No time is left: the other layers are left out.")
+                print("Time is up: the remaining layers are left out.")
                 break
             x, kernels, grad = layer.tensors(batch, device_of())
             usual = microseconds(static(layer, direction, x, grad))
@@ -261,13 +248,9 @@ def show(layer: Layer, direction: str, lines: list[Line]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.gpu.blocks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--seconds", type=float, default=50.0, help="for everything (default: 50)")
-    parser.add_argument("--processes", type=int, default=12, help="that compile (default: 12)")
+    parser = argument_parser("gpu.blocks", __doc__)
+    parser.add_argument("--seconds", type=float, default=50.0, help="in total (default: 50)")
+    parser.add_argument("--processes", type=int, default=12, help="compiler processes (default: 12)")
     parser.add_argument("--out", type=Path, default=Path("report/gpu/blocks/blocks.csv"))
     parser.add_argument("--dry", action="store_true", help="two small layers on the CPU, with TRITON_INTERPRET=1")
     options = parser.parse_args()

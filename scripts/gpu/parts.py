@@ -1,4 +1,4 @@
-"""The parts of a GPU run: what each runs, and how long it may take. What matters most comes first."""
+"""The parts of a GPU run: what each runs, and how long it may take. The most important come first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BUDGET = 8.0  # minutes for which the limits below are meant
+BUDGET = 8.0  # minutes; the limits below are for this total
 
 # In a dry run: sizes and cases for a CPU.
 DRY_MEASURE = ["small:1@2", "--repeats", "1", "--threads", "1", "--seconds", "1"]
@@ -15,7 +15,7 @@ DRY_MEASURE = ["small:1@2", "--repeats", "1", "--threads", "1", "--seconds", "1"
 
 @dataclass(frozen=True)
 class Run:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     out: Path
     minutes: float
@@ -25,8 +25,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """`command` makes the command line for a time limit in seconds. `seconds` is the most that the part may take, or
-    None: all that is left. `writes` are folders that it may write to, beside its own in the report."""
+    """`command` returns the command line for a time limit in seconds. `seconds` is the part's limit; None: all the time
+    that is left. `writes` are folders that it may write to, beside its own in the report."""
 
     name: str
     command: Callable[[float], list[str]]
@@ -40,7 +40,7 @@ def python(module: str, *arguments: str) -> list[str]:
 
 
 def parts_of(run: Run) -> list[Part]:
-    """All parts, in their order; limits in proportion to the run's minutes."""
+    """All parts in order; their limits are in proportion to the run's minutes."""
     scale = run.minutes / BUDGET
     commands: list[tuple[str, Callable[[float], list[str]], float | None]] = [
         ("exactness", lambda limit: tests("implementations", run), 150),
@@ -60,21 +60,21 @@ def parts_of(run: Run) -> list[Part]:
             command,
             seconds and seconds * scale,
             tables if name == "prices" else (),
-            interpreter if name == "blocks" else {},  # of the tests, tests/conftest.py sets it
+            interpreter if name == "blocks" else {},  # for the tests, tests/conftest.py sets it
         )
         for name, command, seconds in commands
     ]
 
 
 def tests(name: str, run: Run) -> list[str]:
-    """Processes compile Triton's kernels side by side."""
+    """Several processes, to compile Triton's kernels in parallel."""
     processes = {"implementations": 2 if run.dry else 12, "trainer": 0 if run.dry else 4}.get(name, 0)
     options = ["-m", "gpu", "-rfEs", "--tb=short", "--show-capture=stdout", "--durations=8", "-p", "no:cacheprovider"]
     return python("pytest", f"tests/gpu/test_gpu_{name}.py", *options, "-n", str(processes))
 
 
 def prices(limit: float, run: Run) -> list[str]:
-    """The table goes where kw reads it, ready to commit; in a dry run to the report, for the CPU's must stay."""
+    """Writes the table where kw reads it, ready to commit. A dry run writes to the report, to keep the CPU's table."""
     if run.dry:
         return python("scripts.bench.fit_prices", *DRY_MEASURE, "--out", str(run.out / "prices/cpu.json"))
     return python("scripts.bench.fit_prices", *on_gpu(), "--seconds", f"{0.75 * limit:.0f}")
@@ -82,14 +82,14 @@ def prices(limit: float, run: Run) -> list[str]:
 
 def benchmark(limit: float, run: Run) -> list[str]:
     out = ["--in-process", "--out", str(run.out / "benchmark")]
-    if run.dry:  # memory on a CPU takes a process for each measurement
+    if run.dry:  # memory on a CPU needs a process for each measurement
         return python("scripts.bench", *DRY_MEASURE, "--what", "train", "eval", "one", *out)
-    # 8 cases, 3 timed things each; half of the time goes to models, warming up and memory.
+    # 8 cases with 3 timed quantities each; half of the time goes to building models, warm-up and memory.
     return python("scripts.bench", *on_gpu(), "--seconds", f"{limit / 2 / 24:.1f}", *out)
 
 
 def graphs(limit: float, run: Run) -> list[str]:
-    """Evaluation as a CUDA graph, where launches cost nothing; and of frozen models."""
+    """Evaluation as a CUDA graph, in which launches cost nothing; also of frozen models."""
     out = ["--in-process", "--out", str(run.out / "graphs"), "--what", "eval", "one", "--choices", "auto", "frozen"]
     if run.dry:
         return python("scripts.bench", *DRY_MEASURE, *out)
@@ -107,11 +107,11 @@ def blocks(limit: float, run: Run) -> list[str]:
 
 
 def training(limit: float, run: Run) -> list[str]:
-    """CIFAR-10 at full size, as short as the time that is left: an epoch of both models takes about half a minute."""
+    """CIFAR-10 at full size, for as many epochs as there is time: one of both models takes about half a minute."""
     words = ["recipe.epochs=1", "recipe.warmup_epochs=0", "recipe.temperature_epochs=0.5"]
     if run.data is not None:
         epochs = max(1, int(limit / 40))
-        warm_up = round(epochs * 6.7 / 100, 2)  # the same share of the training as in the experiment
+        warm_up = round(epochs * 6.7 / 100, 2)  # the same share of all epochs as in the experiment
         words = [f"recipe.epochs={epochs}", f"recipe.warmup_epochs={warm_up}", f"recipe.temperature_epochs={warm_up}"]
         words += ["experiment=cifar10/full", f"data.root={run.data.absolute()}"]
     elif not run.dry:

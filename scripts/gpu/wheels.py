@@ -1,19 +1,20 @@
-"""Collect the wheels that a machine without a registry lacks, for `python -m scripts.gpu` to install there.
+"""Collect the wheels that a machine without a package index lacks; `python -m scripts.gpu` installs them there.
 
     python -m scripts.gpu.wheels .wheels
 
-They are what the trainer and MMDetection need beside PyTorch and what usually comes with it, in the versions that are
-installed here, for Python 3.12 on Linux (x86-64). Packages of pure Python become wheels here, also those that are
-published as source only.
+They are what the trainer and MMDetection need beyond PyTorch and what usually comes with it, in the versions that are
+installed here, for Python 3.12 on Linux (x86-64). Packages of pure Python that are published only as source are built
+here.
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from scripts.arguments import argument_parser
 
 PURE = ("hydra-core", "omegaconf", "antlr4-python3-runtime", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection",
         "addict", "imaug", "yapf", "platformdirs", "termcolor", "terminaltables")  # fmt: skip
@@ -22,13 +23,11 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.gpu.wheels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser("gpu.wheels", __doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    for wheel in folder.glob("*.whl"):  # of two versions pip would install none
+    for wheel in folder.glob("*.whl"):  # with two versions of a package, pip installs none
         wheel.unlink()
     # No cache: it may hold an mmcv that was built beside torch, with operators compiled for this machine.
     pip("wheel", "--no-cache-dir", "--wheel-dir", folder, *pinned(PURE))
@@ -48,9 +47,7 @@ def pinned(names: tuple[str, ...]) -> list[str]:
     try:
         return [f"{name}=={version(name)}" for name in names]
     except PackageNotFoundError as error:
-        sys.exit(
-            f"{error.name} is not installed here, so that its version is not known: install it (make setup) first."
-        )
+        sys.exit(f"{error.name} is not installed here, so its version is unknown: run make setup-detection first.")
 
 
 def pip(command: str, *arguments: str | Path) -> None:

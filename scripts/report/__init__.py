@@ -1,1 +1,1 @@
-"""Measured beside published: run folders joined with the rows of the paper's tables; `python -m scripts.report`."""
+"""`python -m scripts.report FOLDER`: measured results beside the published ones, as tables and a page."""

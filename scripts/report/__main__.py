@@ -1,35 +1,32 @@
-"""Run folders beside the published rows: measured, published, difference, cost; as text, tables, a picture and a page.
+"""Compares runs with the published rows: measured, published, difference, cost; as tables and a page with figures.
 
     python -m scripts.report runs/digits                 every run below a folder
     python -m scripts.report runs/a runs/b --out report
-    python -m scripts.report runs --all                  also rows of the paper that were not run, on the terminal
+    python -m scripts.report runs --all                  prints the paper's tables even if none of their rows was run
 
-Runs of one name on one data set that differ in their seed make one row. Folders that hold no finished run are named.
-The files have every row of the paper; with the cost of those not run, once `scripts.bench.step_time` has timed a step.
+Runs of one name on one data set that differ only in their seed make one row, with mean and standard deviation. Folders
+without a finished run are named. The files have every row of the paper, also those that were not run, with what they
+would cost if `scripts.bench.step_time` has timed a step. index.html is one file that opens offline; the camera button
+of a figure saves it as SVG.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
+from scripts.arguments import argument_parser
 from scripts.report.page import report_page
-from scripts.report.picture import draw
 from scripts.report.rows import Section, sections
 from scripts.report.runs import Run, find_runs
-from scripts.report.steps import read_steps
+from scripts.report.steps import STEPS, read_steps
 from scripts.report.tables import latex, markdown, show, write_csv, write_runs
-
-STEPS = Path("runs/steps.jsonl")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser("report", __doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders above them")
     parser.add_argument("--out", type=Path, default=Path("report"), help="where the files go (default: report)")
     parser.add_argument("--steps", type=Path, help=f"steps that scripts.bench.step_time has timed (default: {STEPS})")
@@ -65,11 +62,7 @@ def write(made: list[Section], runs: list[Run], remarks: list[str], folder: Path
     (folder / "index.html").write_text(report_page(made, remarks), encoding="utf-8")
     write_csv(made, folder / "table.csv")
     write_runs(runs, folder / "runs.csv")
-    names = ["table.md", "table.tex", "table.csv", "runs.csv", "index.html"]
-    if runs:
-        draw(made, folder / "picture.png")
-        names.append("picture.png")
-    return names
+    return ["table.md", "table.tex", "table.csv", "runs.csv", "index.html"]
 
 
 if __name__ == "__main__":

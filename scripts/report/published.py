@@ -1,4 +1,4 @@
-"""The rows of the paper's tables, from published.yaml: their figures, and their settings as ours."""
+"""The rows of the paper's tables, from published.yaml: their figures, and their settings under our keys."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import yaml
 
 from kw.config import KW, STATIC, format_budget
 
-FILE = Path(__file__).parents[1] / "published.yaml"
+FILE = Path(__file__).with_name("published.yaml")
 COSTS = FILE.with_name("costs.yaml")
 CLASSIFICATION, DETECTION = "imagenet", "coco"
 SCORES = {CLASSIFICATION: ("top1", "top5"), DETECTION: ("box_ap", "mask_ap")}
 LABELS = {"top1": "top-1", "top5": "top-5", "box_ap": "box AP", "mask_ap": "mask AP"}
-TRAINING_IMAGES = {CLASSIFICATION: 1_281_167, DETECTION: 117_266}  # COCO's with an object in them, which are trained on
+TRAINING_IMAGES = {CLASSIFICATION: 1_281_167, DETECTION: 117_266}  # COCO's images without objects are not trained on
 DETECTION_EPOCHS = 12
 IMAGENET, COCO = "ImageNet", "COCO, Mask R-CNN, 12 epochs"
-# Rows of other methods: those of ODConv's release, which trained each backbone by a recipe of its own.
+# Rows of other methods are those of ODConv's release, which has a recipe for each backbone.
 RIVALS, RIVALS_TITLE = "dynamic_convolution_baselines", "ImageNet, other dynamic convolutions (100 or 150 epochs)"
 RIVALS_RECIPES = {"resnet18": ("sgd_100e", 100), "mobilenetv2_100": ("sgd_150e", 150)}
 
 AUGMENT = ("color_jitter", "auto_augment", "interpolation", "random_erasing", "erasing_mode", "eval_resize",
            "eval_interpolation")  # fmt: skip
-# Keys of published.yaml that we have other names for.
+# Keys of published.yaml that have other names here.
 NAMES = {"global_batch": "recipe.batch_size", "eval_crop": "data.image_size"}
 NAMES |= {key: f"recipe.augment.{key}" for key in AUGMENT}
-# What published.yaml says in words, as settings; `no_decay` and `per` have none, training does nothing else.
+# What published.yaml says in words, as settings. `no_decay` and `per` need none: training does nothing else.
 WORDS = {
     "transform": {
         "recipe.augment.interpolation": "bilinear",
@@ -44,14 +44,14 @@ WORDS = {
 
 @dataclass(frozen=True, eq=False)
 class Published:
-    """One row: `scores` in percent, None where nothing was published; parameters and multiply-adds as counted, None
-    for detectors."""
+    """One row. `scores` are percentages, None where nothing was published; `params` and `macs` were counted, None for
+    detectors."""
 
     id: str
     task: str
     table: str  # its title
     backbone: str  # timm's name
-    label: str  # what run folders call it
+    label: str  # the name in run folders
     dynamic: str  # the method: kw, static, or one of kw.baselines
     n: str
     params: int | None
@@ -63,7 +63,7 @@ class Published:
 
     @property
     def name(self) -> str:
-        """Of its run folder."""
+        """The run folder's name."""
         if self.task == CLASSIFICATION:
             return self.id
         budget = "" if self.n == STATIC else f"kw{format_budget(self.n)}_"
@@ -71,7 +71,7 @@ class Published:
 
     @property
     def overrides(self) -> list[str]:
-        """What `python -m train` is asked for it, beside data.root."""
+        """The overrides with which `python -m train` runs it, beside data.root."""
         if self.dynamic in (KW, STATIC):
             return [f"experiment={self.id}"]
         recipe, _ = RIVALS_RECIPES[self.backbone]
@@ -99,7 +99,7 @@ def published() -> list[Published]:
 
 
 def _rival(row: dict[str, Any], cost: dict[str, int]) -> Published:
-    """A row of another method: its id tells the method and the budget, `resnet18_odconv4x`."""
+    """A row of another method: its id contains the method and the budget, as in `resnet18_odconv4x`."""
     backbone, _, method = row["id"].rpartition("_")
     dynamic, n = method.rstrip("0123456789x"), re.sub(r"\D", "", method)
     scores = {key: row[key] for key in SCORES[CLASSIFICATION]}
@@ -109,7 +109,7 @@ def _rival(row: dict[str, Any], cost: dict[str, int]) -> Published:
 
 
 def as_settings(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Keys and values of published.yaml as ours: `{"global_batch": 256}` as `{"recipe.batch_size": 256}`."""
+    """Keys and values of published.yaml as settings: `{"global_batch": 256}` as `{"recipe.batch_size": 256}`."""
     made: dict[str, Any] = {}
     for key, value in recipe.items():
         made |= WORDS[key] if key in WORDS else {NAMES.get(key, f"recipe.{key}"): value}
@@ -117,17 +117,15 @@ def as_settings(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def departures(config: dict[str, Any], row: Published) -> list[str]:
-    """Where a run's settings (config.yaml) are not the row's: `["recipe.epochs 90 (300)"]`, ours before the row's.
-
-    A setting that config.yaml does not have is not judged.
-    """
+    """Where a run's settings (config.yaml) differ from the row's: `["recipe.epochs 90 (300)"]`, the row's in
+    parentheses. Settings that config.yaml does not have are not compared."""
     found = []
-    for key, value in {"data.train_images": None, **row.settings}.items():  # trained on all of them
+    for key, value in {"data.train_images": None, **row.settings}.items():  # the row was trained on all images
         ours = _at(config, key)
         if ours is not MISSING and not _same(ours, value):
             found.append(f"{key} {ours} ({value})")
     own = config.get("kw")
-    if isinstance(own, dict):  # settings of warehouses, in place of the published ones
+    if isinstance(own, dict):  # settings that replace the published ones
         found += [f"kw.{key} {value}" for key, value in own.items() if value is not None]
     return found
 

@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone make a row; a row of the paper is joined with the published figures."""
+"""Rows of the report: runs that differ only in their seed, joined with the published figures."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DONE, UNFINISHED, NOT_RUN = "done", "unfinished", "not run"
 
 @dataclass(frozen=True)
 class Row:
-    """Runs of one name, data set and cost, if there are any; what was published, if it is a row of the paper; and what
-    it would cost to run, if it was not and a step of it was timed."""
+    """Runs that differ only in their seed, or none; the published row, if it is one of the paper; and the timed step
+    that tells the cost of a row without runs. Each row has runs or was published."""
 
     runs: list[Run] = field(default_factory=list)
     published: Published | None = None
@@ -31,16 +31,23 @@ class Row:
         return DONE if self.runs[0].finished else UNFINISHED
 
     @property
+    def _first(self) -> Run | Published:
+        """What tells the row's name and settings."""
+        found = self.runs[0] if self.runs else self.published
+        assert found is not None, "a row has runs, or was published"
+        return found
+
+    @property
     def task(self) -> str:
-        return self.runs[0].task if self.runs else self._row.task
+        return self._first.task
 
     @property
     def name(self) -> str:
-        return self.runs[0].name if self.runs else self._row.name
+        return self._first.name
 
     @property
     def data(self) -> str:
-        """The data set; with a number where a run was trained on so many of its images."""
+        """The data set, and how many of its images were trained on, if not all."""
         if not self.runs:
             return self.task
         run = self.runs[0]
@@ -48,21 +55,21 @@ class Row:
 
     @property
     def backbone(self) -> str:
-        return self._row.label if self.published else self.runs[0].backbone
+        return self.published.label if self.published else self._first.backbone
 
     @property
     def dynamic(self) -> str:
         """The method."""
-        return self.runs[0].dynamic if self.runs else self._row.dynamic
+        return self._first.dynamic
 
     @property
     def series(self) -> str:
-        """What is compared over budgets: a backbone by KernelWarehouse, with the static one; or by another method."""
+        """The line of a figure: a backbone with KernelWarehouse and the static one, or with another method."""
         return self.backbone if self.dynamic in (KW, STATIC) else f"{self.backbone} {self.dynamic}"
 
     @property
     def n(self) -> str:
-        return self.runs[0].n if self.runs else self._row.n
+        return self._first.n
 
     @property
     def params(self) -> int | None:
@@ -78,9 +85,9 @@ class Row:
 
     @property
     def epochs(self) -> tuple[int, int]:
-        """Done, and asked for."""
+        """Finished, and asked for."""
         if not self.runs:
-            return 0, self._row.epochs
+            return 0, self._first.epochs
         return self.runs[0].epochs, self.runs[0].asked or self.runs[0].epochs
 
     @property
@@ -90,9 +97,9 @@ class Row:
 
     @property
     def hours(self) -> float | None:
-        """Of training, times devices: what a run took, or what one would take."""
+        """Device-hours of training: what the runs took on average, or what one would take."""
         if not self.runs:
-            return cost(self.step, self._row) if self.step else None
+            return cost(self.step, self.published) if self.step and self.published else None
         found = [run.hours for run in self.runs if run.hours is not None]
         return mean(found) if found else None
 
@@ -102,34 +109,29 @@ class Row:
 
     @property
     def departures(self) -> list[str]:
-        """Settings that are not the published row's, of any of the runs."""
+        """Settings of any of the runs that differ from the published row's."""
         if self.published is None:
             return []
         return sorted({text for run in self.runs for text in departures(run.config, self.published)})
 
-    @property
-    def _row(self) -> Published:
-        assert self.published is not None, "a row has runs, or was published"
-        return self.published
-
     def score(self, key: str) -> tuple[float, float | None] | None:
-        """Mean over seeds, and their sample standard deviation where there are several."""
+        """Mean over seeds, and their sample standard deviation if there are several."""
         values = [run.scores[key] for run in self.runs if key in run.scores]
         return (mean(values), stdev(values) if len(values) > 1 else None) if values else None
 
     def figure(self, key: str) -> float | None:
-        """What was published."""
+        """The published score."""
         return self.published.scores[key] if self.published else None
 
     def difference(self, key: str) -> float | None:
-        """Measured less published; of finished runs alone."""
+        """Measured minus published, for finished runs."""
         measured, figure = self.score(key), self.figure(key)
         return measured[0] - figure if measured and figure is not None and self.state == DONE else None
 
 
 @dataclass(frozen=True)
 class Section:
-    """Rows that make a table."""
+    """The rows of one table."""
 
     title: str
     task: str
@@ -150,7 +152,7 @@ OTHERS = {CLASSIFICATION: "Other runs", DETECTION: "Other detectors"}
 
 
 def sections(runs: list[Run], steps: Iterable[Step] = ()) -> tuple[list[Section], list[str]]:
-    """The paper's tables, every row of them, then other runs; and a remark for each run that was left out."""
+    """The paper's tables with all of their rows, then other runs; and a remark for each run that was left out."""
     groups, remarks = group(runs)
     timed = {step.row: step for step in steps}
     rows = {known: [Row([], known, timed.get(known.id))] for known in published()}
@@ -174,8 +176,8 @@ def sections(runs: list[Run], steps: Iterable[Step] = ()) -> tuple[list[Section]
 
 
 def group(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
-    """Runs of one name, data set, budget, cost and length, whatever their seed; and a remark for each run whose seed is
-    there already: a copy of a run, or the same run in two places, tells nothing of the spread."""
+    """Runs of the same name, data set, budget, cost and length; and a remark for each run whose seed is already there:
+    a copy of a run says nothing about the spread."""
     groups: dict[tuple[Any, ...], dict[int, Run]] = {}
     remarks = []
     for run in runs:
@@ -183,15 +185,15 @@ def group(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
         key = (*of, run.params, run.macs, run.epochs, run.finished)
         seeds = groups.setdefault(key, {})
         if run.seed in seeds:
-            remarks.append(f"{run.folder}: left out, {seeds[run.seed].folder} is of the same settings and seed")
+            remarks.append(f"{run.folder}: left out, {seeds[run.seed].folder} has the same settings and seed")
         else:
             seeds[run.seed] = run
     return [list(seeds.values()) for seeds in groups.values()], remarks
 
 
 def _published(run: Run, rows: Iterable[Published]) -> Published | None:
-    """The row that a run is of: backbone, method and n on ImageNet, unless it has a label of its own, as ablations
-    have; the configuration's name on COCO."""
+    """The paper's row that a run repeats. On ImageNet: the same backbone, method and n, and no label, which ablations
+    have. On COCO: the configuration's name."""
     for known in rows:
         if run.task != known.task:
             continue

@@ -1,4 +1,4 @@
-"""Run folders, finished or not; whatever is broken is told of and passed over.
+"""Reads run folders, finished or not; broken ones are reported and skipped.
 
 A folder of `python -m train` has config.yaml, metrics.jsonl and, once finished, summary.json; one of
 `python -m detection` has settings.json, MMEngine's */vis_data/scalars.json, and summary.json.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -21,21 +21,21 @@ from kw.config import KW, STATIC
 from scripts.report.published import CLASSIFICATION, DETECTION, SCORES
 
 MARKS = {"config.yaml", "metrics.jsonl", "summary.json", "settings.json"}  # any of them makes a folder a run's
-# The loader in C, where there is one: fifty configurations are read in no time.
+# The loader in C, where there is one, is ten times as fast.
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Broken(Exception):
-    """What is wrong with a run folder, for the user."""
+    """A run folder cannot be read; the message says why."""
 
 
 class Unfinished(Exception):
-    """Nothing to show yet."""
+    """A run has no result to show yet."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run. `scores` in percent, of its last epoch; `hours` of training, times the devices it had."""
+    """One run. `scores` are percentages, of the last epoch; `hours` are of training, times the number of devices."""
 
     folder: Path
     task: str
@@ -46,8 +46,8 @@ class Run:
     seed: int
     scores: dict[str, float]
     finished: bool
-    epochs: int  # done
-    asked: int | None  # for how many
+    epochs: int  # finished
+    asked: int | None  # epochs that the configuration asks for
     params: int | None = None
     macs: int | None = None
     images_per_second: float | None = None
@@ -60,14 +60,14 @@ class Run:
 
     @property
     def train_images(self) -> int | None:
-        """On how many images of the data set, if not on all."""
+        """The number of training images, if not all of the data set."""
         data = self.config.get("data")
         return data.get("train_images") if isinstance(data, dict) else None
 
 
 def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """Runs at or below the folders, and a remark for each one that is unfinished or broken. Those that are unfinished,
-    and have an epoch to show, are among the runs."""
+    """Runs at or below the folders, and a remark for each unfinished or broken one. Unfinished runs with at least one
+    epoch are among the runs."""
     runs, remarks = [], []
     for folder in sorted({folder for root in roots for folder in _run_folders(root, remarks)}):
         try:
@@ -76,7 +76,7 @@ def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
             remarks.append(f"{folder}: not finished ({error})")
         except Broken as error:
             remarks.append(f"{folder}: broken ({error})")
-        except Exception as error:  # a report must not end at one folder of fifty, whatever is in it
+        except Exception as error:  # one bad folder of fifty must not end the report
             remarks.append(f"{folder}: broken ({type(error).__name__}: {error})")
         else:
             runs.append(run)
@@ -86,7 +86,7 @@ def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 
 def _run_folders(root: Path, remarks: list[str]) -> Iterator[Path]:
-    """Not below run folders: services keep copies of a run's files there."""
+    """Does not descend into run folders: services keep copies of a run's files there."""
     for place, folders, files in os.walk(root, onerror=lambda error: remarks.append(f"{error.filename}: {error}")):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if MARKS & {*files, *folders}:
@@ -96,8 +96,8 @@ def _run_folders(root: Path, remarks: list[str]) -> Iterator[Path]:
 
 def read_run(folder: Path) -> Run:
     """Raises Broken or Unfinished, and what reading files raises."""
-    summary = _json(folder / "summary.json")
-    config = _yaml(folder / "config.yaml")
+    summary = _mapping(folder / "summary.json", json.loads)
+    config = _mapping(folder / "config.yaml", lambda text: yaml.load(text, Loader)) or {}
     detection = (folder / "settings.json").exists() or (summary is not None and "box_ap" in summary)
     task = DETECTION if detection else CLASSIFICATION
     lines = _scalars(folder) if detection else _lines(folder / "metrics.jsonl")
@@ -142,12 +142,12 @@ def _unfinished(folder: Path, config: Any, lines: list[Any]) -> Run:
 
 
 def _method(it: Checked) -> str:
-    """Runs from before there were others, and detectors, do not tell it."""
+    """Detectors, and runs older than the other methods, do not name it."""
     return it.text("dynamic", STATIC if it.text("n") == STATIC else KW)
 
 
 def _timed(run: Run, lines: list[Any]) -> Run:
-    """With the hours of all its devices: images over images per second, evaluation not counted."""
+    """The run with its device-hours: images over images per second, times devices; without evaluation."""
     recipe, runtime = (run.config.get(key) or {} for key in ("recipe", "runtime"))
     steps, batch = (lines[-1].get("step") if lines else None), recipe.get("batch_size")
     asked = run.asked or recipe.get("epochs") or run.epochs
@@ -171,7 +171,7 @@ def _is_number(value: Any) -> bool:
 
 
 class Checked:
-    """A mapping that was read from a file: what is missing or of the wrong kind is told of by its key."""
+    """A mapping that was read from a file. Its methods raise Broken, naming the key that is missing or wrong."""
 
     def __init__(self, values: Any, source: str):
         if not isinstance(values, dict):
@@ -210,51 +210,35 @@ class Checked:
         return value
 
 
-def _json(path: Path) -> Any:
-    """None where there is no such file."""
+def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
+    """The keys and values of a JSON or YAML file; None where there is no such file."""
     if not path.exists():
         return None
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise Broken(f"{path.name} is no whole JSON: {error}") from None
-    if not isinstance(made, dict):
-        raise Broken(f"{path.name} holds a {type(made).__name__}, not keys and values")
-    return made
+    found = _parsed(path.read_text(encoding="utf-8"), parse, path.name)
+    return {} if found is None and path.suffix == ".yaml" else Checked(found, path.name).values
 
 
-def _yaml(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file."""
-    if not path.exists():
-        return {}
+def _parsed(text: str, parse: Callable[[str], Any], source: str) -> Any:
     try:
-        made = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        return parse(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Broken(f"{path.name} is no whole YAML: {str(error).splitlines()[0]}") from None
-    if made is not None and not isinstance(made, dict):
-        raise Broken(f"{path.name} holds a {type(made).__name__}, not keys and values")
-    return made or {}
+        raise Broken(f"{source} cannot be read: {str(error).partition(chr(10))[0]}") from None
 
 
 def _lines(path: Path) -> list[Any]:
-    """The objects of a file of JSON lines. A last line without its end is being written, and not there yet."""
+    """The objects of a file of JSON lines. A last line without its end is still being written, and left out."""
     if not path.exists():
         return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    made = []
-    for number, line in enumerate(whole, 1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise Broken(f"{path.name}, line {number}, is no whole JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise Broken(f"{path.name}, line {number}, holds a {type(value).__name__}, not keys and values")
-        made.append(value)
-    return made
+    complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    sources = (f"{path.name}, line {number}" for number in range(1, len(complete) + 1))
+    return [
+        Checked(_parsed(line, json.loads, source), source).values
+        for source, line in zip(sources, complete, strict=True)
+    ]
 
 
 def _scalars(folder: Path) -> list[Any]:
-    """MMEngine's evaluations, of every time that the run was begun: a later one of an epoch replaces an earlier."""
+    """MMEngine's evaluations from all starts of the run; the latest of an epoch counts."""
     found = {}
     for path in sorted(folder.glob("*/vis_data/scalars.json")):
         for line in _lines(path):

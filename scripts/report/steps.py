@@ -1,4 +1,4 @@
-"""The cost of a row that was not run, from the speed of its training step (`scripts.bench.step_time`)."""
+"""The cost of a row without runs, from the speed of its training step (`scripts.bench.step_time`)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 from scripts.report.published import TRAINING_IMAGES, Published
 
+STEPS = Path("runs/steps.jsonl")
+
 
 @dataclass(frozen=True)
 class Step:
-    """How fast one device trains a row."""
+    """The speed at which one device trains a row."""
 
     row: str
     device: str
@@ -19,12 +21,12 @@ class Step:
 
 
 def cost(step: Step, row: Published) -> float:
-    """Hours of one such device to train the row; evaluation and loading of images not counted."""
+    """Hours that one such device needs to train the row, without evaluation and loading of images."""
     return row.epochs * TRAINING_IMAGES[row.task] / step.images_per_second / 3600
 
 
 def read_steps(path: Path) -> tuple[list[Step], list[str]]:
-    """The timed steps of a file of JSON lines, a row's last one counting; and remarks on broken lines."""
+    """The last timed step of each row in a file of JSON lines, and remarks on broken lines."""
     steps, remarks = {}, []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:

@@ -30,12 +30,12 @@ def head(section: Section) -> list[str]:
 
 
 def left(section: Section) -> int:
-    """How many columns are of words; after them come numbers."""
+    """The number of columns with words; columns with numbers follow."""
     return head(section).index("state") + 1
 
 
 def cells(row: Row, section: Section) -> list[str]:
-    """As `head` names them."""
+    """The row under `head`'s names."""
     data = () if section.published else (row.data,)
     made = [row.name, row.n, *data, state(row), count(row.params), count(row.macs)]
     for key in section.scores:
@@ -49,12 +49,12 @@ def cells(row: Row, section: Section) -> list[str]:
 
 
 def state(row: Row) -> str:
-    """With a star for settings that are not the published ones; the notes name them."""
+    """With a star for settings that differ from the published ones; the notes name them."""
     return f"{row.state}*" if row.departures else row.state
 
 
 def hours(row: Row) -> str:
-    """Of one device, or for one that was not run, as it would take."""
+    """Device-hours that the runs took or, after ~, that one would take."""
     if row.hours is None:
         return "not measured" if row.state == NOT_RUN else NONE
     kind = "CPU" if row.device == "cpu" or (row.device or "").startswith("cpu") else "GPU"
@@ -67,8 +67,8 @@ def _rounded(value: float) -> str:
 
 
 def notes(section: Section) -> list[str]:
-    """What the columns are too narrow for."""
-    made = [f"* {row.name}: settings that are not the published ones: {'; '.join(row.departures)}"
+    """Remarks that do not fit into the columns."""
+    made = [f"* {row.name}: settings that differ from the published ones: {'; '.join(row.departures)}"
             for row in section.rows if row.departures]  # fmt: skip
     for row in section.rows:
         averages = [run.ema for run in row.runs if run.ema is not None]
@@ -83,18 +83,18 @@ def notes(section: Section) -> list[str]:
     waiting = [row for row in section.rows if row.state == NOT_RUN]
     devices = sorted({str(row.device) for row in waiting if row.hours is not None})
     if devices:
-        made.append(f"The hours that rows not run yet would take are from a step timed on {', '.join(devices)}.")
+        made.append(f"Hours of rows that were not run are estimates from a step timed on {', '.join(devices)}.")
     elif waiting and section.task == CLASSIFICATION:
         made.append(
-            "What rows not run yet would take is told once a step is timed: python -m scripts.bench.step_time --all"
+            "To see what rows that were not run would take, time a step: python -m scripts.bench.step_time rows=all"
         )
     elif waiting:
-        made.append("What rows not run yet would take was not measured: no step of a detector was timed.")
+        made.append("What rows that were not run would take is unknown: no step of a detector was timed.")
     return made
 
 
 def _gain(row: Row, section: Section) -> str:
-    """DeiT was published as a gain over the static row."""
+    """DeiT's result was published as a gain over the static row."""
     known = row.published
     assert known is not None and known.gain is not None
     base = next(
@@ -129,7 +129,7 @@ def spread(score: tuple[float, float | None] | None) -> str:
 
 
 def show(section: Section, console: Console) -> None:
-    """On a terminal that is too narrow, without the columns that can best be missed: the files have them."""
+    """Print the table. A narrow terminal omits the least important columns; the files have them."""
     lines = [head(section), *(cells(row, section) for row in section.rows)]
     shown = _fitting(lines, console.width)
     table = Table(title=section.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
@@ -143,7 +143,7 @@ def show(section: Section, console: Console) -> None:
 
 
 def _fitting(lines: list[list[str]], width: int) -> list[int]:
-    """Places of the columns that fit side by side."""
+    """Indices of the columns that fit side by side."""
     widths = [max(map(len, column)) + 3 for column in zip(*lines, strict=True)]
     shown = list(range(len(widths)))
     second = [at for at, name in enumerate(lines[0]) if name in ("published", "difference")][2:]

@@ -1,0 +1,63 @@
+"""Arguments of the commands that take a training configuration: KEY=VALUE, as `python -m train` does.
+
+A command declares its own keys as a dataclass. All other keys are overrides of the training configuration, for
+`train.config.compose`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train.jobs.errors import ConfigError, RunError
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], words: Sequence[str], doc: str | None) -> tuple[T, list[str]]:
+    """The command's own options, and the words that are not among them. With --help, prints `doc` and exits.
+
+    Raises:
+        ConfigError: a word is not KEY=VALUE, or an option has a wrong value; the message names it.
+    """
+    own = OmegaConf.structured(kind)
+    if {"-h", "--help"} & set(words):
+        defaults = " ".join(f"{key}={value}" for key, value in OmegaConf.to_container(own).items())  # type: ignore[union-attr]
+        sys.exit(print(f"{doc}\nDefaults: {defaults}"))
+    others = []
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not equals and not word.startswith("~"):  # ~KEY is Hydra's: remove this key
+            raise ConfigError(f"{word!r} is not KEY=VALUE. Keys of this command: {', '.join(own)}.")
+        if key not in own:
+            others.append(word)
+            continue
+        try:
+            own = OmegaConf.merge(own, OmegaConf.from_dotlist([word]))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{word}: {str(error).splitlines()[0]}.") from None
+    options = OmegaConf.to_object(own)
+    assert isinstance(options, kind)
+    return options, others
+
+
+def imagenet_defaults(overrides: list[str]) -> list[str]:
+    """Overrides that make the data ImageNet's, where none are named; no image is read."""
+    keys = {word.partition("=")[0] for word in overrides}
+    data = [] if keys & {"data", "experiment"} else ["data=imagenet"]
+    return data + ([] if "data.root" in keys else ["data.root=unused"])
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with one line where a setting, a checkpoint or a file is at fault."""
+    try:
+        yield
+    except (RunError, HydraException) as error:
+        sys.exit(str(error).splitlines()[0])
