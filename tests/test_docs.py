@@ -4,9 +4,10 @@ import importlib.util
 import re
 import shlex
 import shutil
+import subprocess
 
 import pytest
-from helpers.training import ROOT, run
+from helpers.programs import ROOT
 
 from scripts import docs
 from train.config import compose
@@ -129,7 +130,9 @@ def test_commands_exist(page):
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("target", MAKE)
 def test_make_has_the_target(target, tmp_path):
-    run("make", "-n", target, f"VENV={tmp_path}", "DATA=PATH", cwd=ROOT)
+    command = ["make", "-n", target, f"VENV={tmp_path}", "DATA=PATH"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", TRAIN)
