@@ -9,7 +9,7 @@ share. A pointwise kernel has no a_space, a depthwise one no a_filter, and a sin
 input and output channels scale input and output, which equals scaling kernels and takes fewer products.
 
 Parameters are exactly the published ones. Multiply-adds of `kw.profile` are a few percent fewer than published, because
-it counts products and convolutions only, and not elementwise products such as that with a_space (docs/measured.md).
+it counts products and convolutions only, and not elementwise products such as that with a_space (docs/methods.md).
 
 Differs from the paper: the bias is static. As in the paper, only the softmax has a temperature.
 """

@@ -1,7 +1,7 @@
 """Matrix products by the faster of the libraries that torch contains.
 
 For float32 on a CPU, `@` calls MKL, which is slower on AMD processors than oneDNN, the library of torch's convolutions
-(docs/measured.md). torch offers oneDNN's product only under a private name, for its compiler. Without it, `@` is used.
+(docs/speed.md). torch offers oneDNN's product only under a private name, for its compiler. Without it, `@` is used.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The ways to compute a layer that tests go through: how kernels are applied, and how they are made."""
 
 from kw import functional
+from kw.compute import IMPLEMENTATIONS
 
-OF_CELLS = ("grouped", "batched", "blocks", "inputs", "triton")
-FOLDED = ("grouped folded", "batched folded", "blocks folded", "triton folded")
+OF_CELLS = tuple(IMPLEMENTATIONS)
+FOLDED = tuple(f"{name} folded" for name in OF_CELLS if name != "inputs")  # which mixes the input, by cells
 SETTINGS = ("auto", *OF_CELLS, *FOLDED)
 PLAIN = "grouped"
 OTHERS = (*OF_CELLS[1:], *FOLDED)
