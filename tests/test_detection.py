@@ -11,7 +11,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from helpers.training import ROOT, environment
+from helpers.programs import ROOT, environment
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from mmengine.logging import HistoryBuffer

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 from helpers.training import ALONE, NARROW, TINY, config
+from hydra import initialize_config_dir
 
 from train.config import RuntimeConfig, TrainConfig, learnt_settings, load_saved, saved, to_plain, validate
 from train.jobs import folder as run_folder
@@ -16,6 +17,7 @@ from train.jobs.errors import ConfigError
 from train.jobs.launch import count_processes, under_torchrun
 from train.jobs.names import MAX_NAME, extended, same, shorten
 from train.jobs.settings import fixed_settings
+from train.jobs.sweep import CONFIGS, sweep_name
 from train.jobs.weights_and_biases import run_id
 from train.trainer import Trainer
 
@@ -62,6 +64,19 @@ def test_a_long_name_is_cut_and_still_another_ones():
 def test_what_is_the_same_value():
     assert same(0.1, "0.10") and same(1, "1") and same(None, None) and same([1, 2], [1, 2])
     assert not (same(1, True) or same("a", "b") or same(0, None) or same("1/0", "1/00"))
+
+
+@pytest.mark.parametrize("words, name", [
+    (["n=1/4,1", "recipe.lr=2e-2,0.1"], "n-0.25,1+recipe.lr-0.02,0.1"),
+    (["n=0.25,1.0", "recipe.lr=0.02,1e-1", "data=digits", "seed=0", "resume=never"], "n-0.25,1+recipe.lr-0.02,0.1"),
+    (["seed=0,1", "recipe.epochs=12", "data=cifar10", "logger=wandb", "label=x"], "seed-0,1+data-cifar10"),
+    (["experiment=glob(resnet18_*)", "recipe.mixup=0.5"], "experiment-glob-resnet18_-+recipe.mixup-0.5"),
+    (["runtime.micro_batch=32,64"], "runtime.micro_batch-32,64"),
+    (["n=1"], ""),
+])  # fmt: skip
+def test_a_sweep_s_name_says_what_it_sweeps_over_and_what_differs(words, name):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert sweep_name(words, "train") == name
 
 
 # ---- what may change ------------------------------------------------------------------------------------------------

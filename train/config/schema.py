@@ -74,8 +74,8 @@ class DataConfig:
     name: str = "digits"  # in run folders and reports
     # digits: of scikit-learn, without root; folder: root/train/<class>/*, root/val/<class>/*; tar: the same in an
     # uncompressed archive whose path is root; shards: root/train-*.tar, root/val-*.tar of WebDataset; cifar10:
-    # root/cifar-10-batches-py, as torchvision has it; auto: tar if root is a file, cifar10 if root has that folder, else
-    # folder
+    # root/cifar-10-batches-py, as torchvision has it; auto: tar if root is a file, cifar10 if root has that folder,
+    # else folder
     format: str = "digits"
     root: str | None = resumable(None)  # data may be moved: what is in it is compared instead
     train_split: str = "train"
@@ -148,7 +148,7 @@ class RecipeConfig:
     min_lr: float = 0.0
     warmup_epochs: float = 0.0
     schedule: str = "cosine"
-    decay_epochs: list[float] = field(default_factory=list)  # schedule=step: the epochs at which lr is multiplied by decay_rate
+    decay_epochs: list[float] = field(default_factory=list)  # schedule=step: when lr is multiplied by decay_rate
     decay_rate: float = 0.1
     momentum: float = 0.9
     nesterov: bool = True

@@ -39,7 +39,7 @@ def read(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged, or holds more than tensors and plain values: {reason}.") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder, not a checkpoint.") from None
-    except (OSError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError):  # torch's messages are about its internals
+    except (OSError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError):  # with messages about torch's internals
         raise CheckpointError(f"{path} is damaged, cut off, or not a checkpoint.") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint.")

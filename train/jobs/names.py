@@ -47,4 +47,6 @@ def _exact(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.12g}"  # 1.0 as 1, which is how one types it
     return value if isinstance(value, str) else json.dumps(value, default=str)

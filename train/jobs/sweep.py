@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -70,8 +71,8 @@ class Folders(Callback):
         """Called before Hydra starts a sweep."""
         _make_or_exit(config.hydra.sweep.dir)
         words = list(config.hydra.overrides.task)
-        if not any(key_of(word) == GROUP for word in words):
-            name = sweep_name(words, config.hydra.job.config_name)
+        name = sweep_name(words, config.hydra.job.config_name)
+        if name and not any(key_of(word) == GROUP for word in words):
             config.hydra.overrides.task.append(f"{GROUP}='{name}'")  # every job of the sweep gets it
 
 
@@ -83,7 +84,7 @@ def _make_or_exit(folder: str) -> None:
 
 
 def sweep_name(words: list[str], config_name: str) -> str:
-    """What the jobs of a sweep have in common, the same when the sweep is resumed: what it sweeps over, and fixed
+    """What the jobs of a sweep have in common, the same when the sweep is resumed: what it sweeps over, then the other
     settings that differ from the defaults (`n-1,0.25+recipe.lr-0.1`).
 
     Args:
@@ -96,15 +97,15 @@ def sweep_name(words: list[str], config_name: str) -> str:
     fixed_groups = [str(one.input_line) for one in fixed if one.key_or_group in choices]
     defaults = hydra.compose(config_name, fixed_groups)
 
-    def counts(override: Override) -> bool:
-        key = override.key_or_group
-        if override.is_sweep_override():
-            return True
-        if key in choices:
-            return bool(override.value() != choices[key])
-        return not is_resumable(defaults, key) and not same(override.value(), OmegaConf.select(defaults, key))
+    swept = sorted(_readable(one) for one in overrides if one.is_sweep_override())
+    return shorten("+".join([*swept, *sorted(_readable(one) for one in fixed if _counts(one, choices, defaults))]), 100)
 
-    return shorten("+".join(sorted(_readable(override) for override in overrides if counts(override))), 100)
+
+def _counts(fixed: Override, choices: Mapping[str, str], defaults: DictConfig) -> bool:
+    """Whether an override that is not swept over decides what the jobs learn, and differs from the default."""
+    key, value = fixed.key_or_group, fixed.value()
+    usual = choices[key] if key in choices else OmegaConf.select(defaults, key)
+    return not is_resumable(defaults, key) and not same(value, usual)
 
 
 def _readable(override: Override) -> str:
