@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,36 @@ from mmengine.config import Config
 from omegaconf import DictConfig, OmegaConf
 
 from detection.backbone import feature_channels
-from detection.config import HOW_IT_RUNS, OWN, DetectionConfig
+from detection.config import OWN, DetectionConfig
 from detection.data import datasets, read_classes, set_classes
 from kw.config import STATIC
 from train.jobs.errors import ConfigError, check
+from train.jobs.settings import fixed_settings, flatten
 
 CONFIGS = Path(__file__).parent / "configs"
 SIZES = ("scale", "scales", "img_scale", "size", "crop_size")
+# Parts of the file that decide what is learnt; and keys, by their beginnings and ends, that only say where and how.
+LEARNT = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "custom_hooks")
+RUNNING = ("default_hooks", "visualizer", "log_")
+LOADING = ("_dataloader.num_workers", "_dataloader.persistent_workers", "_dataloader.dataset.data_root")
 
 
-def compose(config: DetectionConfig, composed: DictConfig) -> Config:
+def compose(config: DetectionConfig, composed: DictConfig, added: Sequence[str] = ()) -> Config:
     """MMDetection's configuration: the file, with what the command line sets.
 
     Args:
         composed: what Hydra composed, whose keys that are not ours are the file's.
+        added: keys that the file need not have.
 
     Raises:
         ConfigError: there is no such file or key, or the file's backbone has no budget that could be set.
     """
     cfg = read(find(config.config))
-    plain = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(plain, dict)
-    given = dict(flatten({key: value for key, value in plain.items() if key not in OWN}))
-    for key, value in given.items():
-        if not any(key == word or key.startswith(f"{word}.") for word in config.added):
+    typed = typed_settings(composed)
+    for key, value in typed.items():
+        if not any(key == word or key.startswith(f"{word}.") for word in added):
             check_known(cfg, key, value)
-    cfg.merge_from_dict({key: with_tuples(value, key.rpartition(".")[2]) for key, value in given.items()})
+    cfg.merge_from_dict({key: with_tuples(value, key.rpartition(".")[2]) for key, value in typed.items()})
     if config.data.root is not None:
         move_data(cfg, Path(config.data.root).expanduser())
     if config.data.classes == "data":
@@ -46,7 +51,7 @@ def compose(config: DetectionConfig, composed: DictConfig) -> Config:
         if config.runtime.workers is not None:
             loader.num_workers = config.runtime.workers
         loader.persistent_workers = loader.num_workers > 0
-    set_backbone(cfg, config, given)
+    set_backbone(cfg, config, typed)
     return cfg
 
 
@@ -70,17 +75,15 @@ def read(path: Path) -> Config:
         raise ConfigError(f"config: {path} is no Python: {error}.") from None
 
 
-def flatten(nested: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"train_cfg": {"max_epochs": 1}}` to `("train_cfg.max_epochs", 1)`."""
-    for key, value in nested.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def typed_settings(composed: DictConfig) -> dict[str, Any]:
+    """The keys of the file that the command line sets: `{"train_cfg.max_epochs": 1}`."""
+    plain = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(plain, dict)
+    return flatten({key: value for key, value in plain.items() if key not in OWN})
 
 
 def with_tuples(value: Any, key: str) -> Any:
-    """The command line has no tuples, and mmcv takes no list for a size."""
+    """Lists of sizes as tuples: the command line has no tuples, and mmcv refuses lists for sizes."""
     if isinstance(value, dict):
         return {name: with_tuples(one, name) for name, one in value.items()}
     if isinstance(value, list):
@@ -89,20 +92,34 @@ def with_tuples(value: Any, key: str) -> Any:
     return value
 
 
-def check_known(cfg: Config, key: str, value: Any) -> None:
-    """Raises ConfigError if the file has no such key, or a number there and the value is none."""
+def look_up(cfg: Config, key: str, missing: Any) -> Any:
+    """The value at a dotted key (`param_scheduler.1.gamma`), or `missing`."""
     place: Any = cfg
     for part in key.split("."):
-        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+        if isinstance(place, list | tuple) and part.isdigit() and int(part) < len(place):
             place = place[int(part)]
-        elif isinstance(place, (dict, Config)) and part in place:
+        elif isinstance(place, dict | Config) and part in place:
             place = place[part]
         else:
-            known = list(place) if isinstance(place, (dict, Config)) else []
-            near = difflib.get_close_matches(part, [str(name) for name in known], n=3)
+            return missing
+    return place
+
+
+def check_known(cfg: Config, key: str, value: Any) -> None:
+    """Raises ConfigError: the file does not have the key, or has a number there and the value is text."""
+    missing = object()
+    parts = key.split(".")
+    for depth in range(1, len(parts) + 1):
+        found = look_up(cfg, ".".join(parts[:depth]), missing)
+        if found is missing:
+            above = look_up(cfg, ".".join(parts[: depth - 1]), missing) if depth > 1 else cfg
+            known = [str(name) for name in above] if isinstance(above, dict | Config) else []
+            near = difflib.get_close_matches(parts[depth - 1], known, n=3)
             hint = f"; near are {', '.join(near)}" if near else ""
-            raise ConfigError(f"{key}: the configuration has no {part!r} there{hint}. To add it: +{key}=...")
-    check(not (isinstance(place, int | float) and isinstance(value, str)), key, value, f"the file has {place!r} there")
+            raise ConfigError(
+                f"{key}: the configuration has no {parts[depth - 1]!r} there{hint}. To add it: +{key}=..."
+            )
+    check(not (isinstance(found, int | float) and isinstance(value, str)), key, value, f"the file has {found!r} there")
 
 
 def move_data(cfg: Config, root: Path) -> None:
@@ -116,7 +133,7 @@ def move_data(cfg: Config, root: Path) -> None:
                     metric.ann_file = str(root / dataset.ann_file)
 
 
-def set_backbone(cfg: Config, config: DetectionConfig, given: dict[str, Any]) -> None:
+def set_backbone(cfg: Config, config: DetectionConfig, typed: dict[str, Any]) -> None:
     """Budget, checkpoint, and the channels that the neck takes."""
     backbone, neck = cfg.model.backbone, cfg.model.get("neck")
     if backbone.type != "KWBackbone":
@@ -129,7 +146,7 @@ def set_backbone(cfg: Config, config: DetectionConfig, given: dict[str, Any]) ->
         backbone.init_cfg = {"type": "Pretrained", "checkpoint": config.init}
     if config.scratch:
         begin_from_scratch(cfg)
-    if isinstance(neck, dict) and "model.neck.in_channels" not in given:
+    if isinstance(neck, dict) and "model.neck.in_channels" not in typed:
         indices = backbone.get("out_indices", (1, 2, 3, 4))
         neck["in_channels"] = feature_channels(backbone.name, indices, backbone.get("kwargs"))
 
@@ -144,9 +161,14 @@ def begin_from_scratch(cfg: Config) -> None:
         cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": "TemperatureWarmup"}]
 
 
-def learnt_settings(cfg: Config) -> str:
-    """What decides what is learnt, as text: a run goes on only where it is the same."""
-    kept = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "custom_hooks")
-    plain = {key: value for key, value in flatten(cfg.to_dict()) if key.startswith(kept)}
-    settings = {key: value for key, value in plain.items() if not HOW_IT_RUNS.fullmatch(key) and "init_cfg" not in key}
+def is_about_results(key: str) -> bool:
+    """Whether a key of the file decides what a run learns or how it is evaluated, not only where and how it runs."""
+    return not key.startswith(RUNNING) and not key.endswith(LOADING)
+
+
+def learnt_settings(config: DetectionConfig, cfg: Config) -> str:
+    """The settings that decide what is learnt, as JSON: a run is resumed only where they are equal."""
+    file = {key: value for key, value in flatten(cfg.to_dict()).items() if key.startswith(LEARNT)}
+    kept = {key: value for key, value in file.items() if is_about_results(key) and "init_cfg" not in key}
+    settings = {**fixed_settings(asdict(config), DetectionConfig), **kept}
     return json.dumps(settings, indent=1, sort_keys=True, default=str)

@@ -8,41 +8,22 @@ from typing import Any
 from mmengine.config import Config
 
 from detection.config import DetectionConfig
-from train.jobs.errors import writing
-from train.jobs.wandb_run import check_login, run_id
+from train.jobs.weights_and_biases import import_wandb, settings
+
+BACKENDS = {"tensorboard": "TensorboardVisBackend", "wandb": "WandbVisBackend"}
 
 
 def watch(config: DetectionConfig, cfg: Config, folder: Path) -> None:
-    """Add MMEngine's backends for the services of the logger group.
+    """Add MMEngine's backends for the services of the logger group. Only rank 0 may call this.
 
     Raises:
-        ConfigError: wandb is to be online, and nobody is logged in.
+        ConfigError: wandb is not installed, or is to be online and nobody is logged in.
+        WriteError: the folder cannot be written.
     """
     for service in config.logger.services:
         place = folder / service
-        if service == "tensorboard":
-            cfg.visualizer.vis_backends.append({"type": "TensorboardVisBackend", "save_dir": str(place)})
-        else:
-            settings = wandb_settings(config, place)
-            backend = {"type": "WandbVisBackend", "save_dir": str(place), "init_kwargs": settings}
-            cfg.visualizer.vis_backends.append(backend)
-
-
-def wandb_settings(config: DetectionConfig, place: Path) -> dict[str, Any]:
-    """What wandb.init takes: one wandb run for a run folder, however often it is resumed; its id is kept there."""
-    import wandb  # takes a second, and is seldom asked for
-
-    logger = config.logger
-    check_login(wandb, logger.mode)
-    with writing(place):
-        place.mkdir(parents=True, exist_ok=True)
-    return {
-        "id": run_id(place / "id"),
-        "resume": "allow",
-        "name": f"{config.name}/seed{config.seed}",
-        "mode": logger.mode,
-        "project": logger.project,
-        "entity": logger.entity,
-        "group": logger.group,
-        "settings": {"console": "off", "silent": logger.mode == "offline"},
-    }
+        backend: dict[str, Any] = {"type": BACKENDS[service], "save_dir": str(place)}
+        if service == "wandb":
+            import_wandb(config.logger.mode)
+            backend["init_kwargs"] = settings(config.logger, place, config.name, config.seed)
+        cfg.visualizer.vis_backends.append(backend)

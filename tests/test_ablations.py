@@ -432,7 +432,7 @@ def composed():
 
 
 def test_each_switch_has_its_experiment(composed):
-    given = [made.kw.given() for made in composed.values()]
+    given = [made.kw.changes() for made in composed.values()]
     same = {("anchoring", "none")}  # as attention_function=contrast
     assert all({key: value} in given for key, value in set(SWITCHES) - same)
     assert {"1/4", "1/8", "1/32"} == {one["reduction"] for one in given if "reduction" in one}

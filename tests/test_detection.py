@@ -6,11 +6,12 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from helpers.training import ROOT, environment
+from helpers.programs import ROOT, environment
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from mmengine.logging import HistoryBuffer
@@ -20,13 +21,16 @@ from test_services import whole_wandb_run
 
 import detection.__main__ as entry
 from detection.compose import compose, learnt_settings
-from detection.config import open_up, validate
+from detection.config import DetectionConfig, added_keys, open_up, validate
 from detection.data import check_data
 from detection.loading import load
+from detection.names import run_name
 from scripts.data.digits_coco import SPLITS, make_split
 from train.data.digits import Digits
 from train.jobs import folder as run_folder
+from train.jobs.command import Jobs
 from train.jobs.errors import CheckpointError, ConfigError, DataError
+from train.jobs.settings import fixed_settings
 
 SMALL = [
     "config=mask_rcnn_kw1x_digits",
@@ -48,11 +52,15 @@ def digits(tmp_path_factory):
     return folder
 
 
-def config(*overrides):
+def validated(*overrides):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         composed = hydra_compose("detection", open_up(overrides))
-    ours = validate(composed)
-    return ours, compose(ours, composed)
+    return validate(composed), composed
+
+
+def config(*overrides):
+    ours, composed = validated(*overrides)
+    return ours, compose(ours, composed, added_keys(open_up(overrides)))
 
 
 @pytest.fixture
@@ -60,13 +68,11 @@ def refused(digits, monkeypatch, capsys):
     """`python -m detection` in this process, which fails: what it says on stderr."""
 
     def run(*words):
-        monkeypatch.setattr(entry, "failed", [])
-        monkeypatch.setattr(entry, "folders", set())
-        monkeypatch.setattr(
-            sys, "argv", ["detection", f"--config-path={ROOT}/configs", *SMALL, f"data.root={digits}", *words]
-        )
+        jobs = Jobs()
+        monkeypatch.setattr(entry, "jobs", jobs)
+        monkeypatch.setattr(sys, "argv", ["detection", *open_up([*SMALL, f"data.root={digits}", *words])])
         with pytest.raises(SystemExit):
-            entry.main()
+            jobs.run(entry.main)
         return capsys.readouterr().err
 
     return run
@@ -143,7 +149,6 @@ def test_a_configuration_may_leave_the_channels_out(tmp_path):
         (["model.backbone.type=ResNet", "n=1"], "n='1': not for a backbone ResNet"),
         (["data.classes=own"], r"data\.classes='own'"),
         (["runtime.devices=0"], r"runtime\.devices=0"),
-        (["runtime.nodes=2"], r"runtime\.rendezvous"),
         (["runtime.device=tpu"], r"runtime\.device"),
         (["logger.services=[x]"], r"logger\.services"),
         (["resume=maybe"], "resume='maybe'"),
@@ -162,16 +167,37 @@ def test_what_makes_no_sense_is_refused_by_key(overrides, told):
 def test_a_sweep_gives_each_job_a_folder_by_what_is_swept(monkeypatch, tmp_path):
     names = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(entry, "launch", lambda config, cfg, folder: names.append(folder.relative_to(tmp_path)))
-    monkeypatch.setattr(entry, "folders", set())
+    monkeypatch.setattr(entry, "start", lambda config, cfg, folder: names.append(folder.relative_to(tmp_path)))
+    monkeypatch.setattr(entry, "jobs", Jobs())
     words = ["-m", "config=mask_rcnn_kw1x_resnet18_1x_coco", "n=1,1/4,static", "train_cfg.max_epochs=3"]
-    monkeypatch.setattr(sys, "argv", ["detection", f"--config-path={ROOT}/configs", *words])
-    entry.main()
-    base = "runs/detection/mask_rcnn_kw1x_resnet18_1x_coco+n-"
+    monkeypatch.setattr(sys, "argv", ["detection", *open_up(words)])
+    entry.jobs.run(entry.main)
+    base = "runs/detection/mask_rcnn_kw1x_resnet18_1x_coco"
     assert [str(name) for name in names] == [
-        f"{base}{n}+train_cfg.max_epochs-3/seed0" for n in ("1x", "1d4x", "static")
+        f"{base}{n}+train_cfg.max_epochs-3/seed0" for n in ("", "+n-1d4x", "+n-static")
     ]
-    assert not (tmp_path / names[0]).exists()  # nothing came of it
+    assert not (tmp_path / names[0]).exists()  # the job left nothing in it
+
+
+def test_a_name_follows_from_values_and_not_from_how_they_were_typed():
+    def name(*words):
+        made, composed = validated("config=mask_rcnn_kw1x_resnet50_1x_coco", *words)
+        return run_name(made, composed).removeprefix("mask_rcnn_kw1x_resnet50_1x_coco")
+
+    assert name() == name("n=1", "train_cfg.max_epochs=12", "scratch=false", "runtime.devices=4", "logger=both") == ""
+    assert name("n=0.25") == name("n=1/4") == "+n-1d4x"
+    assert name("optim_wrapper.optimizer.lr=1e-3") == name("optim_wrapper.optimizer.lr=0.0010")
+    assert name("optim_wrapper.optimizer.lr=1e-3") == "+optim_wrapper.optimizer.lr-0.001"
+    assert name("val_dataloader.dataset.pipeline.1.scale=[1333,800]") == ""  # as the file has it, a tuple there
+    assert name("+model.backbone.drop_path=0.1", "init=a/b.pt") == "+init-a_b.pt+model.backbone.drop_path-0.1"
+
+
+def test_which_settings_may_change_when_a_run_is_resumed():
+    fixed = fixed_settings(asdict(DetectionConfig("x")), DetectionConfig)
+    assert fixed.keys() == {"scratch", "data.classes", "seed"}  # what `config`, `n` and `init` set is compared as well
+    settings = {key: learnt_settings(*config(*SMALL, key)) for key in ("n=1", "n=4", "seed=1", "runtime.workers=3")}
+    assert settings["n=1"] == settings["runtime.workers=3"]
+    assert len(set(settings.values())) == 3
 
 
 # Data
@@ -279,7 +305,7 @@ def test_a_malicious_checkpoint_is_refused_and_not_run(key, refused, digits, tmp
     if key == "resume":
         words = [f"hydra.run.dir={run}"]
         (run / "last_checkpoint").write_text(str(run / "epoch_1.pth"))
-        (run / "settings.json").write_text(learnt_settings(config(*SMALL, f"data.root={digits}")[1]))
+        (run / "settings.json").write_text(learnt_settings(*config(*SMALL, f"data.root={digits}")))
     said = refused(*words)
     assert not trap.exists()
     assert said.startswith("CheckpointError: ") and "epoch_1.pth is damaged, or holds more" in said
@@ -375,9 +401,13 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(digits, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_the_work(digits, tmp_path):
-    done = launch(f"hydra.run.dir={tmp_path}/run", "runtime.devices=2", cwd=tmp_path, digits=digits)
+    words = (f"hydra.run.dir={tmp_path}/run", "runtime.devices=2", "logger=both")
+    done = launch(*words, cwd=tmp_path, digits=digits)
     assert done.stdout.count("epoch 2/2") == 1
-    assert json.loads((tmp_path / "run/summary.json").read_text())["epochs"] == 2
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["epochs"], summary["devices"]) == (2, 2)
+    assert len(list((tmp_path / "run").glob("wandb/**/*.wandb"))) == 1  # only rank 0 has services
+    assert len(list((tmp_path / "run/tensorboard").glob("events*"))) == 1
 
 
 @pytest.mark.slow

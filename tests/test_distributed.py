@@ -123,7 +123,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from train.config import validate
 from train.jobs.errors import NonFiniteError
-from train.run import connect, disconnect
+from train.jobs.world import connect, disconnect
 from train.trainer import Trainer
 
 with initialize_config_dir(sys.argv[1], version_base="1.3"):

@@ -23,10 +23,8 @@ def images(root, count):
 
 
 def overridden(*overrides):
-    """The configuration of a command line, which knows what was given on it."""
-    made = config(*overrides)
-    made.given = [word.partition("=")[0] for word in overrides]
-    return made
+    """The configuration of a command line, and its keys."""
+    return config(*overrides), [word.partition("=")[0] for word in overrides]
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +40,26 @@ def run(tmp_path_factory):
 
 def test_data_keys_are_laid_over_the_saved_settings(run, tmp_path):
     other = images(tmp_path / "b", 5)
-    found = evaluate_checkpoint(overridden(f"evaluate={run}", f"data.root={other}"), ALONE)
+    found = evaluate_checkpoint(*overridden(f"evaluate={run}", f"data.root={other}"), ALONE)
     assert (found["data"], found["root"], found["split"], found["image_size"]) == ("folder", other, "val", 16)
     assert found["eval_samples"] == 10
-    found = evaluate_checkpoint(overridden(f"evaluate={run}", "data.eval_split=train"), ALONE)
+    found = evaluate_checkpoint(*overridden(f"evaluate={run}", "data.eval_split=train"), ALONE)
     assert (found["split"], found["image_size"], found["eval_samples"]) == ("train", 16, 16)
 
 
 def test_a_data_group_keeps_the_saved_size_and_normalization(run, tmp_path):
     other = ("data=folder", f"data.root={images(tmp_path / 'b', 5)}")
-    found = evaluate_checkpoint(overridden(f"evaluate={run}", *other), ALONE)
+    found = evaluate_checkpoint(*overridden(f"evaluate={run}", *other), ALONE)
     assert (found["image_size"], found["eval_samples"]) == (16, 10)
-    found = evaluate_checkpoint(overridden(f"evaluate={run}", *other, "data.image_size=24"), ALONE)
+    found = evaluate_checkpoint(*overridden(f"evaluate={run}", *other, "data.image_size=24"), ALONE)
     assert found["image_size"] == 24
     saved = config("data=folder", "data.root=x", "data.mean=[0.1,0.2,0.3]", "data.image_size=16").data
-    group = overridden("data=cifar10", "data.root=y", "data.std=[1,1,1]")
-    made = data_settings(saved, group.data, group.given)
+    group, typed = overridden("data=cifar10", "data.root=y", "data.std=[1,1,1]")
+    made = data_settings(saved, group.data, typed)
     assert (made.mean, made.std, made.eval_split) == ([0.1, 0.2, 0.3], [1, 1, 1], "test")
 
 
 def test_a_root_for_the_digits_is_refused():
-    given = overridden("data.root=x")
+    made, typed = overridden("data.root=x")
     with pytest.raises(ConfigError, match=r"data\.root='x'"):
-        data_settings(config().data, given.data, given.given)
+        data_settings(config().data, made.data, typed)

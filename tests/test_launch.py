@@ -1,22 +1,23 @@
-"""What a command does around its jobs: run folders made and taken back, sweeps, and errors that are told in a line."""
+"""What a command does around its jobs: run folders made and removed, names, sweeps, and errors in one line."""
 
+import contextlib
 import fcntl
 import sys
 import threading
 import time
 
 import pytest
-from helpers.training import NARROW, ROOT, TINY, config
+from helpers.training import NARROW, TINY, config
 from PIL import Image
 from torch import nn
 
 import train.__main__ as entry
-from train import folders
 from train.jobs import folder as run_folder
+from train.jobs.command import Jobs
 from train.jobs.errors import ConfigError, LaunchError
-from train.launch import launch
 from train.model import build_model
 from train.optim import build_optimizer
+from train.run import start
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +26,7 @@ def here(tmp_path, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    monkeypatch.setattr(folders, "made", set())
-    monkeypatch.setattr(entry, "jobs", entry.Jobs())
+    monkeypatch.setattr(entry, "jobs", Jobs())
     return work
 
 
@@ -34,24 +34,24 @@ def here(tmp_path, monkeypatch):
 def command(monkeypatch, capsys):
     """`python -m train` in this process: what it prints on stderr, and the errors of its jobs."""
 
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["train", f"--config-path={ROOT}/configs", *words])
-        entry.main()
-        entry.jobs.tell()
+    def run(*words, left=False):
+        monkeypatch.setattr(sys, "argv", ["train", *words])
+        with contextlib.nullcontext() if left else contextlib.suppress(SystemExit):
+            entry.jobs.run(entry.main)
         return capsys.readouterr().err, entry.jobs.failed
 
     return run
 
 
 def trained(monkeypatch):
-    """Stand in for the jobs: those that get so far leave a file."""
+    """Jobs that get as far as their start only leave a file; their folders."""
     names = []
 
-    def stand_in(config, folder):
+    def leave_a_file(config, folder, typed):
         names.append(folder)
         (folder / "summary.json").write_text("{}")
 
-    monkeypatch.setattr(entry, "launch", stand_in)
+    monkeypatch.setattr(entry, "start", leave_a_file)
     return names
 
 
@@ -107,12 +107,14 @@ def test_the_lock_of_a_job_at_work_stays(here):
 
 
 def test_a_run_folder_that_cannot_be_made_is_told_of(here, command):
-    said, failed = command("hydra.run.dir=/proc/x/y")
-    assert said.startswith("ConfigError: The run folder /proc/x/y cannot be made: ") and said.count("\n") == 1
-    assert len(failed) == 1
-    with pytest.raises(SystemExit, match="The run folder /proc/x cannot be made"):
-        command("-m", "n=1", "hydra.sweep.dir=/proc/x")
-    assert list(here.iterdir()) == []
+    (here / "runs").touch()  # in the way
+    said, failed = command()
+    assert said.startswith(f"ConfigError: The run folder {here}/runs/digits/resnet_digits_kw1x/seed0 cannot be made: ")
+    assert said.count("\n") == 1 and len(failed) == 1
+    for place in (["hydra.run.dir=/proc/x"], ["-m", "n=1", "hydra.sweep.dir=/proc/x"], ["-m", "n=1"]):
+        with pytest.raises(SystemExit, match=r"^ConfigError: The run folder .* cannot be made: .*[.]$"):
+            command(*place, left=True)
+    assert list(here.iterdir()) == [here / "runs"]
 
 
 def test_a_folder_of_a_sweep_that_cannot_be_made_does_not_stop_the_others(here, command, monkeypatch):
@@ -129,13 +131,13 @@ def test_jobs_of_a_sweep_do_not_share_a_run_folder(command, monkeypatch):
     said, failed = command("-m", "runtime.micro_batch=32,64")
     assert len(names) == 1 and len(failed) == 1 and "runtime.micro_batch=64" in failed[0]
     assert said.count("Another job of this sweep has the run folder") == 2  # at once, and at the end
-    monkeypatch.setattr(entry, "jobs", entry.Jobs())
+    monkeypatch.setattr(entry, "jobs", Jobs())
     _, failed = command("-m", "runtime.micro_batch=32,64", "label=x${runtime.micro_batch}")
     assert not failed and names[1:] == [names[1].parents[1] / f"x{size}_kw1x" / "seed0" for size in (32, 64)]
 
 
 def test_evaluations_of_a_sweep_need_no_folder_each(command, monkeypatch):
-    monkeypatch.setattr(entry, "launch", lambda config, folder: None)
+    monkeypatch.setattr(entry, "start", lambda config, folder, typed: None)
     _, failed = command("-m", "evaluate=a,b")
     assert entry.jobs.count == 2 and not failed
 
@@ -147,7 +149,7 @@ def test_a_sweep_says_which_jobs_failed(command, monkeypatch):
     summary = said[said.index("2 of 4 jobs failed:") :].splitlines()
     assert summary[1].startswith("  n=3/2 label=x: ConfigError: n='3/2'")
     assert summary[2].startswith("  n=-1 label=x: ConfigError: n=-1")
-    monkeypatch.setattr(entry, "jobs", entry.Jobs())
+    monkeypatch.setattr(entry, "jobs", Jobs())
     said, _ = command("n=3/2")
     assert "jobs failed" not in said  # it is said already
 
@@ -158,9 +160,9 @@ def test_a_run_of_the_command_trains(here, command):
 
 
 def test_a_batch_that_cannot_be_shared_out_is_told_before_workers_start(here, monkeypatch):
-    monkeypatch.setattr("train.launch.launch_processes", None)
+    monkeypatch.setattr("train.run.launch", None)
     with pytest.raises(ConfigError, match=r"recipe\.batch_size=127"):
-        launch(config("recipe.batch_size=127", "runtime.devices=2"), here)
+        start(config("recipe.batch_size=127", "runtime.devices=2"), here)
 
 
 def test_a_broken_image_is_not_buried_by_the_other_processes(here, capfd):
@@ -174,7 +176,7 @@ def test_a_broken_image_is_not_buried_by_the_other_processes(here, capfd):
     data = ("data=folder", f"data.root={here}", "data.image_size=16", "recipe=digits", "recipe.batch_size=8")
     small = ("recipe.epochs=1", "recipe.warmup_epochs=0", *NARROW, "n=static", "runtime.device=cpu")
     with pytest.raises(LaunchError):
-        launch(config(*data, *small, "runtime.devices=2"), here / "run")
+        start(config(*data, *small, "runtime.devices=2"), here / "run")
     lines = capfd.readouterr().err.splitlines()
     assert sum("3.png cannot be read as an image" in line for line in lines) == 1
     assert all(line.startswith("DataError: ") or "lost contact" in line for line in lines), lines

@@ -19,10 +19,10 @@ from train.data.loader import Loaded
 from train.data.substitutes import Substitutes
 from train.jobs.errors import ConfigError, NonFiniteError, RunError, WriteError
 from train.jobs.folder import write_whole
-from train.jobs.world import connect
-from train.logging import MetricsFile
+from train.metrics import MetricsFile
 from train.model import build_model
 from train.optim import build_optimizer
+from train.run import run
 from train.trainer import Trainer
 
 
@@ -101,9 +101,9 @@ def test_a_compiled_model_learns_the_same(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_sync_norm_on_a_cpu_is_refused():
+def test_sync_norm_on_a_cpu_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"runtime\.sync_norm"):
-        connect(config("runtime.sync_norm=true", "runtime.device=cpu").runtime)
+        run(config("runtime.sync_norm=true", "runtime.device=cpu"), tmp_path)
 
 
 def drop_rates(*settings):

@@ -11,17 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.training import NARROW, ROOT, TINY, config, environment, launch
+from helpers.programs import ROOT, environment
+from helpers.training import NARROW, TINY, config, launch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train.config import ConfigError, learnt_settings
+from train.config import learnt_settings
+from train.jobs.errors import ConfigError
+from train.jobs.launch import meeting_point
 from train.jobs.slurm import first_host, rendezvous
+from train.jobs.weights_and_biases import import_wandb
 from train.jobs.world import World
-from train.launch import meeting_point
-from train.logging import MetricsFile
-from train.services import Services, import_wandb
+from train.metrics import MetricsFile
+from train.services import Services
 from train.trainer import Trainer
 
 SMALL = (*TINY, *NARROW, "n=static", "recipe.epochs=3")
@@ -222,17 +225,15 @@ def test_a_requeued_job_meets_under_another_name():
 
 
 def test_several_nodes_must_know_where_they_meet(monkeypatch):
-    made = config("runtime.nodes=2")
+    made = config("runtime.nodes=2").runtime
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(ConfigError, match=r"runtime\.rendezvous"):
-        meeting_point(made)
+        meeting_point(made, "a")
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
-    assert meeting_point(made) == ("node1:15041", "41.0")
-    made.runtime.rendezvous = "host:1"
-    assert meeting_point(made) == ("host:1", f"digits-{made.name}-seed0")
-    others = config("runtime.nodes=2", "runtime.rendezvous=host:1", "seed=1")  # must not join this one
-    assert meeting_point(others) != meeting_point(made)
+    assert meeting_point(made, "a") == ("node1:15041", "41.0")
+    made.rendezvous = "host:1"
+    assert meeting_point(made, "a") == ("host:1", "a")  # jobs of other names must not join
 
 
 def test_a_launcher_without_a_sweep_is_refused(tmp_path):
@@ -249,7 +250,7 @@ def test_submitit_runs_the_jobs_of_a_sweep_here(tmp_path):
     assert found.keys() == {"static", "1/2"}
     (one, group, _), (other, same, _) = map(wandb_run, found.values())
     assert len(one) == len(other) == 1 and one != other
-    assert group == same and "n-static,3-2,1-2" in group.pop()
+    assert group == same and group.pop().startswith("n-static,1.5,0.5+backbone.kwargs")
 
 
 STAND_INS = {

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 import kw
 from train.checkpoint import State, newest
-from train.config import DataConfig, TrainConfig, validate
+from train.config import DataConfig, TrainConfig, load_saved
 from train.data.formats import open_split
 from train.data.loader import Batch, Samples, eval_loader
 from train.data.transforms import eval_transform
@@ -63,11 +62,14 @@ def evaluate(
     return {**percent, "eval_loss": loss / samples, "eval_samples": round(samples)}
 
 
-def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
+def evaluate_checkpoint(config: TrainConfig, typed: Sequence[str], world: World) -> dict[str, Any]:
     """Evaluate the checkpoint or run folder `config.evaluate`.
 
     Our checkpoints contain their config; the command line may change the data (`data_settings`) and the runtime. For a
     released checkpoint, all settings are the command line's. A moving average of the weights is evaluated too.
+
+    Args:
+        typed: the keys of the command line.
 
     Raises:
         CheckpointError: it cannot be read, or does not fit.
@@ -77,13 +79,13 @@ def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
     path, state = newest(path / "checkpoints")[:2] if path.is_dir() else (path, read(path))
     ours = state.get("format") == FORMAT
     if ours:
-        saved = validate(OmegaConf.create(state["config"]))
-        for key in config.given:
-            if not key.startswith(("data", "runtime", "evaluate", "hydra")):
+        saved = load_saved(state["config"])
+        for key in typed:
+            if not key.startswith(("data", "runtime", "evaluate", "hydra", "logger")):
                 raise ConfigError(
                     f"{path} is a checkpoint of {saved.name} and contains its settings: leave {key}=... out."
                 )
-        saved.data = data_settings(saved.data, config.data, config.given)
+        saved.data = data_settings(saved.data, config.data, typed)
         saved.runtime = config.runtime
         config = saved
     images = open_split(config.data, config.data.eval_split)
@@ -106,21 +108,21 @@ def evaluate_checkpoint(config: TrainConfig, world: World) -> dict[str, Any]:
     return results
 
 
-def data_settings(saved: DataConfig, composed: DataConfig, given: list[str]) -> DataConfig:
+def data_settings(saved: DataConfig, composed: DataConfig, typed: Sequence[str]) -> DataConfig:
     """The data to evaluate on: as saved, except for the `data.*` keys of the command line. A group, data=..., replaces
     all but the size and normalization of the images, with which the model was trained.
 
     Args:
-        given: the keys of the command line.
+        typed: the keys of the command line.
 
     Raises:
         ConfigError: data.root is set for the digits, which are not in a folder.
     """
-    group = "data" in given
+    group = "data" in typed
     kept = {"image_size", "mean", "std"} if group else {field.name for field in fields(DataConfig)}
-    kept -= {key.removeprefix("data.") for key in given}
+    kept -= {key.removeprefix("data.") for key in typed}
     made = replace(composed, **{key: getattr(saved, key) for key in kept})
-    if made.format == "digits" and "data.root" in given:
+    if made.format == "digits" and "data.root" in typed:
         raise ConfigError(
             f"data.root={composed.root!r}: the digits are not in a folder. Say which data it is: data=folder ..."
         )

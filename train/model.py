@@ -27,7 +27,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     if pretrained and pretrained.fixed_input_size:  # transformers: the position embeddings depend on it
         kwargs["img_size"] = config.data.image_size
     kwargs |= config.backbone.kwargs
-    settings = config.kw.given()
+    settings = config.kw.changes()
     try:
         model = kw.create_model(name, n=config.n, dynamic=config.dynamic, **settings, **kwargs)
     except (TypeError, ValueError) as error:

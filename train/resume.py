@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from train.checkpoint import State
-from train.config import TrainConfig, learnt_settings, validate
+from train.config import TrainConfig, learnt_settings, load_saved
 from train.data.run_data import RunData
 from train.jobs.errors import ConfigError
 
@@ -24,7 +22,7 @@ def check_same_settings(saved: dict[str, Any], config: TrainConfig, folder: Path
     Raises:
         ConfigError: a setting that decides what is learned is another.
     """
-    then = validate(OmegaConf.create(saved))
+    then = load_saved(saved)
     before, after = learnt_settings(then), learnt_settings(config)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):

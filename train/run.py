@@ -1,22 +1,45 @@
-"""One process of a job: connect, build, go on or begin, train or evaluate, leave."""
+"""A job: launched in one process or many, each of which connects, trains or evaluates, and leaves."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from train.config import TrainConfig, to_plain
+from train.config import RuntimeConfig, TrainConfig, to_plain
+from train.data.batching import accumulation
 from train.evaluate import evaluate_checkpoint
+from train.jobs.errors import ConfigError
 from train.jobs.folder import lock, write_whole
+from train.jobs.launch import count_processes, launch
 from train.jobs.world import World, connect, disconnect
 from train.trainer import Trainer
 
 
-def run(config: TrainConfig, folder: Path) -> None:
-    """Do the job in `folder`, as this process's part of it.
+def start(config: TrainConfig, folder: Path, typed: Sequence[str] = ()) -> None:
+    """Check what can be checked before workers start, and launch the job.
+
+    Args:
+        folder: the run folder.
+        typed: the keys of the command line, with which a checkpoint may be evaluated in another way.
+
+    Raises:
+        LaunchError: a worker failed. Errors of a job that runs in this process are raised unchanged.
+        ConfigError: the batch cannot be shared by the devices, or the processes cannot be launched as asked.
+    """
+    runtime = config.runtime
+    count_processes(runtime)
+    if config.evaluate is None:
+        accumulation(config.recipe.batch_size, runtime.micro_batch, runtime.devices * runtime.nodes)
+    name = f"{config.data.name}-{config.name}-seed{config.seed}"
+    launch(run, (config, folder, typed), runtime, name)
+
+
+def run(config: TrainConfig, folder: Path, typed: Sequence[str] = ()) -> None:
+    """The part of one process in the job.
 
     Raises:
         RunError: with a message for the user.
@@ -24,17 +47,25 @@ def run(config: TrainConfig, folder: Path) -> None:
     """
     world = connect(config.runtime)
     try:
+        check_sync_norm(config.runtime, world)
         if config.evaluate is None:
             train(config, folder, world)
         else:
-            results = evaluate_checkpoint(config, world)
+            results = evaluate_checkpoint(config, typed, world)
             if world.is_main:
                 print(json.dumps(results, indent=2))
     finally:
         disconnect()
 
 
+def check_sync_norm(runtime: RuntimeConfig, world: World) -> None:
+    """Raises ConfigError: torch can synchronize batch statistics on GPUs only."""
+    if runtime.sync_norm and world.device.type == "cpu":
+        raise ConfigError("runtime.sync_norm=true needs GPUs: torch synchronizes batch statistics only there.")
+
+
 def train(config: TrainConfig, folder: Path, world: World) -> None:
+    """Train in the run folder, or go on from its checkpoint."""
     with lock(folder) if world.is_main else contextlib.nullcontext():
         trainer = Trainer(config, folder, world)
         trainer.resume()

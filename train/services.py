@@ -1,31 +1,32 @@
-"""Services that show a run while it goes on: TensorBoard and wandb. They get the lines of metrics.jsonl, which stays
-the truth: after a resume they are brought to what it says."""
+"""Services that show a run while it goes on: TensorBoard and wandb. They show the lines of metrics.jsonl; after a
+resume they are brought up to date with that file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Protocol
 
-from train.config import ConfigError, TrainConfig, shorten, to_plain
-from train.jobs.wandb_run import check_login, run_id
-from train.logging import MetricsFile
+from train.config import TrainConfig, to_plain
+from train.jobs.errors import ConfigError
+from train.jobs.weights_and_biases import import_wandb, settings
+from train.metrics import MetricsFile
 
 Line = dict[str, Any]
 
 
 class Service(Protocol):
     def start(self, config: TrainConfig, folder: Path) -> None:
-        """Begin, or go on after a resume, when metrics.jsonl holds the epochs that will not be repeated."""
+        """Begin, or go on after a resume. metrics.jsonl then holds the epochs that are not repeated."""
 
     def log(self, line: Line) -> None:
         """Show a line of metrics.jsonl."""
 
     def finish(self, summary: Line | None) -> None:
-        """End; `summary` is None where the run was stopped."""
+        """End; `summary` is None if the run was stopped."""
 
 
 class Services:
-    """Those of logger.services, as one; none on all processes but the main one."""
+    """The services of logger.services, called together. Ranks other than 0 have none."""
 
     def __init__(self, names: list[str], main: bool):
         self.services: list[Service] = [SERVICES[name]() for name in names] if main else []
@@ -44,7 +45,7 @@ class Services:
 
 
 class TensorBoard:
-    """Event files in the run folder's tensorboard/, one for each time that the run was started."""
+    """Event files in the run folder's tensorboard/, one for each start of the run."""
 
     writer: Any = None
 
@@ -70,7 +71,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """One wandb run for one run folder, however often it is resumed: the run's id is kept there, in wandb/id."""
+    """One wandb run for one run folder, however often it is resumed: wandb/id there holds the run's id."""
 
     run: Any = None
 
@@ -78,21 +79,9 @@ class Wandb:
         wandb = import_wandb(config.logger.mode)
         place = folder / "wandb"
         lines = unseen(folder, place)
-        place.mkdir(parents=True, exist_ok=True)
+        options = settings(config.logger, place, config.name, config.seed)
         try:
-            self.run = wandb.init(
-                id=run_id(place / "id"),
-                resume="allow",  # offline it leaves another folder with this id, which `wandb sync` joins
-                mode=config.logger.mode,
-                dir=str(folder),
-                project=config.logger.project,
-                entity=config.logger.entity,
-                group=config.logger.group,
-                name=f"{shorten(config.name, 100)}/seed{config.seed}",
-                config=to_plain(config),
-                allow_val_change=True,
-                settings=wandb.Settings(console="off", silent=config.logger.mode == "offline"),
-            )
+            self.run = wandb.init(dir=str(folder), config=to_plain(config), allow_val_change=True, **options)
         except wandb.Error as error:
             raise ConfigError(f"logger.mode={config.logger.mode}: wandb does not start: {error}") from None
         for line in lines:
@@ -113,25 +102,11 @@ SERVICES: dict[str, type[Service]] = {"tensorboard": TensorBoard, "wandb": Wandb
 
 
 def unseen(folder: Path, place: Path) -> list[Line]:
-    """The lines of metrics.jsonl that a service with files in `place` may not have: all where it was not used before,
-    else the last, as the run can have been killed right after it was written."""
+    """The lines of metrics.jsonl that a service with files in `place` may lack: all of them if it was not used before,
+    else the last one, since the run may have been killed right after it wrote that line."""
     lines = MetricsFile(folder / "metrics.jsonl").read()
     return lines[-1:] if place.exists() else lines
 
 
 def numbers(line: Line) -> dict[str, float]:
     return {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
-
-
-def import_wandb(mode: str) -> Any:
-    """wandb, ready to start.
-
-    Raises:
-        ConfigError: it is not installed, or nobody is logged in.
-    """
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(f"logger.services: wandb cannot be imported ({error}).") from None
-    check_login(wandb, mode)
-    return wandb

@@ -22,6 +22,7 @@ from train.checkpoint import Checkpoints, State
 from train.config import TrainConfig, to_plain
 from train.data.loader import Batch
 from train.data.run_data import RunData
+from train.display import EpochDisplay
 from train.evaluate import cast, evaluate
 from train.jobs.checkpoint import FORMAT
 from train.jobs.errors import CheckpointError, ConfigError, NonFiniteError, RunError
@@ -29,7 +30,7 @@ from train.jobs.folder import write_whole
 from train.jobs.signals import StopRequest, first_signal, requeue
 from train.jobs.world import World
 from train.learner import Learner
-from train.logging import Display, MetricsFile
+from train.metrics import MetricsFile
 from train.profiling import StepProfiler
 from train.resume import check_same_data, check_same_settings
 from train.services import Services
@@ -66,7 +67,7 @@ class Trainer:
         self.on_epoch_end: list[Callable[[Trainer], None]] = []
         self.checkpoints = Checkpoints(folder / "checkpoints", config.runtime.keep_best)
         self.metrics = MetricsFile(folder / "metrics.jsonl")
-        self.display = Display(world.is_main, config.recipe.epochs, self.steps_per_epoch)
+        self.display = EpochDisplay(world.is_main, config.recipe.epochs, self.steps_per_epoch)
         self.services = Services(config.logger.services, world.is_main)
         self.profiler = StepProfiler(config.runtime.profile_steps if world.is_main else 0, folder, world.device)
 

@@ -8,5 +8,5 @@ import sklearn.datasets  # noqa: F401
 import timm  # noqa: F401
 import torch.distributed.run  # noqa: F401
 
-import train.launch
+import train.run
 import train.trainer  # noqa: F401

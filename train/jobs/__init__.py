@@ -1,4 +1,4 @@
-"""What programs around the library have in common, whatever they train: processes, errors told in a line, safe files.
+"""What `python -m train` and `python -m detection` share: processes, run folders, errors, names, display, services.
 
-`import kw` does not import it.
+It imports neither of them, and `import kw` does not import it.
 """

@@ -14,8 +14,8 @@ import torch
 
 from train.jobs.errors import CheckpointError
 
-FORMAT = "kernelwarehouse 1"  # what a state of ours says under "format", to be told from foreign checkpoints
-# Training scripts in timm's manner save their arguments beside the weights: plain values, too.
+FORMAT = "kernelwarehouse 1"  # under "format" in checkpoints of `python -m train`; others have no such key
+# Training scripts like timm's save their arguments, which are plain values, beside the weights.
 PLAIN = (argparse.Namespace,)
 
 
@@ -23,10 +23,10 @@ def read(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
     """Read a checkpoint to the CPU with `weights_only=True`.
 
     Args:
-        allowed: classes and functions that its pickle may ask for beside tensors and plain values.
+        allowed: classes and functions that its pickle may use beside tensors and plain values.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or asks for more.
+        CheckpointError: the file is missing or damaged, or uses others.
     """
     try:
         with torch.serialization.safe_globals([*PLAIN, *allowed]):
@@ -39,8 +39,8 @@ def read(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged, or holds more than tensors and plain values: {reason}.") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder, not a checkpoint.") from None
-    except (OSError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError):  # torch's words tell of its insides
-        raise CheckpointError(f"{path} is damaged, cut off, or no checkpoint.") from None
+    except (OSError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError):  # with messages about torch's internals
+        raise CheckpointError(f"{path} is damaged, cut off, or not a checkpoint.") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint.")
     return state

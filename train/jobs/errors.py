@@ -1,4 +1,4 @@
-"""Errors whose message says all that a user needs: they are printed without a traceback."""
+"""Errors and warnings for the user: each message names the key or file, and is printed without a traceback."""
 
 import contextlib
 import os
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 class RunError(RuntimeError):
-    """The job cannot go on. `everywhere` says whether all of its processes meet the same fault, so that one tells."""
+    """The job cannot go on. If `everywhere` is True, every rank raises this error, and only rank 0 prints it."""
 
     everywhere = True
 
 
 class ConfigError(RunError, ValueError):
-    """A setting is unknown, missing or has no sense; the message names its key."""
+    """A setting is unknown, missing or out of range; the message names its key."""
 
 
 class CheckpointError(RunError):
@@ -38,12 +38,12 @@ class NonFiniteError(RunError):
 
 
 class LaunchError(RunError):
-    """A worker process failed, and has said why itself."""
+    """A worker process failed, and has printed why."""
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Work within that fails as a full disk or a read-only folder does is told of with the file's name.
+    """Turn an OSError in the block, such as that of a full disk, into one that names the file.
 
     Raises:
         WriteError: in place of any OSError.
@@ -65,12 +65,20 @@ def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def report(error: BaseException) -> bool:
-    """Print an error whose message says it all, without the traceback that would bury it; False for any other.
-
-    All processes find the same fault in a configuration, and the first one tells.
-    """
+    """Print a RunError in one line, without a traceback; return False for any other error."""
     if not isinstance(error, RunError):
         return False
-    if not error.everywhere or os.environ.get("RANK", "0") == "0":
+    if not error.everywhere or is_main():
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     return True
+
+
+def warn(text: str) -> None:
+    """Print a warning once, whatever the number of processes."""
+    if is_main():
+        print(f"Warning: {text}", file=sys.stderr, flush=True)
+
+
+def is_main() -> bool:
+    """Whether this process has rank 0, or is alone."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,4 +1,4 @@
-"""Run folders: one job at a time in each, and files that are there whole or not at all."""
+"""Run folders: made and removed, one job at a time in each, and files that are replaced in one step."""
 
 from __future__ import annotations
 
@@ -8,19 +8,52 @@ import time
 from pathlib import Path
 from typing import IO
 
-from train.jobs.errors import ConfigError, writing
+from train.jobs.errors import ConfigError, warn, writing
 
 LOCK = ".lock"  # in a run folder
 LOCK_SECONDS = 15
 
+_made: set[Path] = set()  # folders that this process has made
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file at once.
+
+def make(folder: Path) -> None:
+    """Make a folder and those above it.
 
     Raises:
-        WriteError: the disk is full or the folder cannot be written; what was there before stays.
+        ConfigError: it cannot be made.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    folder = Path(os.path.abspath(folder))
+    new = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"The run folder {folder} cannot be made: {error.strerror}.") from None
+    finally:  # some of those above it may have been made
+        _made.update(path for path in new if os.path.exists(path))
+
+
+def take_back(folder: Path) -> None:
+    """Remove a run folder that a job left empty, and the empty ones above it, if this process has made them."""
+    remove_lock(folder)
+    for path in (folder, *folder.parents):
+        if not os.path.exists(path):  # it could not be made
+            continue
+        if path not in _made:
+            return
+        try:
+            path.rmdir()
+        except OSError:  # not empty
+            return
+        _made.discard(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a text file in one step.
+
+    Raises:
+        WriteError: the disk is full or the folder cannot be written; the old file stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
             with temporary.open("w") as file:
@@ -34,12 +67,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def lock(folder: Path) -> IO[str]:
-    """Claim a run folder for as long as this process lives (or the file returned is open).
+    """Claim a run folder for as long as this process lives, or until the returned file is closed.
 
-    A job that was killed may leave helpers behind that take some seconds to notice; that long it is tried again.
+    The worker processes of a killed job may hold the lock for some more seconds, so a lock that is taken is tried again
+    for LOCK_SECONDS.
 
     Raises:
-        ConfigError: another job is at work there, or the folder cannot be written.
+        ConfigError: another job has the lock, or the folder cannot be written.
     """
     for _ in range(round(LOCK_SECONDS * 10)):
         try:
@@ -51,11 +85,11 @@ def lock(folder: Path) -> IO[str]:
             return file
         file.close()
         time.sleep(0.1)
-    raise ConfigError(f"Another job is at work in {folder}: wait for it, or give this one a folder of its own.")
+    raise ConfigError(f"Another job is at work in {folder}: wait for it, or choose another folder for this one.")
 
 
 def remove_lock(folder: Path) -> None:
-    """Take away the lock file of a folder that holds nothing else, unless a job is at work there."""
+    """Remove the lock file from a folder that holds nothing else, unless another job has the lock."""
     path = folder / LOCK
     try:
         with path.open() as file:
@@ -66,10 +100,15 @@ def remove_lock(folder: Path) -> None:
 
 
 def _claim(file: IO[str], path: Path) -> bool:
-    """Lock a file that was opened at `path`; False if another process has it, or if it was removed since: then it is no
-    longer what others meet at."""
+    """Lock a file that was opened at `path`. False if another process has the lock, or if the file was removed since:
+    the next job would make and lock another one."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # file systems without locks
+        warn(f"{path} cannot be locked ({error.strerror}): make sure that no other job uses this folder.")
+    try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except OSError:
+    except FileNotFoundError:
         return False

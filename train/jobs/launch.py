@@ -1,4 +1,4 @@
-"""From one process to many: torch's elastic launch around a function, each call of which is one process's part."""
+"""From one process to many: torch's elastic launch around a function, which every worker process calls."""
 
 from __future__ import annotations
 
@@ -17,41 +17,95 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from train.jobs.errors import LaunchError, report
+from train.jobs.errors import ConfigError, LaunchError, report
+from train.jobs.settings import Runtime
+from train.jobs.slurm import rendezvous
 
 PR_SET_PDEATHSIG = 1
 
 
-def launch(
-    work: Callable[..., None],
-    arguments: tuple[Any, ...],
-    *,
-    processes: int,
-    nodes: int = 1,
-    endpoint: str = "localhost:0",
-    name: str | None = None,
+def launch(work: Callable[..., None], arguments: tuple[Any, ...], runtime: Runtime, name: str) -> None:
+    """Run `work(*arguments)`: here, if the job has one process or if torchrun has started this one; else in
+    `runtime.devices` new processes.
+
+    With `runtime.nodes` > 1 the same command runs on every node, and the nodes meet at `runtime.rendezvous`.
+
+    Args:
+        name: by which the nodes of one job know each other; no slashes, since torch makes a folder of it.
+
+    Raises:
+        LaunchError: a worker failed. Errors of a job that runs here are raised unchanged.
+        ConfigError: the nodes have no meeting point.
+        SystemExit: a signal asked the workers to leave.
+    """
+    if under_torchrun() or runtime.devices * runtime.nodes == 1:
+        work(*arguments)
+    else:
+        start_workers(work, arguments, runtime, *meeting_point(runtime, name))
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or another launcher with its variables, has started this process. RANK alone says nothing:
+    schedulers set it too."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def count_processes(runtime: Runtime) -> None:
+    """Under torchrun, set `devices` and `nodes` to the processes that it has started, for config.yaml to say.
+
+    Raises:
+        ConfigError: the user has set them to other numbers.
+    """
+    if not under_torchrun():
+        return
+    world = int(os.environ["WORLD_SIZE"])
+    asked = runtime.devices * runtime.nodes
+    if asked not in (1, world):
+        raise ConfigError(
+            f"runtime.devices={runtime.devices} and runtime.nodes={runtime.nodes} make {asked} processes, but torchrun "
+            f"has started {world}: leave both settings out."
+        )
+    runtime.devices = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    runtime.nodes = max(world // runtime.devices, 1)
+
+
+def meeting_point(runtime: Runtime, name: str) -> tuple[str, str]:
+    """Where the launchers of a job's nodes meet, as host:port, and the name that they know each other by.
+
+    Raises:
+        ConfigError: there are several nodes, and neither the user nor SLURM says where.
+    """
+    if runtime.nodes == 1:
+        return runtime.rendezvous or "localhost:0", uuid.uuid4().hex
+    if runtime.rendezvous:
+        return runtime.rendezvous, name
+    if "SLURM_JOB_ID" not in os.environ:
+        raise ConfigError(f"runtime.nodes={runtime.nodes}: where do they meet? runtime.rendezvous=FIRST_NODE:PORT.")
+    return rendezvous(os.environ)
+
+
+def start_workers(
+    work: Callable[..., None], arguments: tuple[Any, ...], runtime: Runtime, endpoint: str, name: str
 ) -> None:
-    """Run `work(*arguments)` in `processes` new processes of each node, and wait for all.
+    """Run `work(*arguments)` in new processes of this node, and wait for them.
 
     Args:
         endpoint: host:port where the launchers of several nodes meet; port 0 is a free one.
-        name: what they know each other by; left out, one that no other launch has.
 
     Raises:
         LaunchError: a worker failed.
         SystemExit: a signal asked the workers to leave.
     """
-    local = endpoint.startswith(("localhost", "127."))
     settings = LaunchConfig(
-        min_nodes=nodes,
-        max_nodes=nodes,
-        nproc_per_node=processes,
-        run_id=name or uuid.uuid4().hex,
+        min_nodes=runtime.nodes,
+        max_nodes=runtime.nodes,
+        nproc_per_node=runtime.devices,
+        run_id=name,
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
-        max_restarts=0,  # a checkpoint and the same command are how a run goes on
+        max_restarts=0,  # a run goes on from its checkpoint, by the same command
         monitor_interval=0.2,
-        local_addr="localhost" if local else None,
+        local_addr="localhost" if endpoint.startswith(("localhost", "127.")) else None,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # passed on to the workers
     )
     silence()
@@ -62,7 +116,8 @@ def launch(
         rank, failure = error.get_first_failure()
         if failure.exitcode > 128:  # a worker that saved and left
             sys.exit(failure.exitcode)
-        raise LaunchError(f"process {rank} of {processes * nodes} failed ({failure.exitcode})") from None
+        processes = runtime.devices * runtime.nodes
+        raise LaunchError(f"process {rank} of {processes} failed ({failure.exitcode})") from None
     except SignalException as error:
         sys.exit(128 + error.sigval)
     finally:
@@ -73,20 +128,20 @@ LAUNCHERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.m
 
 
 def silence() -> None:
-    """Workers tell what went wrong with them; the launcher's account of their ends would bury it."""
+    """Turn the launcher's own log off: workers print their errors, and its report of dead workers would bury them."""
     for name in list(logging.root.manager.loggerDict):  # each by itself, as torch gives them levels of their own
         if name.startswith(LAUNCHERS):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _work(work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """What each worker runs. It dies with its launcher: an orphan would go on writing into the run folder."""
+    """What each worker runs. It is killed with its launcher: otherwise it would go on writing into the run folder."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         work(*arguments)
     except Exception as error:
-        if lost_contact(error):  # because another one failed, and tells why
+        if lost_contact(error):  # because another process failed, and prints why
             print(f"process {os.environ.get('RANK')}: lost contact with the others", file=sys.stderr, flush=True)
         elif not report(error):
             traceback.print_exc()
@@ -94,5 +149,5 @@ def _work(work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether it is torch.distributed's, or gloo's, which has no class of its own but names its source file."""
+    """Whether an error comes from torch.distributed or gloo. gloo raises RuntimeError, and names its source file."""
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))

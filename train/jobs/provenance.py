@@ -1,4 +1,4 @@
-"""Where a run's numbers came from."""
+"""What a run's numbers depend on, beside its configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def provenance(*packages: Any) -> dict[str, Any]:
-    """What decides numbers beside the configuration: versions and the commit, with "+" where the tree was changed."""
+    """Versions and the commit, with "+" if tracked files were changed since."""
     versions = {package.__name__: package.__version__ for package in (torch, timm, *packages)}
     versions = {"python": platform.python_version(), **versions}
     return {"versions": versions, "commit": _commit()}
@@ -26,4 +26,4 @@ def _commit() -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None  # installed without its repository
+        return None  # not in a git repository

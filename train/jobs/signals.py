@@ -1,4 +1,4 @@
-"""Leaving well: signals that ask to save and go."""
+"""Signals that ask a run to save and exit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Within `with`, remembers that one of SIGNALS came, for the trainer to save and leave; outside, they mean what
-    they did before.
+    """In a `with` block, remembers which of SIGNALS came last, for the trainer to save and exit; after the block the
+    former handlers are back.
 
-    In a job of one process, a second Ctrl-C interrupts at once. In larger ones every process gets the first one twice,
-    from the terminal and from its launcher; the launcher ends them at a second.
+    In a job of one process, a second Ctrl-C interrupts at once. In a job of several, every process gets the first
+    Ctrl-C twice, from the terminal and from its launcher; at the second one the launcher ends them.
     """
 
     def __init__(self, alone: bool = True) -> None:
@@ -37,17 +37,17 @@ class StopRequest:
         self.signal = number
 
     def came(self) -> list[bool]:
-        """For each of SIGNALS, whether it was the last to come: numbers that processes can add up."""
+        """For each of SIGNALS, whether it came last: numbers that an all-reduce can sum."""
         return [self.signal == number for number in SIGNALS]
 
 
 def first_signal(counts: Sequence[int]) -> int:
-    """The first of SIGNALS that came to any process, by the sums of `came`; 0 if none did."""
+    """The first of SIGNALS that any process got, from the sums of `came`; 0 if none did."""
     return next((number for number, count in zip(SIGNALS, counts, strict=True) if count), 0)
 
 
 def requeue() -> bool:
-    """Put this job back into SLURM's queue, if it runs there; the run then goes on from its checkpoint."""
+    """Put this job back into SLURM's queue, to go on from its checkpoint. False outside of SLURM, or if that failed."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return False

@@ -1,4 +1,4 @@
-"""One process or many: who this process is, and sums over all of them. Collectives of one process do nothing."""
+"""The process group: rank, size, device, and collectives, which do nothing if there is one process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.config import RuntimeConfig
 from train.jobs.errors import ConfigError
+from train.jobs.launch import under_torchrun
+from train.jobs.settings import Runtime
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class World:
         return self.rank == 0
 
     def place(self, values: Sequence[int]) -> Tensor:
-        """Whole numbers on the device. From pinned memory: for a copy from other memory the host would wait."""
+        """Integers on the device, copied from pinned memory: for a copy from other memory the host would wait."""
         pin = self.device.type == "cuda"
         return torch.tensor(values, dtype=torch.int32, pin_memory=pin).to(self.device, non_blocking=True)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place; exact counts need whole numbers or float64."""
+        """All-reduce in place; exact counts need integers or float64."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -45,7 +46,7 @@ class World:
         return torch.stack(gathered)
 
     def share_buffers(self, model: nn.Module) -> None:
-        """The first process's buffers to all: running statistics are its own, until it is evaluated or saved."""
+        """Broadcast the buffers of rank 0. Between evaluations every rank keeps its own running statistics."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
@@ -55,11 +56,12 @@ class World:
             dist.barrier()
 
 
-def connect(runtime: RuntimeConfig) -> World:
-    """The world as a launcher's environment describes it (RANK, WORLD_SIZE, LOCAL_RANK), or a world of one.
+def connect(runtime: Runtime) -> World:
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK), or none if this is the only
+    process.
 
     Raises:
-        ConfigError: runtime.device=cuda without a GPU, or with fewer than there are processes.
+        ConfigError: runtime.device=cuda, but this process has no GPU.
     """
     kind = runtime.device
     if kind == "auto":
@@ -67,12 +69,10 @@ def connect(runtime: RuntimeConfig) -> World:
     local = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda" and local >= torch.cuda.device_count():
         raise ConfigError(f"runtime.device=cuda: process {local} of this node finds {torch.cuda.device_count()} GPUs.")
-    if runtime.sync_norm and kind == "cpu":
-        raise ConfigError("runtime.sync_norm=true needs GPUs: torch synchronizes batch statistics there alone.")
     device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
+    if not under_torchrun():
         return World(0, 1, device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -83,11 +83,12 @@ SETTLE = 0.5  # seconds
 
 
 def disconnect() -> None:
-    """Leave the world; of one process, nothing.
+    """Leave the process group, if there is one.
 
-    The thread that did gloo's last collective takes Python's lock to let go of its tensors. DDP's reducer destroys the
-    group with that lock held, and joins the thread: had it not let go yet, as where an error follows a collective at
-    once, both would wait for ever (torch 2.11). Asleep, this thread leaves it the lock.
+    After gloo's last collective, gloo's thread takes the GIL to release its tensors. The destructor of DDP's reducer
+    destroys the group while it holds the GIL, and joins that thread. If the thread has not released its tensors yet,
+    for example because an error follows the collective at once, both wait for ever (torch 2.11). This sleep lets the
+    thread have the GIL first. A barrier could not take its place: after an error the other ranks may never reach it.
     """
     if dist.is_initialized():
         time.sleep(SETTLE)

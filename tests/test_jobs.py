@@ -1,0 +1,205 @@
+"""What both programs share: names, what may change on a resume, saved configurations, locks, numbers of processes."""
+
+import dataclasses
+import errno
+import fcntl
+import itertools
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+from helpers.training import ALONE, NARROW, TINY, config
+from hydra import initialize_config_dir
+
+from train.config import RuntimeConfig, TrainConfig, learnt_settings, load_saved, saved, to_plain, validate
+from train.jobs import folder as run_folder
+from train.jobs.errors import ConfigError
+from train.jobs.launch import count_processes, under_torchrun
+from train.jobs.names import MAX_NAME, extended, same, shorten
+from train.jobs.settings import fixed_settings
+from train.jobs.sweep import CONFIGS, sweep_name
+from train.jobs.weights_and_biases import run_id
+from train.trainer import Trainer
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one, other", [
+    (["recipe.lr=2e-2"], ["recipe.lr=0.02"]),
+    (["n=0.25"], ["n=1/4"]),
+    (["kw.reduction=0.03125"], ["kw.reduction=1/32"]),
+    (["recipe.lr=2e-3", "recipe.decay_rate=.1", "data=digits", "recipe=digits", "seed=0", "dynamic=kw"], []),
+    (["backbone.kwargs.channels=[64,64,64,128]", "recipe.augment.hflip=0.0"], []),
+    (["runtime.workers=3", "logger=both", "label=${backbone.label}", "resume=never"], []),
+    (["backbone=timm", "backbone.name=resnet18"], ["backbone=resnet18", "recipe=digits"]),
+])  # fmt: skip
+def test_a_name_follows_from_values_and_not_from_how_they_were_typed(one, other):
+    assert config(*one).name == config(*other).name
+
+
+def test_a_name_shows_what_differs_from_the_chosen_groups():
+    imagenet = ("experiment=resnet18_kw1d4x", "data.root=x")
+    assert config(*imagenet).name == config(*imagenet, "recipe.mixup=0").name == "resnet18_kw1d4x"
+    assert config(*imagenet, "recipe.mixup=0.8").name == "resnet18_kw1d4x+recipe.mixup-0.8"
+    assert config(*imagenet, "recipe=sgd_100e").name == "resnet18_kw1d4x+recipe-sgd_100e"
+    assert config(*imagenet, "recipe=sgd_100e", "recipe.lr=1e-1").name == "resnet18_kw1d4x+recipe-sgd_100e"
+    assert config("kw.reduction=0.0625", "runtime.precision=bfloat16").name.endswith(
+        "+kw.reduction-1_16+runtime.precision-bfloat16"
+    )
+    assert config("~backbone.kwargs.stem_width").name == "resnet_digits_kw1x+backbone.kwargs.stem_width-null"
+    assert config("name=mine", "recipe.lr=1").name == "mine"
+
+
+def test_every_group_but_those_in_the_path_changes_the_name_by_what_it_sets():
+    names = [config(f"recipe={name}").name for name in ("digits", "sgd_100e", "sgd_150e", "adamw_300e", "deit_300e")]
+    assert len(set(names)) == len(names)
+
+
+def test_a_long_name_is_cut_and_still_another_ones():
+    long = [extended("x", {f"recipe.{letter * 50}": value for letter in "abc"}) for value in (1, 2)]
+    assert long[0] != long[1] and all(len(name) <= MAX_NAME + 9 for name in long)
+    assert shorten("x" * MAX_NAME) == "x" * MAX_NAME
+
+
+def test_what_is_the_same_value():
+    assert same(0.1, "0.10") and same(1, "1") and same(None, None) and same([1, 2], [1, 2])
+    assert not (same(1, True) or same("a", "b") or same(0, None) or same("1/0", "1/00"))
+
+
+@pytest.mark.parametrize("words, name", [
+    (["n=1/4,1", "recipe.lr=2e-2,0.1"], "n-0.25,1+recipe.lr-0.02,0.1"),
+    (["n=0.25,1.0", "recipe.lr=0.02,1e-1", "data=digits", "seed=0", "resume=never"], "n-0.25,1+recipe.lr-0.02,0.1"),
+    (["seed=0,1", "recipe.epochs=12", "data=cifar10", "logger=wandb", "label=x"], "seed-0,1+data-cifar10"),
+    (["experiment=glob(resnet18_*)", "recipe.mixup=0.5"], "experiment-glob-resnet18_-+recipe.mixup-0.5"),
+    (["runtime.micro_batch=32,64"], "runtime.micro_batch-32,64"),
+    (["n=1"], ""),
+])  # fmt: skip
+def test_a_sweep_s_name_says_what_it_sweeps_over_and_what_differs(words, name):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert sweep_name(words, "train") == name
+
+
+# ---- what may change ------------------------------------------------------------------------------------------------
+
+MAY_CHANGE = {
+    "data.root", "evaluate", "label", "name", "resume", "logger",
+    *(f"runtime.{key}" for key in (
+        "device", "devices", "nodes", "rendezvous", "micro_batch", "workers", "channels_last", "compile",
+        "checkpoint_steps", "keep_best", "profile_steps",
+    )),
+}  # fmt: skip
+
+
+def leaves(kind, prefix=""):
+    for field in dataclasses.fields(kind):
+        key = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(field.type) and key not in MAY_CHANGE:
+            yield from leaves(field.type, f"{key}.")
+        else:
+            yield key
+
+
+def test_every_field_but_these_must_stay_as_it_was_when_a_run_is_resumed():
+    """A new field is one that must: whoever adds it decides otherwise by marking it, and here."""
+    made = dataclasses.asdict(config())
+    made["backbone"]["kwargs"] = "a value"  # its keys are the user's
+    fixed = fixed_settings(made, TrainConfig)
+    every = set(leaves(TrainConfig))
+    assert every >= MAY_CHANGE
+    assert fixed.keys() == every - MAY_CHANGE
+    assert {field.name for field in dataclasses.fields(RuntimeConfig)} == {
+        key.partition(".")[2] for key in every if key.startswith("runtime.")
+    }
+
+
+# ---- saved configurations -------------------------------------------------------------------------------------------
+
+
+def test_a_saved_configuration_is_read_as_it_was():
+    made = config("n=1/4", "kw.reduction=0.125", "data=folder", "data.root=x", "recipe.betas=[0.5,0.5]")
+    plain = to_plain(made)
+    assert load_saved(plain) == made and plain == to_plain(made)  # which is left alone
+    assert plain["version"] == saved.VERSION
+
+
+def test_keys_that_were_renamed_or_removed_are_read_and_unknown_ones_named(monkeypatch, capsys):
+    old = to_plain(config("recipe.lr=0.5"))
+    old["recipe"]["learning_rate"] = old["recipe"].pop("lr")
+    old["recipe"]["augment"]["rotation"] = 3
+    old["whim"] = {"a": 1}
+    old["given"] = ["recipe.lr"]  # version 1 had it, without a number
+    del old["version"]
+    monkeypatch.setattr(saved, "VERSION", 3)
+    monkeypatch.setitem(saved.MIGRATIONS, 2, {"recipe.learning_rate": "recipe.lr", "recipe.gone": None})
+    assert load_saved(old) == validate({**to_plain_without_version(config("recipe.lr=0.5"))})
+    said = capsys.readouterr().err
+    assert "given" not in said and said.count("\n") == 1
+    assert "unknown here, and are ignored: whim, recipe.augment.rotation." in said
+
+
+def to_plain_without_version(made):
+    return {key: value for key, value in to_plain(made).items() if key != "version"}
+
+
+def test_a_run_of_an_older_version_is_resumed(tmp_path, capsys):
+    trainer = Trainer(config(*TINY, *NARROW, "n=static"), tmp_path, ALONE)
+    state = trainer.state()
+    state["config"] |= {"version": 1, "given": [], "unheard_of": True}
+    trainer.checkpoints.save(state)
+    Trainer(config(*TINY, *NARROW, "n=static"), tmp_path, ALONE).resume()
+    assert "unheard_of" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"recipe\.lr"):
+        Trainer(config(*TINY, *NARROW, "n=static", "recipe.lr=1"), tmp_path, ALONE).resume()
+
+
+def test_a_value_typed_in_another_way_is_resumed(tmp_path):
+    made = [config(*TINY, *NARROW, f"kw.reduction={value}", f"n={n}") for value, n in (("1/32", 0.5), (0.03125, "1/2"))]
+    assert learnt_settings(made[0]) == learnt_settings(made[1])
+
+
+# ---- processes and folders ------------------------------------------------------------------------------------------
+
+
+def torchrun(monkeypatch, world, local=None):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    if local:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+
+
+@pytest.mark.parametrize("world, local, made", [(8, 8, (8, 1)), (8, 4, (4, 2)), (3, None, (3, 1))])
+def test_under_torchrun_the_configuration_says_how_many_processes_there_are(world, local, made, monkeypatch):
+    torchrun(monkeypatch, world, local)
+    runtime = RuntimeConfig()
+    count_processes(runtime)
+    assert (runtime.devices, runtime.nodes) == made
+    count_processes(runtime)  # they agree now
+    with pytest.raises(ConfigError, match=rf"runtime\.devices=2 and runtime\.nodes=3 make 6 .* started {world}"):
+        count_processes(RuntimeConfig(devices=2, nodes=3))
+
+
+def test_a_rank_that_a_scheduler_sets_is_not_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert not under_torchrun()
+    runtime = RuntimeConfig(devices=2)
+    count_processes(runtime)
+    assert runtime.devices == 2
+
+
+def test_processes_that_start_together_agree_on_a_run_s_id(tmp_path):
+    with ProcessPoolExecutor(4) as pool:
+        for number in range(20):
+            ids = set(pool.map(run_id, itertools.repeat(tmp_path / str(number), 4)))
+            assert ids == {(tmp_path / str(number)).read_text()} and len(ids.pop()) == 8
+    assert len(list(tmp_path.iterdir())) == 20  # no temporary file is left
+
+
+def test_a_file_system_without_locks_does_not_keep_a_job_out(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    run_folder.lock(tmp_path).close()
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err

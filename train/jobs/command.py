@@ -1,0 +1,78 @@
+"""The jobs of one command: which folders they have, which ones failed, and errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from train.jobs.errors import ConfigError, report
+from train.jobs.folder import make, take_back
+from train.jobs.slurm import in_submitit
+from train.jobs.sweep import GROUP, key_of
+
+
+@dataclass
+class Jobs:
+    """The jobs that this command has started: one, or those of a sweep."""
+
+    count: int = 0
+    folders: dict[Path, Any] = field(default_factory=dict)  # of jobs that train, with their settings
+    failed: list[str] = field(default_factory=list)  # overrides and error
+
+    @contextlib.contextmanager
+    def job(self) -> Iterator[None]:
+        """A job in the block. Its error is printed and noted, so that the next job of a sweep still runs; a run folder
+        that it left empty is removed."""
+        self.count += 1
+        before = len(self.folders)
+        try:
+            yield
+        except Exception as error:
+            words = [word for word in HydraConfig.get().overrides.task if key_of(word) != GROUP]
+            first_line = (str(error).splitlines() or [""])[0]
+            self.failed.append(f"{' '.join(words)}: {type(error).__name__}: {first_line}")
+            if in_submitit(os.environ) or not report(error):
+                raise  # submitit hands the error to the process that submitted the job
+        finally:
+            for folder in (Path(HydraConfig.get().runtime.output_dir), *list(self.folders)[before:]):
+                take_back(folder)
+
+    def enter(self, folder: Path, settings: Any) -> bool:
+        """Make the run folder of a job that trains. False if an earlier job of the sweep had the same settings, such as
+        `dynamic=se n=1` and `n=4`: then there is nothing left to do.
+
+        Raises:
+            ConfigError: the folder cannot be made, or an earlier job of this sweep has it and other settings.
+        """
+        if folder in self.folders and self.folders[folder] == settings:
+            print(f"Skipped, the same run as an earlier job of this sweep: {folder}")
+            return False
+        if folder in self.folders:
+            raise ConfigError(
+                f"Another job of this sweep has the run folder {folder}. Put what is swept over into its path, by "
+                f"name=... or label=..., such as 'label=x${{runtime.micro_batch}}'."
+            )
+        self.folders[folder] = settings
+        make(folder)
+        return True
+
+    def run(self, main: Callable[[], None]) -> None:
+        """Run the command: `main` by Hydra, which calls it for each job, then a list of a sweep's failed jobs.
+
+        Raises:
+            SystemExit: with 1 if jobs failed.
+        """
+        try:
+            main()
+        finally:
+            if self.count > 1 and self.failed:
+                print(f"{len(self.failed)} of {self.count} jobs failed:", *self.failed, sep="\n  ", file=sys.stderr)
+        if self.failed:
+            sys.exit(1)
