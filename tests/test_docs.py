@@ -107,8 +107,9 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_files_in_backticks_exist(page):
-    for code in inline(PAGES[page]):
+def test_files_in_backticks_and_diagrams_exist(page):
+    diagrams = re.findall(r"(?:kw|train|scripts|configs)/[\w./]*", "".join(fences(PAGES[page], "")))
+    for code in [*inline(PAGES[page]), *diagrams]:
         path = re.fullmatch(r"([\w.]+)(/[\w.-]*)+", code)
         if path and path[1] in ROOTS - MADE_BY_RUNNING and "NAME" not in code:
             assert (ROOT / code).exists(), code
