@@ -5,8 +5,6 @@ import io
 import json
 import math
 import re
-import subprocess
-import sys
 from fractions import Fraction
 
 import pytest
@@ -14,7 +12,8 @@ import timm
 import torch
 import yaml
 from helpers import reference
-from helpers.training import ROOT, config, environment, launch
+from helpers.programs import ROOT, run
+from helpers.training import config, launch
 from torch import nn
 
 import kw
@@ -456,8 +455,7 @@ def test_an_experiment_differs_from_its_reference_in_one_thing_and_is_built(name
 
 
 def test_ablations_are_swept_by_glob_each_in_a_folder_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "train", "-m", "experiment/ablation=glob(attention_*)", "data.root=nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment())
+    done = run("train", "-m", "experiment/ablation=glob(attention_*)", "data.root=nowhere", cwd=tmp_path, code=1)
     failed = set(re.findall(r"experiment/ablation=(\S+) data.root=nowhere: ConfigError", done.stderr))
     assert failed == {name for name in EXPERIMENTS if name.startswith("attention_")} and len(failed) == 4
 

@@ -9,7 +9,8 @@ import torch
 import yaml
 from helpers.implementations import force
 from helpers.models import assert_unchanged, snapshot
-from helpers.training import ROOT, config, launch
+from helpers.programs import ROOT
+from helpers.training import config, launch
 from torch import nn
 from torch.nn import functional as F
 

@@ -12,7 +12,8 @@ import timm
 import torch
 import torchvision
 from helpers.images import save_image
-from helpers.training import NARROW, ROOT, config
+from helpers.programs import ROOT
+from helpers.training import NARROW, config
 from torch import nn
 
 import kw

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.implementations import OTHERS, REMADE, SETTINGS, force
-from helpers.training import ROOT
+from helpers.programs import ROOT
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
 import sys
 import tarfile
 from collections import Counter
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.images import save_image
+from helpers.programs import finish, ranks
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
@@ -619,11 +619,8 @@ def test_a_job_of_two_processes_lists_what_was_substituted_as_one_does(broken, t
     alone = tmp_path / "alone"
     alone.mkdir()
     Trainer(config(*words), alone, World(0, 1, torch.device("cpu"))).fit()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    two = ["runtime.devices=2", "runtime.workers=1", f"hydra.run.dir={tmp_path}/two"]
-    command = [sys.executable, "-m", "train", *words, *two]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    for process in ranks(2, "train", *words, "runtime.workers=1", f"hydra.run.dir={tmp_path}/two"):
+        finish(process)
     assert check_substituted(tmp_path / "two") == check_substituted(alone)
 
 

@@ -6,7 +6,7 @@ import mmdet
 import pytest
 import torch
 import yaml
-from helpers.training import ROOT
+from helpers.programs import ROOT
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config

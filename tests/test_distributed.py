@@ -4,19 +4,16 @@ import json
 import os
 import re
 import signal
-import subprocess
+import socket
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.programs import ROOT, Program, command, finish, ranks, wait_for
 
-from scripts import kill_storm
 from scripts.kill_storm import differences, outcome
 from train.jobs.checkpoint import read
 
-ROOT = Path(__file__).parents[1]
 SMALL = (
     "recipe.batch_size=64",
     "recipe.epochs=2",
@@ -27,21 +24,24 @@ SMALL = (
     "backbone.kwargs.channels=[8,8,8,16]",
     "backbone.kwargs.stem_width=8",
 )
+STEPS = 44  # of such a run
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def run(folder, *settings, shrunk=SMALL, code=0):
+    """Train in one process."""
+    return finish(Program("train", *shrunk, *settings, f"hydra.run.dir={folder}"), code)
 
 
-def start(folder, *settings, shrunk=SMALL, **more):
-    command = [sys.executable, "-m", "train", *shrunk, *settings, f"hydra.run.dir={folder}"]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+def run_both(folder, *settings, count=2, shrunk=SMALL, code=0):
+    """Train in processes that find each other as those of torchrun do."""
+    return [finish(each, code) for each in ranks(count, "train", *shrunk, *settings, f"hydra.run.dir={folder}")]
 
 
-def run(folder, *settings, code=0, **more):
-    process = start(folder, *settings, **more)
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == code, errors
-    return out, errors
+def disturb(folder, code, *settings):
+    """What two processes print that run `code` with their trainer first (helpers/disturbed.py)."""
+    (folder / "code.py").write_text(code)
+    processes = ranks(2, "helpers.disturbed", folder / "code.py", folder / "run", *SMALL, "n=static", *settings)
+    return "".join(finish(each, code=None).stdout for each in processes)
 
 
 def metrics(folder):
@@ -50,7 +50,7 @@ def metrics(folder):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """One process that works off each batch in two micro-batches."""
+    """The folder of one process that works off each batch in two micro-batches."""
     folder = tmp_path_factory.mktemp("one")
     run(folder, "n=1/2", "runtime.micro_batch=32")
     return folder
@@ -58,99 +58,68 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Two processes with a micro-batch each."""
+    """The folder of two processes with a micro-batch each."""
     folder = tmp_path_factory.mktemp("two")
-    run(folder, "n=static", "runtime.devices=2")
+    run_both(folder, "n=static")
     return folder
 
 
 RANDOM = ("recipe.mixup=0.4", "recipe.cutmix=1.0", "recipe.drop_path=0.3", "recipe.dropout=0.2")
 
 
-@pytest.mark.parametrize("micro_batch", [32, 16])
+@pytest.mark.parametrize("micro_batch", [pytest.param(32, marks=pytest.mark.slow), 16])
 def test_two_processes_learn_as_one_does_with_the_same_micro_batches(micro_batch, tmp_path):
     """Batch statistics are those of a micro-batch, so that they are the same here and there; only the running ones,
     which evaluation uses, see the first process's half."""
     settings = ("n=static", "recipe.epochs=1", f"runtime.micro_batch={micro_batch}", *RANDOM)
     run(tmp_path / "alone", *settings)
-    run(tmp_path / "together", *settings, "runtime.devices=2")
+    run_both(tmp_path / "together", *settings)
     for alone, together in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "together"), strict=True):
         assert together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
         assert together["eval_samples"] == alone["eval_samples"] == 359
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_evaluation_counts_every_sample_once(one, ranks):
-    """All 1,797 digits, which none of these numbers divides without a rest."""
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
+def test_evaluation_counts_every_sample_once(one, count):
+    """All 1,797 digits, which none of these numbers divides without remainder."""
     evaluate = (f"evaluate={one}", "data=digits", "data.eval_split=all", "runtime.device=cpu")
-    alone = json.loads(run(one / "x", *evaluate, shrunk=())[0])
-    shared = json.loads(run(one / "y", *evaluate, f"runtime.devices={ranks}", shrunk=())[0])
+    alone = json.loads(run(one / "x", *evaluate, shrunk=()).stdout)
+    shared = json.loads(run_both(one / "y", *evaluate, count=count, shrunk=())[0].stdout)
     assert shared["eval_samples"] == alone["eval_samples"] == 1797
     assert (shared["top1"], shared["top5"]) == (alone["top1"], alone["top5"])
     assert shared["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("devices, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGUSR1)])
-def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(devices, number, two, tmp_path):
-    settings = ("n=static", f"runtime.devices={devices}")
-    if devices == 1:
-        run(tmp_path / "calm", *settings)
-    calm = two if devices == 2 else tmp_path / "calm"
-    stopped = tmp_path / "stopped"
-    more = ("runtime.checkpoint_steps=5", "runtime.workers=1")  # a terminal signals those too
-    process = start(stopped, *settings, *more, start_new_session=True)
-    while process.poll() is None and not (stopped / "checkpoints" / "last.pt").exists():
-        time.sleep(0.02)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does at Ctrl-C
-    else:
-        process.send_signal(number)
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, errors
-    assert "Stopped by a signal" in out
-    assert read(stopped / "checkpoints" / "last.pt")["step"] < 44
-    out, _ = run(stopped, *settings)
-    assert "Resumed" in out
-    assert differences(outcome(calm), outcome(stopped)) == []
-
-
-JOB = """
-import math
-import signal
-import sys
-from pathlib import Path
-import torch
-from hydra import compose, initialize_config_dir
-from train.config import validate
-from train.jobs.errors import NonFiniteError
-from train.jobs.world import connect, disconnect
-from train.trainer import Trainer
-
-with initialize_config_dir(sys.argv[1], version_base="1.3"):
-    config = validate(compose("train", sys.argv[3:]))
-world = connect(config.runtime)
-trainer = Trainer(config, Path(sys.argv[2]), world)
-Path(sys.argv[2]).mkdir(exist_ok=True)
-{disturb}
-try:
-    trainer.fit()
-    print(f"process {{world.rank}} finished", flush=True)
-except SystemExit as left:
-    print(f"process {{world.rank}} left with {{left.code}} after step {{trainer.step}}", flush=True)
-except NonFiniteError as error:
-    print(f"process {{world.rank}} raised {{error}}", flush=True)
-disconnect()
+WAITS_AT_STEP_7 = """
+at(trainer, 7, lambda: until_signalled(trainer, f"{trainer.folder}/waits{world.rank}"))
 """
 
 
-def job(folder, disturb, *settings):
-    """What two processes print, each of which disturbs its trainer."""
-    (folder / "job.py").write_text(JOB.format(disturb=disturb))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [str(folder / "job.py"), str(ROOT / "configs"), str(folder / "run"), *SMALL, "n=static", *settings]
-    done = subprocess.run([*command, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.mark.parametrize("devices, number", [
+    pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow), (1, signal.SIGINT), (2, signal.SIGUSR1)
+])  # fmt: skip
+def test_a_signal_saves_and_the_same_command_resumes_to_the_same_end(devices, number, two, tmp_path):
+    """The signal goes to the launcher, which passes it on; Ctrl-C to all processes, those that load data too."""
+    folder, code = tmp_path / "stopped", tmp_path / "code.py"
+    code.write_text(WAITS_AT_STEP_7)
+    settings = (*SMALL, "n=static", f"runtime.devices={devices}", "runtime.workers=1")
+    process = Program("helpers.disturbed", code, folder, *settings, start_new_session=True)
+    for rank in range(devices):
+        wait_for(folder / f"waits{rank}", process)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    stopped = finish(process, code=128 + number)
+    assert "Stopped by a signal" in stopped.stdout
+    assert 7 <= read(folder / "checkpoints" / "last.pt")["step"] < 10
+    if devices == 1:
+        run(tmp_path / "calm", "n=static")
+        resumed = run(folder, "n=static")
+    else:
+        resumed, _ = run_both(folder, "n=static")
+    assert "Resumed" in resumed.stdout
+    assert differences(outcome(two if devices == 2 else tmp_path / "calm"), outcome(folder)) == []
 
 
 STOPPED_IN_AN_EVALUATION = """
@@ -165,151 +134,118 @@ images.load = asked
 
 
 def test_a_signal_to_one_process_in_an_evaluation_stops_all_and_loses_nothing(two, tmp_path):
-    out = job(tmp_path, STOPPED_IN_AN_EVALUATION)
+    out = disturb(tmp_path, STOPPED_IN_AN_EVALUATION)
     assert all(f"process {rank} left with 143 after step 22" in out for rank in range(2))
     state = read(tmp_path / "run" / "checkpoints" / "last.pt")
     assert state["step"] == 22 and state["unevaluated"] > 0
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    run(tmp_path / "run", "n=static", "runtime.devices=2")
+    run_both(tmp_path / "run", "n=static")
     assert differences(outcome(two), outcome(tmp_path / "run")) == []
 
 
-IN_A_STEP = """
-loss_of = trainer.learner.loss
-def disturbed(logits, targets):
-    loss = loss_of(logits, targets)
-    if trainer.step == {step} and world.rank == 1:
-        {what}
-    return loss
-trainer.learner.loss = disturbed
+SIGNALLED = """
+if world.rank == 1:
+    in_loss(trainer, STEP, lambda loss: (signal.raise_signal(signal.SIGUSR1), loss)[1])
 """
 
 
 @pytest.mark.parametrize("step, every, left_after", [
     (7, "null", 9),  # the step that was asked is done, and the next one
-    (21, "null", 22),  # unless a checkpoint comes first, as at an epoch's end
+    pytest.param(21, "null", 22, marks=pytest.mark.slow),  # unless a checkpoint comes first, as at an epoch's end
 ])  # fmt: skip
 def test_a_signal_to_one_process_stops_all_after_the_same_step(step, every, left_after, two, tmp_path):
-    disturb = IN_A_STEP.format(step=step, what="signal.raise_signal(signal.SIGUSR1)")
-    out = job(tmp_path, disturb, f"runtime.checkpoint_steps={every}")
+    out = disturb(tmp_path, SIGNALLED.replace("STEP", str(step)), f"runtime.checkpoint_steps={every}")
     assert all(f"process {rank} left with {128 + signal.SIGUSR1} after step {left_after}" in out for rank in range(2))
     assert read(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == left_after
-    run(tmp_path / "run", "n=static", "runtime.devices=2")
+    run_both(tmp_path / "run", "n=static")
     assert differences(outcome(two), outcome(tmp_path / "run")) == []
 
 
-@pytest.mark.parametrize("step, every, saved", [(8, 5, 5), (7, 4, 4)])
+BROKEN = """
+if world.rank == 1:
+    in_loss(trainer, STEP, lambda loss: loss * math.nan)
+"""
+
+
+@pytest.mark.parametrize("step, every, saved", [(8, 5, 5), pytest.param(7, 4, 4, marks=pytest.mark.slow)])
 def test_a_broken_loss_of_one_process_stops_all_at_the_same_step_and_is_not_saved(step, every, saved, two, tmp_path):
-    disturb = IN_A_STEP.format(step=step, what="loss = loss * math.nan")
-    out = job(tmp_path, disturb, f"runtime.checkpoint_steps={every}")
+    out = disturb(tmp_path, BROKEN.replace("STEP", str(step)), f"runtime.checkpoint_steps={every}")
     last = tmp_path / "run" / "checkpoints" / "last.pt"
-    # Two processes write to one stream: a line may begin behind what the other one wrote.
-    told = re.findall(r"process \d raised .*?was kept: .*?last\.pt\.", out)
-    assert sorted(line[:22] for line in told) == ["process 0 raised Step ", "process 1 raised Step "]
-    assert all(f"Step {step}: loss " in line and line.endswith(f"was kept: {last}.") for line in told)
-    assert len({line.partition("Indices")[2] for line in told}) == 1  # the second one's samples
+    raised = re.findall(r"process \d raised .*?last\.pt\.", out)
+    assert sorted(line[:22] for line in raised) == ["process 0 raised Step ", "process 1 raised Step "]
+    assert all(f"Step {step}: loss " in line and line.endswith(f"{last}.") for line in raised)
+    assert len({line.partition("Indices")[2] for line in raised}) == 1  # the second one's samples
     assert read(last)["step"] == saved
-    run(tmp_path / "run", "n=static", "runtime.devices=2")
+    run_both(tmp_path / "run", "n=static")
     assert differences(outcome(two), outcome(tmp_path / "run")) == []
 
 
 EACH_HAS_ITS_OWN = """
 def mean(model):
     return next(value for name, value in model.named_buffers() if name.endswith("running_mean"))
-def saved():
-    state = torch.load(trainer.checkpoints.folder / "last.pt")["model"]
-    return next(value for name, value in state.items() if name.endswith("running_mean"))
-own = []
-def after_a_step(trainer):
+evaluate, save = trainer.evaluate, trainer.save
+def saving():
+    save()
     assert len(trainer.world.stack(mean(trainer.model)).unique(dim=0)) == 2, "still shared in each step"
-    own[:] = [mean(trainer.model).clone()]
-    if world.is_main and trainer.step == trainer.steps:
-        assert torch.equal(saved(), own[0]), "not the first one's"
-def after_the_evaluation(trainer):
-    for model in (trainer.model, trainer.ema.module):
-        assert len(trainer.world.stack(mean(model)).unique(dim=0)) == 1, "not shared"
+    trainer.saved = mean(trainer.model).clone()
+def evaluating(model):
+    found = evaluate(model)
+    assert len(trainer.world.stack(mean(model)).unique(dim=0)) == 1, "not shared"
     if world.is_main:
-        assert torch.equal(mean(trainer.model), own[0]) and torch.equal(saved(), own[0])
-trainer.on_step.append(after_a_step)
-trainer.on_epoch_end.append(after_the_evaluation)
+        state = torch.load(trainer.checkpoints.folder / "last.pt")["model"]
+        kept = next(value for name, value in state.items() if name.endswith("running_mean"))
+        assert torch.equal(kept, trainer.saved) and torch.equal(mean(trainer.model), kept)
+    return found
+trainer.save, trainer.evaluate = saving, evaluating
 """
 
 
 def test_running_statistics_are_each_processs_own_until_the_first_ones_are_evaluated_and_saved(tmp_path):
-    out = job(tmp_path, EACH_HAS_ITS_OWN, "recipe.ema_decay=0.9", "recipe.epochs=1")
+    out = disturb(tmp_path, EACH_HAS_ITS_OWN, "recipe.ema_decay=0.9", "recipe.epochs=1")
     assert out.count("finished") == 2
 
 
-def test_a_run_goes_on_with_another_number_of_processes_and_says_so(two, tmp_path):
-    stopped = tmp_path / "run"
-    process = start(stopped, "n=static", "runtime.checkpoint_steps=5", "runtime.devices=2")
-    while process.poll() is None and not (stopped / "checkpoints" / "last.pt").exists():
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    out, _ = run(stopped, "n=static", "runtime.micro_batch=32")
-    assert "Resuming with 1 processes; there were 2" in out
-    for now, undisturbed in zip(metrics(stopped), metrics(two), strict=True):
+KILLED_AT_STEP_6 = """
+at(trainer, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_a_run_resumes_with_another_number_of_processes_and_says_so(two, tmp_path):
+    disturb(tmp_path, KILLED_AT_STEP_6, "runtime.checkpoint_steps=5")
+    done = run(tmp_path / "run", "n=static", "runtime.micro_batch=32")
+    assert "Resuming with 1 processes; there were 2" in done.stdout
+    for now, undisturbed in zip(metrics(tmp_path / "run"), metrics(two), strict=True):
         assert now["train_loss"] == pytest.approx(undisturbed["train_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_short_kill_storm(devices):
-    command = [sys.executable, "-m", "scripts.kill_storm", "--kills", "2", "--devices", str(devices)]
-    done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "Killed 2 times" in done.stdout, done.stdout + done.stderr
-    assert "The same to the bit" in done.stdout
+    done = command(sys.executable, "-m", "scripts.kill_storm", "--kills", 2, "--devices", devices, cwd=ROOT)
+    assert "Killed 2 times" in done.stdout and "The same to the bit" in done.stdout
 
 
-def test_a_storm_goes_on_until_it_has_killed_as_often_as_asked(tmp_path, monkeypatch, capsys):
-    """Also where runs end by themselves before, the first without a kill."""
-    storms, spans = [], []
-
-    def storm(folder, settings, kills, span, chance):
-        storms.append((folder.name, kills))
-        spans.append(span)
-        return min(1, len(storms) - 1)
-
-    monkeypatch.setattr(kill_storm, "storm", storm)
-    monkeypatch.setattr(kill_storm, "start", lambda *_: subprocess.Popen(["true"], stderr=subprocess.PIPE))
-    monkeypatch.setattr(kill_storm, "outcome", lambda folder: {"step": 5})
-    monkeypatch.setattr(sys, "argv", ["kill_storm", "--kills", "3"])
-    with pytest.raises(SystemExit) as left:
-        kill_storm.main()
-    assert not left.value.code
-    assert storms == [("stormy0", 3), ("stormy1", 3), ("stormy2", 2), ("stormy3", 1)]
-    assert spans[0] > spans[1] == spans[2] == spans[3]
-    assert "Killed 3 times, in 4 runs. The same to the bit." in capsys.readouterr().out
-
-
-def test_two_agents_on_one_machine_stand_for_two_nodes(two, tmp_path):
-    import socket
-
+def test_two_launchers_on_one_machine_stand_for_two_nodes(two, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     settings = ("n=static", "label=nodes", "runtime.nodes=2", f"runtime.rendezvous=localhost:{port}")
-    agents = [start(tmp_path, *settings) for _ in range(2)]
-    for agent in agents:
-        _, errors = agent.communicate(timeout=300)
-        assert agent.returncode == 0, errors
+    for launcher in [Program("train", *SMALL, *settings, f"hydra.run.dir={tmp_path}") for _ in range(2)]:
+        finish(launcher)
     for nodes, processes in zip(metrics(tmp_path), metrics(two), strict=True):
         assert nodes["train_loss"] == pytest.approx(processes["train_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_torchrun_around_it_works_too(two, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
-    done = subprocess.run(
-        [*command, *SMALL, "n=static", f"hydra.run.dir={tmp_path}"], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "train")
+    command(sys.executable, *torchrun, *SMALL, "n=static", f"hydra.run.dir={tmp_path}")
     assert [line["train_loss"] for line in metrics(tmp_path)] == [line["train_loss"] for line in metrics(two)]
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_loss_that_is_not_finite_stops_the_run(devices, tmp_path):
-    settings = ("n=static", f"runtime.devices={devices}", "recipe.optimizer=sgd", "recipe.schedule=constant")
-    _, errors = run(tmp_path, *settings, "recipe.lr=1e30", code=1)
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    settings = ("n=static", "recipe.optimizer=sgd", "recipe.schedule=constant", "recipe.lr=1e30")
+    errors = "".join(done.stderr for done in run_both(tmp_path, *settings, code=1))
     assert errors.count("NonFiniteError: Step ") == 1 and "Indices of its samples" in errors
     assert "Traceback" not in errors
 
@@ -338,7 +274,7 @@ def test_slurm_gets_the_job_back(tmp_path, monkeypatch):
 
 
 def test_an_average_is_evaluated_at_the_models_temperature(tmp_path):
-    out, _ = run(tmp_path, "n=1", "recipe.ema_decay=0.99", "recipe.epochs=1", "recipe.temperature_epochs=2")
+    out = run(tmp_path, "n=1", "recipe.ema_decay=0.99", "recipe.epochs=1", "recipe.temperature_epochs=2").stdout
     assert out.count("the temperature ends at 0.50, not at 0") == 1
     state = read(tmp_path / "checkpoints" / "last.pt")
     key = next(key for key in state["model"] if key.endswith("temperature"))

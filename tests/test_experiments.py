@@ -2,13 +2,12 @@
 
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
-from helpers.training import ROOT, config, environment
+from helpers.programs import ROOT, command, run
+from helpers.training import config
 from timm.layers import DropPath
 
 import kw
@@ -149,8 +148,7 @@ def test_the_report_finds_no_departure_in_a_rows_own_settings_and_each_in_others
 
 
 def test_a_tables_rows_are_found_by_glob(tmp_path):
-    command = [sys.executable, "-m", "train", "-m", "experiment=glob(resnet18*)", "data.root=nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment())
+    done = run("train", "-m", "experiment=glob(resnet18*)", "data.root=nowhere", cwd=tmp_path, code=1)
     failed = set(re.findall(r"experiment=(\S+) data.root=nowhere: ConfigError", done.stderr))
     assert failed == {row for row in ROWS if row.startswith("resnet18")} and "Traceback" not in done.stderr
 
@@ -161,16 +159,14 @@ def test_there_is_a_make_target_for_each_table(tmp_path):
     (tmp_path / "ready").touch()
     plain = ["make", "-n", "-f", str(ROOT / "Makefile"), "-C", str(ROOT), f"VENV={tmp_path}", "-o", f"{tmp_path}/ready"]
     for table in asked:
-        said = subprocess.run(
-            [*plain, f"table-{table}", "DATA=here"], capture_output=True, text=True, check=True
-        ).stdout
+        said = command(*plain, f"table-{table}", "DATA=here").stdout
         (pattern,) = re.findall(r"'experiment=glob\((\S+)\*\)' data.root=here", said)
         done |= {row for row in ROWS if row.startswith(pattern)}
     assert done == set(ROWS)
-    said = subprocess.run([*plain, "table-coco", "DATA=here"], capture_output=True, text=True, check=True).stdout
+    said = command(*plain, "table-coco", "DATA=here").stdout
     names = re.search(r"-m detection -m config=(\S+) data.root=here", said)[1].split(",")
     assert names == [row.name for row in published() if row.task != CLASSIFICATION]
-    without = subprocess.run([*plain, "table-resnet18"], capture_output=True, text=True)
+    without = command(*plain, "table-resnet18", check=False)
     assert without.returncode != 0 and "DATA=PATH" in without.stderr
 
 

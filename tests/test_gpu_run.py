@@ -80,7 +80,7 @@ def test_a_part_past_its_limit_is_asked_to_stop_then_killed_with_what_it_started
     status, parts, out = go(Part("long", code(text), 5), Part("next", code(""), 60))
     assert status == 1 and parts["long"]["status"] == "stopped" and parts["next"]["status"] == "ok"
     assert ("saved" in (out / "long.log").read_text().splitlines()) != stubborn
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, timeout=60).stdout
     assert str(tmp_path / "survived") not in running
 
 

@@ -15,7 +15,7 @@ STRANGERS = {"train", "scripts", "detection", "tests", "hydra", "omegaconf", "mm
 
 def test_importing_kw_imports_no_stranger():
     code = "import sys, kw; print(*{name.partition('.')[0] for name in sys.modules})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     imported = set(run.stdout.split())
     assert {"kw", "torch", "timm"} <= imported
     assert not imported & STRANGERS

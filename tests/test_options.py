@@ -2,13 +2,11 @@
 
 import errno
 import os
-import resource
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers.training import ALONE, NARROW, TINY, config, environment
+from helpers import programs
+from helpers.training import ALONE, NARROW, TINY, config
 from timm.layers import DropPath
 from torch import nn
 
@@ -162,12 +160,7 @@ def test_the_last_and_the_best_few_are_kept(keep, kept, tmp_path):
 
 
 def start(folder, *settings, limit=None):
-    def bound():
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    command = [sys.executable, "-m", "train", *TINY, *NARROW, *settings, f"hydra.run.dir={folder}"]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, preexec_fn=bound)
+    return programs.run("train", *TINY, *NARROW, *settings, f"hydra.run.dir={folder}", code=None, file_size=limit)
 
 
 def test_a_disk_that_is_full_is_told_of_and_loses_nothing(tmp_path):

@@ -6,13 +6,11 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
 from helpers.browser import CHROMIUM, PLAYWRIGHT, loaded
-from helpers.training import environment
+from helpers.programs import run
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
@@ -334,9 +332,8 @@ def test_counts_have_four_digits(value, text):
 
 
 def test_the_command_ends_with_a_table_and_no_traceback(fifty, tmp_path):
-    command = [sys.executable, "-m", "scripts.report", str(fifty), "--out", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0 and "Traceback" not in done.stderr + done.stdout, done.stderr
+    done = run("scripts.report", fifty, "--out", "out", cwd=tmp_path)
+    assert "Traceback" not in done.stderr + done.stdout
     assert "resnet18_kw1d4x" in done.stdout and (tmp_path / "out" / "index.html").exists()
 
 

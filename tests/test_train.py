@@ -7,14 +7,13 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers.training import NARROW, TINY, config, environment, launch
+from helpers.programs import run
+from helpers.training import NARROW, TINY, config, launch
 
 import kw
 from scripts.kill_storm import differences, outcome
@@ -191,8 +190,7 @@ def test_run_folders_need_no_quoting(folder):
 def test_the_report_tells_of_finished_and_unfinished_runs(folder):
     (folder / "runs" / "unfinished").mkdir()
     (folder / "runs" / "unfinished" / "config.yaml").write_text("n: 1\n")
-    command = [sys.executable, "-m", "scripts.report", "runs"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(), check=True)
+    done = run("scripts.report", "runs", cwd=folder)
     assert "unfinished: not finished" in done.stdout
     assert "| x_kw1d2x+" in (folder / "report" / "table.md").read_text()
     assert len((folder / "report" / "runs.csv").read_text().splitlines()) == 3

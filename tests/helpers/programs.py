@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import runpy
 import socket
 import subprocess
@@ -41,10 +42,13 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def _run(module: str, words: list[str], cwd: str, env: dict[str, str], out: str, errors: str, own_group: bool) -> None:
+def _run(module: str, words: list[str], cwd: str, env: dict[str, str], out: str, errors: str, own_group: bool,
+         file_size: int | None) -> None:  # fmt: skip
     """In the fork: what `python -m MODULE WORDS` does."""
     if own_group:
         os.setsid()
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -59,17 +63,21 @@ def _run(module: str, words: list[str], cwd: str, env: dict[str, str], out: str,
 
 
 class Program:
-    """A running `python -m MODULE WORDS`, with the methods of subprocess.Popen."""
+    """A running `python -m MODULE WORDS`, with the methods of subprocess.Popen.
+
+    Args:
+        file_size: bytes that no file may exceed, as on a full disk.
+    """
 
     def __init__(self, module: str, *words: object, cwd: object = None, env: dict[str, str] | None = None,
-                 start_new_session: bool = False):  # fmt: skip
+                 start_new_session: bool = False, file_size: int | None = None):  # fmt: skip
         self._folder = tempfile.TemporaryDirectory(prefix="program-")
         self._texts = [Path(self._folder.name) / name for name in ("out", "errors")]
         for path in self._texts:
             path.touch()
         arguments = (module, [*map(str, words)], str(cwd or Path.cwd()), env or environment(), *map(str, self._texts))
         _start_server()
-        self._process = _forks.Process(target=_run, args=(*arguments, start_new_session), daemon=False)
+        self._process = _forks.Process(target=_run, args=(*arguments, start_new_session, file_size), daemon=False)
         self._process.start()
         self.pid = self._process.pid
 
@@ -116,6 +124,14 @@ def finish(program: Program, code: int | None = 0, timeout: float = SECONDS) -> 
 def run(module: str, *words: object, code: int | None = 0, timeout: float = SECONDS, **options):
     """`python -m MODULE WORDS` to its end."""
     return finish(Program(module, *words, **options), code, timeout)
+
+
+def command(*words: object, check: bool = True, timeout: float = SECONDS, **options) -> subprocess.CompletedProcess:
+    """Any other command to its end, in this clone's environment and within a time limit."""
+    options = {"env": environment(), "capture_output": True, "text": True, "timeout": timeout, **options}
+    done = subprocess.run([*map(str, words)], **options)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def ranks(count: int, module: str, *words: object, cwd=None) -> list[Program]:
