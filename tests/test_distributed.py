@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from scripts import kill_storm
 from scripts.kill_storm import differences, outcome
@@ -304,6 +305,8 @@ def test_torchrun_around_it_works_too(two, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert [line["train_loss"] for line in metrics(tmp_path)] == [line["train_loss"] for line in metrics(two)]
+    assert json.loads((tmp_path / "summary.json").read_text())["devices"] == 2
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["runtime"]["devices"] == 2
 
 
 @pytest.mark.parametrize("devices", [1, 2])
