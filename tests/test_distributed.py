@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from helpers.programs import ROOT, Program, command, finish, ranks, wait_for
 
 from scripts.kill_storm import differences, outcome
@@ -241,6 +242,8 @@ def test_torchrun_around_it_works_too(two, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "train")
     command(sys.executable, *torchrun, *SMALL, "n=static", f"hydra.run.dir={tmp_path}")
     assert [line["train_loss"] for line in metrics(tmp_path)] == [line["train_loss"] for line in metrics(two)]
+    assert json.loads((tmp_path / "summary.json").read_text())["devices"] == 2
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["runtime"]["devices"] == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -39,6 +39,7 @@ def summarize(
         "images_per_second": median(line["images_per_second"] for line in lines),
         "seed": config.seed,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "devices": config.runtime.devices * config.runtime.nodes,
         **provenance(),
     }
 
