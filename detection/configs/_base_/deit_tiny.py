@@ -1,7 +1,7 @@
 # DeiT-Tiny, whose one map (1/16) makes a simple feature pyramid. A choice of ours: the paper has no such row.
 _base_ = "schedule_1x.py"
 
-from detection.backbone import feature_channels
+from detection import feature_channels
 
 backbone = dict(
     name="deit_tiny_patch16_224",

@@ -4,7 +4,8 @@ _base_ = [
     "mmdet::_base_/datasets/coco_instance.py",
     "mmdet::_base_/default_runtime.py",
 ]
-custom_imports = dict(imports=["detection"], allow_failed_imports=False)
+# torchvision's operators, where mmcv has no compiled ones; first, as MMDetection's models look for them on import.
+custom_imports = dict(imports=["detection.torchvision_ops", "detection"], allow_failed_imports=False)
 
 model = dict(backbone=dict(_delete_=True, type="KWBackbone"))
 
