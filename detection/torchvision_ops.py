@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -158,12 +159,17 @@ def _install() -> None:
     if EXTENSION in sys.modules or importlib.util.find_spec(EXTENSION) is not None:
         return
     sys.modules[EXTENSION] = sys.modules[__name__]
-    operators = importlib.import_module("mmcv.ops")
-    # Modules of MMDetection that were imported earlier found no operators, and defined functions or classes of the same
-    # names (some with "_" before it) that only raise. They get mmcv's.
+    _repair(importlib.import_module("mmcv.ops"))
+
+
+def _repair(operators: Any) -> None:
+    """Give mmcv's operators to the modules of MMDetection that were imported earlier. In place of those that it did not
+    find, such a module has defined functions and classes (some with "_" before the name) that raise, whatever the
+    arguments. Other functions of the same names, such as its `bbox_overlaps`, are kept."""
     for module_name, module in list(sys.modules.items()):
         for name, value in list(vars(module).items()) if module_name.startswith("mmdet.") else ():
-            if getattr(value, "__module__", None) == module_name and name.lstrip("_") in operators.__all__:
+            own = getattr(value, "__module__", None) == module_name and name.lstrip("_") in operators.__all__
+            if own and str(inspect.signature(value)) == "(*args, **kwargs)":
                 setattr(module, name, getattr(operators, name.lstrip("_")))
 
 

@@ -1,10 +1,7 @@
 """torchvision's operators in place of mmcv's compiled ones: each is its definition."""
 
-import sys
-
 import pytest
 import torch
-from helpers.training import run
 from torch.nn import functional as F
 
 from detection import torchvision_ops as ops
@@ -206,37 +203,3 @@ def test_another_operator_names_itself_and_the_remedy():
     assert hasattr(ops, "deform_conv_forward")  # mmcv looks, when it is imported
     with pytest.raises(NotImplementedError, match=r"'deform_conv_forward'.*pip install .*--no-build-isolation"):
         ops.deform_conv_forward(torch.zeros(1), groups=1)
-
-
-def test_compiled_operators_are_used_where_they_are(tmp_path):
-    """A module where mmcv has its compiled one stays the one that mmcv finds."""
-    (tmp_path / "_ext.py").write_text("built = True")
-    code = f"""
-import sys
-import mmcv
-mmcv.__path__.insert(0, {str(tmp_path)!r})
-from detection import torchvision_ops
-assert not torchvision_ops.in_use() and "mmcv.ops" not in sys.modules
-import mmcv._ext
-assert mmcv._ext.built
-"""
-    run(sys.executable, "-c", code)
-
-
-@pytest.mark.skipif(COMPILED, reason="mmcv is compiled here")
-def test_modules_that_looked_for_the_operators_before_get_them_too():
-    code = """
-from mmdet.structures.mask import structures
-try:
-    import mmdet.models  # fails half-way, after some modules have put functions that raise in place of the operators
-except ImportError:
-    pass
-theirs = structures.roi_align
-import detection.torchvision_ops, mmcv.ops
-from mmdet.models.dense_heads import rpn_head
-from mmdet.models.losses import focal_loss
-assert structures.roi_align is mmcv.ops.roi_align is not theirs
-assert rpn_head.batched_nms is mmcv.ops.batched_nms
-assert focal_loss._sigmoid_focal_loss is mmcv.ops.sigmoid_focal_loss
-"""
-    run(sys.executable, "-c", code)

@@ -1,12 +1,23 @@
-"""The plugin in MMDetection, where nobody imports `python -m detection`: it registers, and changes nothing else."""
+"""The plugin in processes that do not import `python -m detection`: it registers, and changes nothing else."""
 
 import ast
+import subprocess
 import sys
 
 import pytest
-from helpers.training import ROOT, run
+from helpers.training import ROOT, environment
+
+from detection import torchvision_ops
 
 PLUGIN = [ROOT / "detection/__init__.py", *sorted((ROOT / "detection/plugin").glob("*.py"))]
+
+
+def python(code, cwd=None):
+    """Run `code` in a new process, which has imported nothing yet."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def imported(source):
@@ -25,9 +36,7 @@ def test_the_plugin_stands_on_kw_and_mmdetection(source):
 
 
 def test_importing_it_registers_and_changes_nothing_else():
-    run(
-        sys.executable,
-        "-c",
+    python(
         """
 import sys
 import kw, mmcv, mmdet.apis, mmdet.evaluation, mmdet.structures, mmdet.utils, mmengine.runner
@@ -68,9 +77,7 @@ assert not {name.partition(".")[0] for name in new} & {"train", "hydra", "omegac
 
 def test_the_configurations_serve_mmdetections_own_runner(tmp_path):
     """Also after imports of its modules that look for operators. Checkpoints are read as MMEngine does it."""
-    run(
-        sys.executable,
-        "-c",
+    python(
         f"""
 import pathlib, sys
 import torch
@@ -102,3 +109,42 @@ assert not program and "detection.run" not in sys.modules, program
 """,
         cwd=tmp_path,
     )
+
+
+def test_compiled_operators_are_used_where_they_are(tmp_path):
+    """A module where mmcv has its compiled one stays the one that mmcv finds."""
+    (tmp_path / "_ext.py").write_text("built = True")
+    code = f"""
+import sys
+import mmcv
+mmcv.__path__.insert(0, {str(tmp_path)!r})
+from detection import torchvision_ops
+assert not torchvision_ops.in_use() and "mmcv.ops" not in sys.modules
+import mmcv._ext
+assert mmcv._ext.built
+"""
+    python(code)
+
+
+@pytest.mark.skipif(not torchvision_ops.in_use(), reason="mmcv is compiled here")
+def test_modules_that_looked_for_the_operators_before_get_them_too():
+    code = """
+import sys
+import mmdet.evaluation
+from mmdet.structures.mask import structures
+theirs = [sys.modules[f"mmdet.{place}.bbox_overlaps"] for place in ("structures.bbox", "evaluation.functional")]
+overlaps = [module.bbox_overlaps for module in theirs]  # which mmcv has one of, too
+try:
+    import mmdet.models  # fails half-way, after some modules have put functions that raise in place of the operators
+except ImportError:
+    pass
+raises = structures.roi_align
+import detection.torchvision_ops, mmcv.ops
+from mmdet.models.dense_heads import rpn_head
+from mmdet.models.losses import focal_loss
+assert structures.roi_align is mmcv.ops.roi_align is not raises
+assert rpn_head.batched_nms is mmcv.ops.batched_nms
+assert focal_loss._sigmoid_focal_loss is mmcv.ops.sigmoid_focal_loss
+assert [module.bbox_overlaps for module in theirs] == overlaps
+"""
+    python(code)

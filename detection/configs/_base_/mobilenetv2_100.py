@@ -1,4 +1,4 @@
-# MobileNetV2: maps of 24, 32, 96 and 1,280 channels, the last of them behind the last convolution.
+# MobileNetV2: maps of 24, 32, 96 and 1,280 channels. The last is the output of the last convolution.
 _base_ = "schedule_1x.py"
 
 from detection import feature_channels

@@ -1,4 +1,4 @@
-# ResNet18, as ResNet50.
+# ResNet18, set as ResNet50 is.
 _base_ = "schedule_1x.py"
 
 from detection import feature_channels

@@ -1,4 +1,4 @@
-# ResNet50: stem and first stage frozen, all batch norms as in the checkpoint.
+# ResNet50: stem and first stage frozen, all batch norms with the statistics of the checkpoint.
 _base_ = "schedule_1x.py"
 
 from detection import feature_channels
