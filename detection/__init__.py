@@ -1,15 +1,14 @@
-"""KernelWarehouse backbones in MMDetection 3: `custom_imports = dict(imports=["detection"])` makes them known.
+"""KernelWarehouse backbones in MMDetection 3.
 
-Importing it registers `KWBackbone`, `SimplePyramid` and `ConvNeXtLayerDecay`, puts stand-ins in the place of mmcv's
-compiled operators where those are missing, and has MMEngine read checkpoints without running what is in them.
+`custom_imports = dict(imports=["detection"])` in a configuration registers what plugin/ holds: `KWBackbone`,
+`SimplePyramid`, `ConvNeXtLayerDecay` and `TemperatureWarmup`. It changes nothing else. Where mmcv has no compiled
+operators, name `detection.torchvision_ops` before it. configs/ holds configurations, for MMDetection's own tools and
+for `python -m detection`. The other files are that program.
 """
 
-from detection import ops
+from detection.plugin.backbone import KWBackbone, feature_channels
+from detection.plugin.neck import SimplePyramid
+from detection.plugin.optim import ConvNeXtLayerDecay
+from detection.plugin.temperature import TemperatureWarmup
 
-ops.install()  # before MMDetection's models, which look for the operators when they are imported
-
-from detection import backbone, loading, neck, optim, temperature  # noqa: E402
-
-loading.install()
-
-__all__ = ["backbone", "loading", "neck", "ops", "optim", "temperature"]
+__all__ = ["ConvNeXtLayerDecay", "KWBackbone", "SimplePyramid", "TemperatureWarmup", "feature_channels"]

@@ -12,9 +12,10 @@ from typing import Any
 from mmengine.config import Config
 from omegaconf import DictConfig, OmegaConf
 
-from detection.backbone import feature_channels
+from detection import feature_channels
 from detection.config import OWN, DetectionConfig
 from detection.data import datasets, read_classes, set_classes
+from detection.errors import as_job_errors
 from kw.config import STATIC
 from train.jobs.errors import ConfigError, check
 from train.jobs.settings import fixed_settings, flatten
@@ -27,6 +28,7 @@ RUNNING = ("default_hooks", "visualizer", "log_")
 LOADING = ("_dataloader.num_workers", "_dataloader.persistent_workers", "_dataloader.dataset.data_root")
 
 
+@as_job_errors()
 def compose(config: DetectionConfig, composed: DictConfig, added: Sequence[str] = ()) -> Config:
     """MMDetection's configuration: the file, with what the command line sets.
 

@@ -1,4 +1,4 @@
-"""Data sets in COCO's format: what is wrong with them is told before training starts."""
+"""Data sets in COCO's format, checked before training starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.jobs.errors import ConfigError, DataError
 
 
 def datasets(cfg: Config, split: str) -> Iterator[Any]:
-    """The data sets of a split that read annotation files, out of those that wrap them."""
+    """The data sets of a split that read annotation files, also inside data sets that wrap them."""
     loader = cfg.get(f"{split}_dataloader")
     found = [loader.dataset] if loader else []
     while found:
@@ -38,12 +38,12 @@ def class_names(dataset: Any) -> list[str]:
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
-    """Raises DataError: the file is not there, or is no annotation file of COCO's format."""
+    """Raises DataError: the file does not exist, or is not an annotation file in COCO's format."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"The annotation file {path} is not there. data.root=PATH names the folder that has "
+            f"The annotation file {path} does not exist. data.root=PATH names the folder that contains "
             f"annotations/instances_train2017.json, train2017/, val2017/ ..."
         ) from None
     except (OSError, ValueError) as error:
@@ -51,7 +51,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
     parts = ("images", "annotations", "categories")
     missing = [key for key in parts if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:
-        raise DataError(f"{path} is no annotation file in COCO's format: it has no {', '.join(missing)}.")
+        raise DataError(f"{path} is not an annotation file in COCO's format: it has no list of {', '.join(missing)}.")
     return content
 
 
@@ -62,7 +62,7 @@ def read_classes(cfg: Config) -> list[str]:
 
 
 def set_classes(cfg: Config, classes: Sequence[str]) -> None:
-    """Have all data sets read these classes, and all heads predict as many."""
+    """Set the classes of all data sets, and their number in all heads."""
     for split in ("train", "val", "test"):
         for dataset in datasets(cfg, split):
             dataset.metainfo = {"classes": tuple(classes)}
@@ -81,11 +81,11 @@ def heads(model: Any) -> Iterator[dict[str, Any]]:
 
 
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
-    """Look for what would go wrong, or silently be left out, once training has begun.
+    """Look for what would fail, or silently be left out, once training has begun.
 
     Raises:
-        DataError: annotations or images are not there.
-        ConfigError: classes do not match those of the annotations, or the number that the heads predict.
+        DataError: annotations or images are missing.
+        ConfigError: the classes are not those of the annotations, or the heads predict another number of them.
     """
     for split in splits:
         for dataset in datasets(cfg, split):
@@ -107,15 +107,15 @@ def _check_classes(path: Path, wanted: Sequence[str], there: Sequence[str]) -> N
     unknown = [name for name in there if name not in wanted]
     if missing or unknown:
         raise ConfigError(
-            f"{path} has {len(there)} classes, which are not the {len(wanted)} of the configuration: "
-            f"{len(missing)} are not there ({_some(missing)}), {len(unknown)} are not asked for ({_some(unknown)}). "
-            f"data.classes=data takes those of the annotations."
+            f"The {len(wanted)} classes of the configuration and the {len(there)} of {path} differ: "
+            f"{len(missing)} are not in the file ({_some(missing)}), {len(unknown)} are not in the configuration "
+            f"({_some(unknown)}). data.classes=data takes those of the file."
         )
 
 
 def _check_images(path: Path, content: dict[str, Any], folder: Path) -> None:
     if not folder.is_dir():
-        raise DataError(f"The images' folder {folder} is not there, which {path} is about.")
+        raise DataError(f"{path} describes images in {folder}, which does not exist.")
     there = {entry.name for entry in os.scandir(folder)}
     names = [image["file_name"] for image in content["images"]]
     missing = [name for name in names if name not in there and not (folder / name).is_file()]
@@ -130,8 +130,9 @@ def _check_annotations(path: Path, content: dict[str, Any]) -> None:
         known = {entry["id"] for entry in content[kind]}
         stray = [str(entry["id"]) for entry in content["annotations"] if entry[key] not in known]
         if stray:
-            told = f"the {key} of {len(stray)} annotations is not among the {kind}"
-            raise DataError(f"{path}: {told}: their ids are {_some(stray)}.")
+            raise DataError(
+                f"{path}: the {key} of {len(stray)} annotations is not among the {kind}. Their ids: {_some(stray)}."
+            )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,7 +1,6 @@
-"""MMEngine's own checkpoints (resume, load_from, test) read without running what is in them.
+"""Safe checkpoint reading for `python -m detection`: nothing that a checkpoint holds is run, and nothing is downloaded.
 
-MMEngine tries `weights_only=True`, and on an error unpickles anything. It takes its loaders from a table by the
-path's beginning; ours take the places of all of them.
+MMEngine reads with `weights_only=True` first, and when that fails it unpickles anything.
 """
 
 from __future__ import annotations
@@ -13,48 +12,50 @@ from typing import Any
 import numpy as np
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
-from numpy._core import multiarray
+from mmengine.runner.checkpoint import get_torch_safe_globals
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from detection.pretrained import read_weights
 from train.jobs.checkpoint import read
 from train.jobs.errors import CheckpointError
 
+# MMEngine tries its loaders' regular expressions in reverse alphabetical order, and takes the first that matches the
+# beginning of the path. "~" sorts after all letters, and as it is optional, this one matches every path.
+EVERY_PATH = "~?"
 
-def method_of_history(owner: type, name: str) -> Callable[..., Any]:
-    """What `getattr` may do in a pickle: name a statistic of HistoryBuffer, which is how MMEngine saves its logs."""
+
+def history_method(owner: type, name: str) -> Callable[..., Any]:
+    """`getattr` as far as a checkpoint may use it: HistoryBuffer, which holds MMEngine's logs, saves its methods so."""
     if owner is not HistoryBuffer or name.startswith("_"):
-        raise ValueError(f"a checkpoint asks for {name!r} of {owner!r}.")
+        raise ValueError(f"A checkpoint asks for the attribute {name!r} of {owner!r}.")
     return getattr(HistoryBuffer, name)
 
 
-# Beside tensors and plain values, MMEngine saves curves of logged values, in numpy's arrays.
+# What MMEngine saves beside tensors and plain values: logs, in numpy arrays. Its own list has the real getattr.
 ALLOWED = (
-    HistoryBuffer,
-    (method_of_history, "builtins.getattr"),
-    slice,
-    np.ndarray,
-    np.dtype,
-    multiarray._reconstruct,
-    multiarray.scalar,
-    *{type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "uint32", "bool")},
+    *(allowed for allowed in get_torch_safe_globals() if allowed is not getattr),
+    (history_method, "builtins.getattr"),
+    *(type(np.dtype(kind)) for kind in ("float32", "int32", "bool")),
 )
 
 
 def load(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """A checkpoint, as MMEngine's loaders give it.
+    """Read a checkpoint file to the CPU; a loader of MMEngine's.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or asks for more than `ALLOWED`.
+        CheckpointError: it is not a file here, it is damaged, or its pickle asks for more than `ALLOWED`.
     """
+    if "://" in filename:
+        raise CheckpointError(f"{filename}: it is not a file. Download it, then give its path.")
     path = Path(filename).expanduser()
-    return read_weights(path) if path.suffix == ".safetensors" else read(path, ALLOWED)
-
-
-def load_from_elsewhere(filename: str, map_location: Any = None) -> dict[str, Any]:
-    raise CheckpointError(f"{filename}: checkpoints are read from files here. Download it, and name the file.")
+    if path.suffix != ".safetensors":
+        return read(path, ALLOWED)
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def install() -> None:
-    """Put ours in the places of MMEngine's loaders."""
-    for prefix in CheckpointLoader._schemes:
-        CheckpointLoader.register_scheme(prefix, load if prefix == "" else load_from_elsewhere, force=True)
+    """Have MMEngine read all checkpoints of this process by `load`."""
+    CheckpointLoader.register_scheme(EVERY_PATH, load, force=True)

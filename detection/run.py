@@ -22,11 +22,12 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint, set_random_seed
 
+from detection import loading, torchvision_ops
 from detection.compose import learnt_settings
 from detection.config import DetectionConfig
 from detection.data import check_data
 from detection.display import DisplayHook, line
-from detection.ops import EXTENSION, Extension
+from detection.errors import as_job_errors
 from detection.services import watch
 from kw.config import STATIC
 from train.jobs.display import Display
@@ -60,9 +61,11 @@ def start(config: DetectionConfig, cfg: Config, folder: Path) -> None:
     launch(run, (config, cfg, folder), config.runtime, f"{config.name}-seed{config.seed}")
 
 
+@as_job_errors()
 def run(config: DetectionConfig, cfg: Config, folder: Path) -> None:
     """The part of one process in the job."""
     calm()
+    loading.install()
     init_default_scope("mmdet")
     world = connect(config.runtime)
     try:
@@ -218,7 +221,7 @@ def summary(config: DetectionConfig, cfg: Config, metrics: dict[str, Any], runne
     """Results, and what decides them beside the configuration."""
     backbone = cfg.model.backbone
     of = {"name": config.name, "backbone": backbone.get("name", backbone.type), "n": str(backbone.get("n", STATIC))}
-    operators = "stand-ins" if isinstance(sys.modules.get(EXTENSION), Extension) else "compiled"
+    operators = "torchvision" if torchvision_ops.in_use() else "compiled"
     params = sum(parameter.numel() for parameter in runner.model.parameters())
     ran = {"epochs": runner.epoch, "params": params, "operators": operators}
     return {**of, "seed": config.seed, **in_percent(metrics), **ran, **provenance(mmdet, mmengine)}

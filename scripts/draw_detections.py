@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-import detection  # noqa: F401  first, as it stands in for mmcv's operators
+from detection import loading
 from detection.data import class_names
 from detection.run import calm, quiet
 from scripts.arguments import argument_parser
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--zoom", type=int, default=2, help="factor by which images are enlarged (default: 2)")
     options = parser.parse_args()
     calm()
+    loading.install()
     try:
         with quiet():
             images = list(detected(options.run, options.images, options.score, options.zoom))

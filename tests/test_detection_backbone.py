@@ -10,15 +10,19 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import detection  # noqa: F401  first, as it stands in for mmcv's operators
 import kw
-from detection.backbone import KWBackbone, feature_channels
-from detection.neck import SimplePyramid
-from detection.temperature import TemperatureWarmup
+from detection import (  # noqa: F401  torchvision_ops: so that mmcv has operators
+    KWBackbone,
+    SimplePyramid,
+    TemperatureWarmup,
+    feature_channels,
+    torchvision_ops,
+)
+from detection.plugin import pretrained
+from detection.plugin.errors import PretrainedError, SettingError
 from kw.attention import Attention
 from kw.layers import KWLayer
 from train.jobs.checkpoint import FORMAT
-from train.jobs.errors import CheckpointError, ConfigError
 
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}
 
@@ -39,7 +43,7 @@ def backbone(n="1", **settings):
         ("deit_tiny_patch16_224", (2, 5), {"depth": 6, "dynamic_img_size": True, "dynamic_img_pad": True}),
     ],
 )
-def test_maps_have_the_channels_and_strides_that_are_told(name, out_indices, kwargs, n):
+def test_maps_have_the_channels_and_strides_that_it_states(name, out_indices, kwargs, n):
     model = MODELS.build({"type": "KWBackbone", "name": name, "n": n, "out_indices": out_indices, "kwargs": kwargs})
     maps = model(torch.randn(2, 3, 64, 96))
     assert [m.shape[1] for m in maps] == model.channels == feature_channels(name, out_indices, kwargs)
@@ -54,7 +58,7 @@ def test_mobilenetv2_gives_the_published_maps():
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"name": "resnet19"}, "resnet18"),
         ({"out_indices": (4, 3)}, r"out_indices=\(4, 3\).*4 \(16 channels, 1/32\)"),
@@ -63,16 +67,17 @@ def test_mobilenetv2_gives_the_published_maps():
         ({"n": "3/2"}, "n='3/2'"),
         ({"frozen_stages": 5}, "stages 1 to 4"),
         ({"kwargs": {"nonsense": 1}}, "nonsense"),
-        ({"kw": {"nonsense": 1}}, "nonsense"),
+        ({"warehouse": {"nonsense": 1}}, "nonsense"),
+        ({"dynamic": "nonsense"}, "nonsense.*odconv"),
     ],
 )
-def test_what_cannot_be_is_told_of(settings, told):
-    with pytest.raises(ConfigError, match=told):
+def test_wrong_settings_are_refused_by_name(settings, message):
+    with pytest.raises(SettingError, match=message):
         backbone(**settings)
 
 
 def test_settings_of_warehouses_and_drop_path_arrive():
-    model = backbone(kw={"reduction": 1}, drop_path=0.2)
+    model = backbone(warehouse={"reduction": 1}, drop_path=0.2)
     assert {m.fc1.out_features for m in model.modules() if isinstance(m, Attention)} == {16, 64}
     assert {m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"} == {0.2}
 
@@ -136,6 +141,20 @@ def test_temperatures_are_zero_frozen_or_not_training_or_not():
         assert set(temperatures) == {0.0} and len(temperatures) == 11
 
 
+@pytest.mark.parametrize("method", ["odconv", "dyconv"])
+def test_a_method_to_compare_with_serves_as_well(method, tmp_path):
+    """It trains, but for its frozen stages, and its own checkpoint fills it."""
+    whole = kw.create_model("resnet18", n=4, dynamic=method, num_classes=7, **SMALL)
+    torch.save(ours(whole), tmp_path / "last.pt")
+    model = filled(tmp_path / "last.pt", n=4, dynamic=method, frozen_stages=1, norm_eval=True).train()
+    assert model.model.state_dict().keys() == whole.state_dict().keys() - {"fc.weight", "fc.bias"}
+    assert_same_body(model, whole)
+    assert [float(temperature.value) for temperature in kw.temperatures(model)] == [0.0]
+    sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
+    parts = ("model.conv1", "model.bn1", "model.layer1")
+    assert all((p.grad is None) == name.startswith(parts) for name, p in model.named_parameters())
+
+
 # Checkpoints
 
 
@@ -194,25 +213,20 @@ def test_an_average_of_the_weights_is_taken_if_asked_for(tmp_path):
     torch.save({**ours(one), "ema": other.state_dict()}, tmp_path / "last.pt")
     assert_same_body(filled(tmp_path / "last.pt", init={"ema": True}), other)
     torch.save(ours(one), tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match="no average"):
+    with pytest.raises(PretrainedError, match="no averaged weights"):
         filled(tmp_path / "last.pt", init={"ema": True})
 
 
-def test_what_is_left_out_is_named(tmp_path, capsys):
+def test_what_is_left_out_is_named(tmp_path, monkeypatch):
     torch.save(ours(classifier(num_classes=7, **SMALL)), tmp_path / "last.pt")
     messages = []
-    from detection import pretrained
-
-    original, pretrained.print_log = pretrained.print_log, lambda text, logger: messages.append(text)
-    try:
-        filled(tmp_path / "last.pt")
-    finally:
-        pretrained.print_log = original
+    monkeypatch.setattr(pretrained, "print_log", lambda text, logger: messages.append(text))
+    filled(tmp_path / "last.pt")
     assert messages[0].endswith("last feature map: fc.bias, fc.weight")
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda s: s["model"].pop("layer3.0.bn2.weight"), r"1 missing \(layer3.0.bn2.weight\)"),
         (lambda s: s["model"].update({"layer9.weight": torch.zeros(1)}), r"1 left over \(layer9.weight\)"),
@@ -221,26 +235,26 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
         (lambda s: s["classes"].pop(), r"2 of another shape \(fc.bias, fc.weight\)"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused_by_name(change, told, tmp_path):
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(change, message, tmp_path):
     state = ours(classifier(num_classes=7, **SMALL))
     change(state)
     torch.save(state, tmp_path / "last.pt")
     model = backbone(init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "last.pt")})
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(PretrainedError, match=message):
         model.init_weights()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_another_budget_is_refused_by_the_run_it_is_of(tmp_path):
     torch.save(ours(classifier(n="1/2", num_classes=7, **SMALL)), tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match="It is of a_run"):
+    with pytest.raises(PretrainedError, match="It is of the run a_run"):
         filled(tmp_path / "last.pt", n="1")
 
 
 @pytest.mark.parametrize("init", [{"type": "Kaiming"}, {"prefix": "backbone."}, {"checkpoint": None}])
 def test_an_init_cfg_of_another_kind_is_refused(init):
-    with pytest.raises(ConfigError, match="init_cfg"):
+    with pytest.raises(SettingError, match="init_cfg"):
         filled("nowhere.pt", init=init)
 
 
@@ -250,7 +264,7 @@ def test_a_simple_pyramid_has_the_strides_of_a_feature_pyramid():
     assert [tuple(m.shape) for m in maps] == [(1, 8, 32, 48), (1, 8, 16, 24), (1, 8, 8, 12), (1, 8, 4, 6), (1, 8, 2, 3)]
     sum(m.sum() for m in maps).backward()
     assert all(p.grad is not None for p in neck.parameters())
-    with pytest.raises(ConfigError):
+    with pytest.raises(SettingError):
         SimplePyramid([16, 16], 8)
 
 

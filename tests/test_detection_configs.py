@@ -14,14 +14,13 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from torch import nn
 
-import detection  # noqa: F401  first, as it stands in for mmcv's operators
-from detection.backbone import feature_channels
+from detection import feature_channels, torchvision_ops  # noqa: F401  so that mmcv has operators
 from detection.compose import CONFIGS
-from detection.optim import group_of
+from detection.plugin.errors import SettingError
+from detection.plugin.optim import group_of
 from kw.attention import Attention
 from kw.config import format_budget
 from kw.layers import KWLayer
-from train.jobs.errors import ConfigError
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 ROWS = yaml.safe_load((ROOT / "scripts/report/published.yaml").read_text())["coco"]
@@ -183,7 +182,7 @@ def test_the_learning_rate_decays_towards_the_stem(n):
 
 def test_layer_decay_is_for_convnext():
     cfg = load("mask_rcnn_resnet18_1x_coco")
-    with pytest.raises(ConfigError, match="ConvNeXt"):
+    with pytest.raises(SettingError, match="ConvNeXt"):
         build_optim_wrapper(
             MODELS.build(shrunk(cfg)),
             {**cfg.optim_wrapper, "constructor": "ConvNeXtLayerDecay", "paramwise_cfg": {"num_layers": 6}},
@@ -201,7 +200,7 @@ THEIRS = [
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_mmdetections_own_detectors_run_on_the_stand_ins(name):
+def test_mmdetections_own_detectors_run_on_torchvisions_operators(name):
     model = Config.fromfile(Path(mmdet.__file__).parent / f".mim/configs/{name}.py").model
     model.backbone.update(depth=18, init_cfg=None)
     model.neck.update(in_channels=[64, 128, 256, 512], out_channels=16)

@@ -2,7 +2,7 @@
 # is that of `python -m train`'s default run, whose checkpoint it begins from: init=runs/digits/resnet_digits_kw1x/...
 _base_ = ["_base_/mask_rcnn.py", "_base_/schedule_1x.py"]
 
-from detection.backbone import feature_channels
+from detection import feature_channels
 
 classes = tuple("0123456789")
 backbone = dict(

@@ -12,7 +12,6 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 
-import detection  # noqa: F401  first, as it stands in for mmcv's operators
 from detection.compose import CONFIGS
 
 pytestmark = pytest.mark.gpu

@@ -1,7 +1,7 @@
-# ConvNeXt-Tiny: layer scale begins at 1; the learning rate decays towards the stem, over 6 groups of layers.
+# ConvNeXt-Tiny: layer scale starts at 1; the learning rate is lower towards the stem, in 6 groups of layers.
 _base_ = "schedule_1x.py"
 
-from detection.backbone import feature_channels
+from detection import feature_channels
 
 backbone = dict(
     name="convnext_tiny",

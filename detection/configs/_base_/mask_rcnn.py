@@ -4,11 +4,12 @@ _base_ = [
     "mmdet::_base_/datasets/coco_instance.py",
     "mmdet::_base_/default_runtime.py",
 ]
-custom_imports = dict(imports=["detection"], allow_failed_imports=False)
+# torchvision's operators, where mmcv has no compiled ones; first, as MMDetection's models look for them on import.
+custom_imports = dict(imports=["detection.torchvision_ops", "detection"], allow_failed_imports=False)
 
 model = dict(backbone=dict(_delete_=True, type="KWBackbone"))
 
-# Multi-scale, as in DETR: resized to one of eleven sizes; or to one of three, cropped, and then to one of the eleven.
+# Multi-scale, as in DETR: resize to one of eleven sizes; or to one of three, crop, then resize to one of the eleven.
 sizes = [(short, 1333) for short in range(480, 801, 32)]
 resize = dict(type="RandomChoiceResize", scales=sizes, keep_ratio=True)
 crop = [
@@ -25,4 +26,4 @@ train_pipeline = [
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best="auto"))
-auto_scale_lr = dict(enable=False, base_batch_size=16)  # the rate goes with 16 images a step, on all devices together
+auto_scale_lr = dict(enable=False, base_batch_size=16)  # the learning rate is for 16 images a step, summed over devices

@@ -1,4 +1,4 @@
-"""Layer decay for ConvNeXt as its authors fine-tune detectors with: `num_layers` groups of layers, the stem slowest."""
+"""Learning rates of ConvNeXt in a detector, as its authors set them: lower in each of `num_layers` earlier groups."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from mmdet.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
+from detection.plugin.errors import SettingError
 from kw.layers import KWLayer
-from train.jobs.errors import ConfigError
 
-BLOCKS_PER_GROUP = 3  # in the long third stage
+BLOCKS_PER_GROUP = 3  # of the third stage
 
 
 def group_of(name: str, num_layers: int) -> int:
-    """The group of a parameter of the detector: 0 for the stem, 1 and 2 for the first stages, 3 and on for each three
-    blocks of the third, `num_layers` for the last; one more for what is not in the backbone's stages."""
+    """The group of a parameter of the detector, by its name: 0 for the stem, 1 and 2 for the first two stages, 3 and up
+    for the third, in threes of blocks, `num_layers` for the fourth; `num_layers + 1` outside the backbone's stages."""
     if name.startswith("backbone.model.stem."):
         return 0
     match = re.match(r"backbone\.model\.stages\.(\d+)\.(?:downsample|blocks\.(\d+))", name)
@@ -32,15 +32,15 @@ class ConvNeXtLayerDecay(DefaultOptimWrapperConstructor):
     """`paramwise_cfg=dict(decay_rate=0.95, num_layers=6)`: the rate of group g is `decay_rate ** (num_layers + 1 - g)`
     of the optimizer's. No weight decay on biases and one-dimensional parameters.
 
-    A warehouse's cells learn as fast as the deepest layer that draws from them.
+    A warehouse's cells have the rate of the deepest layer that uses them.
 
     Raises:
-        ConfigError: the backbone is no ConvNeXt.
+        SettingError: the backbone is not a KWBackbone with a ConvNeXt.
     """
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **kwargs: Any) -> None:
-        if type(getattr(module.backbone, "model", None)).__name__ != "ConvNeXt":
-            raise ConfigError("optim_wrapper.constructor=ConvNeXtLayerDecay is for KWBackbone with a ConvNeXt.")
+        if type(getattr(getattr(module, "backbone", None), "model", None)).__name__ != "ConvNeXt":
+            raise SettingError("optim_wrapper.constructor=ConvNeXtLayerDecay needs a KWBackbone with a ConvNeXt.")
         num_layers, rate = self.paramwise_cfg["num_layers"], self.paramwise_cfg["decay_rate"]
         of_cells: dict[nn.Parameter, int] = {}
         for name, layer in module.named_modules():

@@ -11,7 +11,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.jobs.errors import ConfigError
+from detection.plugin.errors import SettingError
 
 
 @MODELS.register_module()
@@ -20,10 +20,10 @@ class SimplePyramid(BaseModule):
 
     Args:
         in_channels: C, in a list of one: a plain backbone has one map.
-        num_outs: from 4 on; those after the fourth are every second pixel of the one before.
+        num_outs: at least 4. Each map after the fourth is every second pixel of the one before.
 
     Raises:
-        ConfigError: there is not just one map.
+        SettingError: there is more than one map, or num_outs is below 4.
     """
 
     def __init__(
@@ -31,7 +31,9 @@ class SimplePyramid(BaseModule):
     ):
         super().__init__(init_cfg)
         if len(in_channels) != 1 or num_outs < 4:
-            raise ConfigError(f"SimplePyramid makes 4 or more levels of one map, not {num_outs} of {len(in_channels)}.")
+            raise SettingError(
+                f"SimplePyramid makes at least 4 maps from one: num_outs={num_outs}, in_channels={list(in_channels)}."
+            )
         c = in_channels[0]
         up = [nn.ConvTranspose2d(c, c // 2, 2, 2), LayerNorm2d(c // 2), nn.GELU()]
         resize = [

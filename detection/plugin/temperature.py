@@ -1,4 +1,4 @@
-"""The temperature warm-up (paper, section 3.3) for a backbone that begins without a classification checkpoint."""
+"""The temperature warm-up (paper, section 3.3), for a backbone that is trained without a classification checkpoint."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PUBLISHED = 12_500  # steps: 10 epochs of ImageNet in batches of 1,024
 
 @HOOKS.register_module()
 class TemperatureWarmup(Hook):
-    """`custom_hooks = [dict(type="TemperatureWarmup")]`: from 1 to 0 over the first `steps` steps.
+    """`custom_hooks = [dict(type="TemperatureWarmup")]`: tau falls from 1 to 0 over the first `steps` steps.
 
-    At 1 each mixture is a cell of its own, as a static layer has its kernel; at 0 the attention is free. A checkpoint's
-    attention has been through that, so fine-tuning begins at 0, without this hook. A run much shorter than the warm-up
-    learns as a static backbone does, and its checkpoints keep the temperature that they were learnt at.
+    At 1 each mixture is one cell, as a static layer has its kernel; at 0 the attention is unconstrained. A
+    classification checkpoint is past its warm-up, so fine-tuning runs at 0, without this hook. A run much shorter than
+    the warm-up trains nearly static kernels, and its checkpoints contain the temperature that they were trained at.
     """
 
     def __init__(self, steps: int = PUBLISHED):
