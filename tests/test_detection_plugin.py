@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.training import ROOT, environment
+from helpers.programs import ROOT, environment
 
 from detection import torchvision_ops
 

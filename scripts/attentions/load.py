@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import kw
 from kw.layers import KWLayer
 from scripts.options import imagenet_defaults
 from train.checkpoint import State, newest
-from train.config import TrainConfig, compose, validate
+from train.config import TrainConfig, compose, load_saved, validate
 from train.data.formats import open_split
 from train.data.transforms import eval_transform
 from train.jobs.checkpoint import FORMAT, read
@@ -78,8 +78,8 @@ def _saved_config(path: Path, state: State, overrides: list[str]) -> TrainConfig
     for word in overrides:
         if not word.startswith("data."):
             raise ConfigError(f"{path} contains its own settings: leave {word} out; only data.* can be overridden.")
-    merged = OmegaConf.merge(OmegaConf.create(state["config"]), OmegaConf.from_dotlist(overrides))
-    return validate(OmegaConf.create(merged))  # type: ignore[arg-type]
+    saved = OmegaConf.create(asdict(load_saved(state["config"])))
+    return validate(OmegaConf.create(OmegaConf.merge(saved, OmegaConf.from_dotlist(overrides))))  # type: ignore[arg-type]
 
 
 def _composed(path: Path, overrides: list[str]) -> TrainConfig:
