@@ -17,6 +17,7 @@ import mmengine
 import numpy as np
 import torch.distributed as dist
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.device import utils as mmengine_device
 from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
@@ -85,7 +86,9 @@ def set_devices(cfg: Config, world: World) -> None:
     """Have MMEngine use the device of this process, and the process group that there is."""
     cpu = world.device.type == "cpu"
     if cpu:
-        mmengine_device.DEVICE = "cpu"  # MMEngine has no setting for it
+        mmengine_device.DEVICE = "cpu"  # MMEngine has no public setting for it
+        if get_device() != "cpu":
+            raise ConfigError(f"runtime.device=cpu: MMEngine {mmengine.__version__} would use {get_device()}.")
     if dist.is_initialized():
         cfg.launcher = "pytorch"
         if cpu:

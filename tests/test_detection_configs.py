@@ -68,7 +68,7 @@ def test_a_published_row_is_set_as_published(row, detector):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["id"])
-def test_a_published_rows_file_tells_its_figures(row):
+def test_the_file_of_a_published_row_states_its_figures(row):
     head = (CONFIGS / f"{config_name('mask_rcnn', row)}.py").read_text().splitlines()[:2]
     assert head[0] == f"# python -m detection config={config_name('mask_rcnn', row)} data.root=PATH"
     assert head[1] == f"# Published: box AP {row['box_ap']}, mask AP {row['mask_ap']}."
