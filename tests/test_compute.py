@@ -289,7 +289,7 @@ def test_a_moved_model_does_not_hold_its_old_memory(shared):
     assert old() is None
 
 
-@pytest.mark.parametrize("way", ["auto", "blocks", "triton folded"])
+@pytest.mark.parametrize("way", ["auto", pytest.param("blocks", marks=pytest.mark.slow), "triton folded"])
 def test_a_compiled_model_trains_on_batches_of_several_sizes(shared, way):
     model, x = shared
     torch.compiler.reset()

@@ -16,7 +16,8 @@ from scripts.kill_storm import differences, outcome
 from train.jobs.checkpoint import read
 
 SMALL = (
-    "recipe.batch_size=64",
+    "recipe.batch_size=32",
+    "data.train_images=704",
     "recipe.epochs=2",
     "recipe.warmup_epochs=0",
     "recipe.temperature_epochs=1",
@@ -53,7 +54,7 @@ def metrics(folder):
 def one(tmp_path_factory):
     """The folder of one process that works off each batch in two micro-batches."""
     folder = tmp_path_factory.mktemp("one")
-    run(folder, "n=1/2", "runtime.micro_batch=32")
+    run(folder, "n=1/2", "runtime.micro_batch=16")
     return folder
 
 
@@ -68,7 +69,7 @@ def two(tmp_path_factory):
 RANDOM = ("recipe.mixup=0.4", "recipe.cutmix=1.0", "recipe.drop_path=0.3", "recipe.dropout=0.2")
 
 
-@pytest.mark.parametrize("micro_batch", [pytest.param(32, marks=pytest.mark.slow), 16])
+@pytest.mark.parametrize("micro_batch", [pytest.param(16, marks=pytest.mark.slow), 8])
 def test_two_processes_learn_as_one_does_with_the_same_micro_batches(micro_batch, tmp_path):
     """Batch statistics are those of a micro-batch, so that they are the same here and there; only the running ones,
     which evaluation uses, see the first process's half."""
@@ -213,7 +214,7 @@ at(trainer, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 def test_a_run_resumes_with_another_number_of_processes_and_says_so(two, tmp_path):
     disturb(tmp_path, KILLED_AT_STEP_6, "runtime.checkpoint_steps=5")
-    done = run(tmp_path / "run", "n=static", "runtime.micro_batch=32")
+    done = run(tmp_path / "run", "n=static", "runtime.micro_batch=16")
     assert "Resuming with 1 processes; there were 2" in done.stdout
     for now, undisturbed in zip(metrics(tmp_path / "run"), metrics(two), strict=True):
         assert now["train_loss"] == pytest.approx(undisturbed["train_loss"], rel=1e-3)

@@ -79,7 +79,7 @@ def test_eval_logits_and_attentions(loaded, each_way):
         close(alpha.flatten(0, 1).numpy()[: len(expected)], expected)
 
 
-@in_each([way for way in SETTINGS if "triton" not in way], ["auto", "blocks folded"])
+@in_each([way for way in SETTINGS if "triton" not in way], ["auto"])
 def test_training_logits_and_gradients(loaded, each_way):
     name, case, _ = loaded
     if "folded" in each_way and not name.startswith(("resnet18", "mobilenetv2")):
