@@ -3,7 +3,8 @@
 mmcv.ops is Python code around one compiled module, `mmcv._ext`. Where that was not built, this module takes its place,
 so that all of mmcv.ops works unchanged, autograd included, on a CPU and on a GPU. Where it was built, nothing happens.
 Name this module first in a configuration, as MMDetection's models look for the operators when they are imported:
-`custom_imports = dict(imports=["detection.torchvision_ops", "detection"])`.
+`custom_imports = dict(imports=["detection.torchvision_ops", "detection"])`. A script that imports the models before it
+reads a configuration, such as MMDetection's tools/test.py, runs by `python -m detection.torchvision_ops SCRIPT ...`.
 
 The arguments are those of mmcv's functions, most of which write their result into a tensor of the caller.
 Boxes are `(N, 4)`: x1, y1, x2, y2 in pixels. RoIs are `(R, 5)`: the index of the image in the batch, then a box.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import runpy
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -173,4 +175,9 @@ def _repair(operators: Any) -> None:
                 setattr(module, name, getattr(operators, name.lstrip("_")))
 
 
-_install()
+if __name__ == "__main__":
+    importlib.import_module("detection.torchvision_ops")
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+else:
+    _install()

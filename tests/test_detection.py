@@ -431,7 +431,8 @@ def test_the_configurations_serve_mmdetections_own_tools(digits, tmp_path):
     options = ["train_cfg.max_epochs=1", "train_cfg.val_interval=1"]
     options += [f"{split}_dataloader.dataset.data_root={digits}" for split in ("train", "val", "test")]
     options += [f"{split}_evaluator.ann_file={digits}/annotations/instances_val2017.json" for split in ("val", "test")]
-    for words in ([tools / "train.py", file], [tools / "test.py", file, "work/epoch_1.pth"]):
+    test = ["-m", "detection.torchvision_ops", tools / "test.py", file, "work/epoch_1.pth"]
+    for words in ([tools / "train.py", file], test):
         done = subprocess.run(
             [sys.executable, *words, "--work-dir", "work", "--cfg-options", *options],
             cwd=tmp_path,
