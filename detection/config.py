@@ -33,13 +33,17 @@ class RuntimeConfig(Runtime):
         check(self.workers is None or self.workers >= 0, "runtime.workers", self.workers, "must not be negative")
 
 
+# A setting that decides what is learnt, and is compared on a resume by its effect on MMDetection's configuration.
+IN_THE_FILE = {**RESUMABLE, "in the file": True}
+
+
 @dataclass
 class DetectionConfig:
-    """What `config`, `n` and `init` set in MMDetection's configuration is compared there when a run is resumed."""
+    """What `python -m detection` sets itself; all other keys are those of MMDetection's file."""
 
-    config: str = resumable("")
-    n: int | float | str | None = resumable(None)
-    init: str | None = resumable(None)
+    config: str = field(default="", metadata=IN_THE_FILE)
+    n: int | float | str | None = field(default=None, metadata=IN_THE_FILE)
+    init: str | None = field(default=None, metadata=IN_THE_FILE)
     scratch: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

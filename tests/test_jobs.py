@@ -8,16 +8,17 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-from helpers.training import ALONE, NARROW, TINY, config
+from helpers.training import ALONE, NARROW, TINY, config, launch
 from hydra import initialize_config_dir
 
 from train.config import RuntimeConfig, TrainConfig, learnt_settings, load_saved, saved, to_plain, validate
 from train.jobs import folder as run_folder
 from train.jobs.errors import ConfigError
-from train.jobs.launch import count_processes, under_torchrun
+from train.jobs.launch import count_processes
 from train.jobs.names import MAX_NAME, extended, same, shorten
 from train.jobs.settings import fixed_settings
 from train.jobs.sweep import CONFIGS, sweep_name
+from train.jobs.torchrun import is_main, under_torchrun
 from train.jobs.weights_and_biases import run_id
 from train.trainer import Trainer
 
@@ -203,3 +204,52 @@ def test_a_file_system_without_locks_does_not_keep_a_job_out(tmp_path, monkeypat
     monkeypatch.setattr(fcntl, "flock", refuse)
     run_folder.lock(tmp_path).close()
     assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def test_a_rank_without_a_world_is_a_schedulers_and_errors_are_still_printed(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    for key in ("WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(key, raising=False)
+    assert is_main() and not under_torchrun()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert under_torchrun() and not is_main()
+
+
+def test_a_lock_that_another_job_may_have_is_not_removed(tmp_path, monkeypatch):
+    """flock fails on NFS for a file that is open for reading only, and on some file systems for any."""
+    with run_folder.lock(tmp_path):
+        run_folder.remove_lock(tmp_path)
+        assert (tmp_path / run_folder.LOCK).exists()
+
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", unsupported)
+    run_folder.remove_lock(tmp_path)
+    assert (tmp_path / run_folder.LOCK).exists()
+    run_folder.lock(tmp_path).close()  # a warning
+
+
+@pytest.mark.parametrize("words, where", [
+    (["hydra.run.dir=."], "."),
+    (["hydra.job.chdir=true", "hydra.sweep.dir=here", "name=c"], "here/digits/c/seed0"),
+    (["hydra.run.dir=there"], "there"),
+])  # fmt: skip
+def test_the_run_folder_is_where_the_user_wants_it(words, where, tmp_path):
+    launch("n=static", *words, cwd=tmp_path)
+    assert (tmp_path / where / "summary.json").exists()
+
+
+def test_a_sweep_of_a_timm_model_has_a_name():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert sweep_name(["backbone=timm", "backbone.name=resnet10t", "label=x", "n=1,4"], "train").startswith("n-1,4")
+
+
+def test_a_sweep_of_detectors_is_named_by_the_file_and_the_budget():
+    pytest.importorskip("mmdet")
+    import detection.config  # noqa: F401  registers its schema
+
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        name = sweep_name(["config=mask_rcnn_kw1x_digits", "seed=0,1", "n=4"], "detection")
+    assert "mask_rcnn_kw1x_digits" in name and "n-4" in name

@@ -13,7 +13,6 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from train.config.names import full_name
 from train.config.schema import TrainConfig
-from train.jobs import slurm
 from train.jobs.errors import ConfigError
 from train.jobs.sweep import CONFIGS
 
@@ -61,8 +60,3 @@ def validate(settings: DictConfig | Mapping[str, Any]) -> TrainConfig:
         raise ConfigError(str(error).splitlines()[0] + (f" ({error.full_key})" if error.full_key else "")) from None
     assert isinstance(config, TrainConfig)
     return config
-
-
-# For configs/hydra/launcher/slurm.yaml.
-OmegaConf.register_new_resolver("slurm_gpus", slurm.gpus_per_node, replace=True)
-OmegaConf.register_new_resolver("slurm_cpus", slurm.cpus_per_task, replace=True)

@@ -31,7 +31,7 @@ class Jobs:
         """A job in the block. Its error is printed and noted, so that the next job of a sweep still runs; a run folder
         that it left empty is removed."""
         self.count += 1
-        before = len(self.folders)
+        before = set(self.folders)
         try:
             yield
         except Exception as error:
@@ -41,7 +41,7 @@ class Jobs:
             if in_submitit(os.environ) or not report(error):
                 raise  # submitit hands the error to the process that submitted the job
         finally:
-            for folder in (Path(HydraConfig.get().runtime.output_dir), *list(self.folders)[before:]):
+            for folder in (Path(HydraConfig.get().runtime.output_dir), *(self.folders.keys() - before)):
                 take_back(folder)
 
     def enter(self, folder: Path, settings: Any) -> bool:
@@ -59,8 +59,12 @@ class Jobs:
                 f"Another job of this sweep has the run folder {folder}. Put what is swept over into its path, by "
                 f"name=... or label=..., such as 'label=x${{runtime.micro_batch}}'."
             )
+        try:
+            make(folder)
+        except ConfigError:
+            take_back(folder)  # some of the folders above it may have been made
+            raise
         self.folders[folder] = settings
-        make(folder)
         return True
 
     def run(self, main: Callable[[], None]) -> None:

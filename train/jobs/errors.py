@@ -1,10 +1,11 @@
 """Errors and warnings for the user: each message names the key or file, and is printed without a traceback."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from train.jobs.torchrun import is_main
 
 
 class RunError(RuntimeError):
@@ -77,8 +78,3 @@ def warn(text: str) -> None:
     """Print a warning once, whatever the number of processes."""
     if is_main():
         print(f"Warning: {text}", file=sys.stderr, flush=True)
-
-
-def is_main() -> bool:
-    """Whether this process has rank 0, or is alone."""
-    return os.environ.get("RANK", "0") == "0"

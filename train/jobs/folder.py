@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -12,6 +13,7 @@ from train.jobs.errors import ConfigError, warn, writing
 
 LOCK = ".lock"  # in a run folder
 LOCK_SECONDS = 15
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what flock says on file systems without locks
 
 _made: set[Path] = set()  # folders that this process has made
 
@@ -79,34 +81,54 @@ def lock(folder: Path) -> IO[str]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / LOCK).open("w")
+            if _claim(file, folder / LOCK):
+                _remove_temporary_files(folder)
+                return file
         except OSError as error:
-            raise ConfigError(f"The run folder {folder} cannot be written: {error.strerror}.") from None
-        if _claim(file, folder / LOCK):
-            return file
+            raise ConfigError(f"The run folder {folder} cannot be written or locked: {error.strerror}.") from None
         file.close()
         time.sleep(0.1)
     raise ConfigError(f"Another job is at work in {folder}: wait for it, or choose another folder for this one.")
 
 
+def _remove_temporary_files(folder: Path) -> None:
+    """Those of a job that was killed while it wrote (`write_whole`)."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def remove_lock(folder: Path) -> None:
-    """Remove the lock file from a folder that holds nothing else, unless another job has the lock."""
+    """Remove the lock file from a folder that holds nothing else, unless another job has, or may have, the lock."""
     path = folder / LOCK
     try:
-        with path.open() as file:
-            if _claim(file, path) and os.listdir(folder) == [LOCK]:
+        if os.listdir(folder) != [LOCK]:
+            return
+        with path.open("r+") as file:  # NFS gives exclusive locks only to files that are open for writing
+            if _claim(file, path, without_locks=False):
                 path.unlink()
     except OSError:  # there is none, or the folder cannot be written
         return
 
 
-def _claim(file: IO[str], path: Path) -> bool:
+def _claim(file: IO[str], path: Path, without_locks: bool = True) -> bool:
     """Lock a file that was opened at `path`. False if another process has the lock, or if the file was removed since:
-    the next job would make and lock another one."""
+    the next job would make and lock another one.
+
+    Args:
+        without_locks: the result where the file system has no locks.
+
+    Raises:
+        OSError: the lock fails in another way.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:  # file systems without locks
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        if not without_locks:
+            return False
         warn(f"{path} cannot be locked ({error.strerror}): make sure that no other job uses this folder.")
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

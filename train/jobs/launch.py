@@ -20,6 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from train.jobs.errors import ConfigError, LaunchError, report
 from train.jobs.settings import Runtime
 from train.jobs.slurm import rendezvous
+from train.jobs.torchrun import under_torchrun
 
 PR_SET_PDEATHSIG = 1
 
@@ -42,12 +43,6 @@ def launch(work: Callable[..., None], arguments: tuple[Any, ...], runtime: Runti
         work(*arguments)
     else:
         start_workers(work, arguments, runtime, *meeting_point(runtime, name))
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun, or another launcher with its variables, has started this process. RANK alone says nothing:
-    schedulers set it too."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
 def count_processes(runtime: Runtime) -> None:

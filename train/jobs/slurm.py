@@ -19,6 +19,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from omegaconf import OmegaConf
+
 FIRST_PORT, PORTS = 15000, 15000  # below those that systems give to outgoing connections
 
 
@@ -55,6 +57,12 @@ def gpus_per_node(device: str, devices: int) -> int | None:
     return None if device == "cpu" else devices
 
 
-def cpus_per_task(workers: int, devices: int) -> int:
-    """CPUs of a node: for each device one process, and those that load its data."""
-    return devices * (workers + 1)
+def cpus_per_task(workers: int | None, devices: int) -> int:
+    """CPUs of a node: for each device one process, and those that load its data (None: as MMDetection's file says,
+    which is usually 2)."""
+    return devices * ((2 if workers is None else workers) + 1)
+
+
+# For configs/hydra/launcher/slurm.yaml.
+OmegaConf.register_new_resolver("slurm_gpus", gpus_per_node, replace=True)
+OmegaConf.register_new_resolver("slurm_cpus", cpus_per_task, replace=True)

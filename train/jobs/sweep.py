@@ -22,10 +22,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from train.jobs.errors import ConfigError, check
 from train.jobs.folder import make
 from train.jobs.names import same, shorten
+from train.jobs.settings import RESUMABLE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GROUP = "logger.group"
@@ -55,8 +57,10 @@ def key_of(override: str) -> str:
 def run_folder(*parts: str) -> Path:
     """The folder that the user chose for this job, or `parts` below hydra.sweep.dir. It need not exist."""
     job = HydraConfig.get()
-    chosen = job.sweep.subdir if in_sweep() else job.run.dir
-    return Path(job.runtime.output_dir) if chosen != "." else Path(os.path.abspath(job.sweep.dir), *parts)
+    key = "hydra.sweep.subdir" if in_sweep() else "hydra.run.dir"
+    if any(key_of(word) == key for word in job.overrides.hydra):
+        return Path(job.runtime.output_dir)
+    return Path(os.path.abspath(Path(job.runtime.cwd, job.sweep.dir)), *parts)
 
 
 class Folders(Callback):
@@ -104,8 +108,15 @@ def sweep_name(words: list[str], config_name: str) -> str:
 def _counts(fixed: Override, choices: Mapping[str, str], defaults: DictConfig) -> bool:
     """Whether an override that is not swept over decides what the jobs learn, and differs from the default."""
     key, value = fixed.key_or_group, fixed.value()
-    usual = choices[key] if key in choices else OmegaConf.select(defaults, key)
-    return not is_resumable(defaults, key) and not same(value, usual)
+    if is_resumable(defaults, key):
+        return False
+    if key in choices:
+        return not same(value, choices[key])
+    try:
+        usual = OmegaConf.select(defaults, key)
+    except OmegaConfBaseException:  # it refers to a setting that has no default, such as backbone.name
+        usual = None
+    return not same(value, usual)
 
 
 def _readable(override: Override) -> str:
@@ -121,13 +132,13 @@ def _decimal(text: str) -> str:
 
 
 def is_resumable(config: DictConfig, key: str) -> bool:
-    """Whether the field of a dotted key, in a configuration of Hydra's with a schema, is marked as resumable."""
+    """Whether the field of a dotted key, in a configuration with a schema, does not decide what is learnt."""
     node: Any = config
     for part in key.split("."):
         kind = OmegaConf.get_type(node) if isinstance(node, DictConfig) else None
         if kind is None or not is_dataclass(kind) or not isinstance(node, DictConfig):
             return False
-        if any(one.name == part and one.metadata.get("resumable") for one in fields(kind)):
+        if any(one.name == part and dict(one.metadata) == dict(RESUMABLE) for one in fields(kind)):
             return True
         node = node.get(part)
     return False

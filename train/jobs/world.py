@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.jobs.errors import ConfigError
-from train.jobs.launch import under_torchrun
 from train.jobs.settings import Runtime
+from train.jobs.torchrun import under_torchrun
 
 
 @dataclass(frozen=True)
