@@ -69,11 +69,11 @@ def two(tmp_path_factory):
 RANDOM = ("recipe.mixup=0.4", "recipe.cutmix=1.0", "recipe.drop_path=0.3", "recipe.dropout=0.2")
 
 
-@pytest.mark.parametrize("micro_batch", [pytest.param(16, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("micro_batch", [pytest.param(32, marks=pytest.mark.slow), 16])
 def test_two_processes_learn_as_one_does_with_the_same_micro_batches(micro_batch, tmp_path):
     """Batch statistics are those of a micro-batch, so that they are the same here and there; only the running ones,
     which evaluation uses, see the first process's half."""
-    settings = ("n=static", "recipe.epochs=1", f"runtime.micro_batch={micro_batch}", *RANDOM)
+    settings = ("n=static", "recipe.epochs=1", "recipe.batch_size=64", f"runtime.micro_batch={micro_batch}", *RANDOM)
     run(tmp_path / "alone", *settings)
     run_both(tmp_path / "together", *settings)
     for alone, together in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "together"), strict=True):

@@ -32,7 +32,9 @@ def run(tmp_path_factory):
     """A run on images of 16 pixels in a folder."""
     root = tmp_path_factory.mktemp("run")
     data = ("data=folder", f"data.root={images(root / 'a', 3)}", "recipe=digits", "data.mean=[0.1,0.2,0.3]")
-    made = config(*TINY, *data, *NARROW, "recipe.batch_size=8", "n=static", "runtime.device=cpu")
+    made = config(
+        *TINY, *data, *NARROW, "recipe.batch_size=8", "data.train_images=null", "n=static", "runtime.device=cpu"
+    )
     (root / "run").mkdir()
     Trainer(made, root / "run", ALONE).fit()
     return root / "run"

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import resource
+import sys
 
 import pytest
 import torch
-from helpers import programs
+from helpers.programs import command
 from helpers.training import ALONE, NARROW, TINY, config
 from timm.layers import DropPath
 from torch import nn
@@ -160,7 +162,12 @@ def test_the_last_and_the_best_few_are_kept(keep, kept, tmp_path):
 
 
 def start(folder, *settings, limit=None):
-    return programs.run("train", *TINY, *NARROW, *settings, f"hydra.run.dir={folder}", code=None, file_size=limit)
+    def bound():
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    words = ("-m", "train", *TINY, *NARROW, *settings, f"hydra.run.dir={folder}")
+    return command(sys.executable, *words, check=False, preexec_fn=bound)
 
 
 def test_a_disk_that_is_full_is_told_of_and_loses_nothing(tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import runpy
 import socket
 import subprocess
@@ -42,13 +41,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def _run(module: str, words: list[str], cwd: str, env: dict[str, str], out: str, errors: str, own_group: bool,
-         file_size: int | None) -> None:  # fmt: skip
+def _run(module: str, words: list[str], cwd: str, env: dict[str, str], out: str, errors: str, own_group: bool) -> None:
     """In the fork: what `python -m MODULE WORDS` does."""
     if own_group:
         os.setsid()
-    if file_size:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -63,21 +59,17 @@ def _run(module: str, words: list[str], cwd: str, env: dict[str, str], out: str,
 
 
 class Program:
-    """A running `python -m MODULE WORDS`, with the methods of subprocess.Popen.
-
-    Args:
-        file_size: bytes that no file may exceed, as on a full disk.
-    """
+    """A running `python -m MODULE WORDS`, with the methods of subprocess.Popen."""
 
     def __init__(self, module: str, *words: object, cwd: object = None, env: dict[str, str] | None = None,
-                 start_new_session: bool = False, file_size: int | None = None):  # fmt: skip
+                 start_new_session: bool = False):  # fmt: skip
         self._folder = tempfile.TemporaryDirectory(prefix="program-")
         self._texts = [Path(self._folder.name) / name for name in ("out", "errors")]
         for path in self._texts:
             path.touch()
         arguments = (module, [*map(str, words)], str(cwd or Path.cwd()), env or environment(), *map(str, self._texts))
         _start_server()
-        self._process = _forks.Process(target=_run, args=(*arguments, start_new_session, file_size), daemon=False)
+        self._process = _forks.Process(target=_run, args=(*arguments, start_new_session), daemon=False)
         self._process.start()
         self.pid = self._process.pid
 
