@@ -43,6 +43,9 @@ def environment(**more: str) -> dict[str, str]:
 
 def _run(module: str, words: list[str], cwd: str, env: dict[str, str], out: str, errors: str, own_group: bool) -> None:
     """In the fork: what `python -m MODULE WORDS` does."""
+    # A process of the forkserver starts its own by it too. A program's DataLoader forks: its workers then have the
+    # program's signal handlers.
+    multiprocessing.set_start_method("fork", force=True)
     if own_group:
         os.setsid()
     os.chdir(cwd)
