@@ -22,8 +22,8 @@ $(READY): requirements.lock pyproject.toml
 	touch $@
 
 # MMDetection's stack as well.
-# The cv2 of opencv-python, which mmcv asks for by name, needs libGL. Its headless twin has the same files, and the one
-# that is installed last has laid its own.
+# The cv2 of opencv-python, which mmcv asks for by name, needs libGL. opencv-python-headless has the same files without
+# it, so it is installed last, over the other.
 setup-detection: $(DETECTION)
 
 $(DETECTION): $(READY)
@@ -40,7 +40,7 @@ demo: $(READY)
 	$(BIN)/python -m scripts.report runs/digits
 
 # The paper's tables, row by row: make table-resnet18 DATA=imagenet, with SET="runtime.devices=8 seed=0,1,2" for settings.
-# make report shows what runs there are beside what was published.
+# make report shows what runs there are next to what was published.
 TABLES := $(addprefix table-,resnet18 resnet50 convnext_tiny mobilenetv2_100 mobilenetv2_050 deit_tiny)
 COCO := resnet50 kw1x_resnet50 kw4x_resnet50 mobilenetv2_100 kw1x_mobilenetv2_100 kw4x_mobilenetv2_100 convnext_tiny kw1x_convnext_tiny
 COMMA := ,
@@ -57,7 +57,7 @@ table-coco: $(DETECTION)
 	$(BIN)/python -m detection -m config=$(subst $(NAMED),$(COMMA),$(COCO:%=mask_rcnn_%_1x_coco)) data.root=$(DATA) $(SET)
 
 # Methods compared on CIFAR-10 (docs/cifar10.md): make -j 2 cifar10 DATA=PATH, over an hour on two cores, one for each
-# sweep. Stopped at any moment, the same command goes on. At n = 1 DY-Conv is static.
+# sweep. Stopped at any moment, the same command continues. At n = 1 DY-Conv is static.
 SEEDS ?= 0,1,2
 CIFAR10_kw := dynamic=kw n=1/2,1,4
 CIFAR10_one := dynamic=static,odconv n=1
@@ -100,7 +100,7 @@ check-wheel: $(READY)
 
 # What dynamic kernels cost over static ones (table and picture in report/benchmark; about half an hour at most);
 # what the trainer costs over a bare loop, and a KW backbone in a detector; with DATA=folder of train/<class>/*, how fast
-# images load beside timm and torchvision.
+# images load, compared with timm and torchvision.
 bench: $(DETECTION)
 	$(BIN)/python -m scripts.bench
 	$(BIN)/python -m scripts.bench.trainer
@@ -109,7 +109,7 @@ bench: $(DETECTION)
 	$(if $(DATA),$(BIN)/python -m scripts.bench.data $(DATA))
 
 # Everything that needs a GPU, in 8 minutes: the tests marked gpu, prices, benchmarks, blocks, a short training; results are
-# in report/gpu, fitted prices in kw/compute/prices. DATA=PATH: CIFAR-10 to train on; MINUTES=9: of more time. On a machine
+# in report/gpu, fitted prices in kw/compute/price_tables. DATA=PATH: CIFAR-10 to train on; MINUTES=9: of more time. On a machine
 # without .venv its own python3 runs it; what that lacks, make gpu-wheels collects here in .wheels, to be carried along.
 # DRY=1 runs all of it on the CPU, tiny, to see that it works.
 .PHONY: gpu gpu-wheels

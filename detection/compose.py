@@ -22,7 +22,9 @@ from train.jobs.settings import fixed_settings, flatten
 
 CONFIGS = Path(__file__).parent / "configs"
 SIZES = ("scale", "scales", "img_scale", "size", "crop_size")
-# Parts of the file that decide what is learnt; and keys, by their beginnings and ends, that only say where and how.
+# Parts of the file that decide what is learnt; and keys, by their beginnings and ends, that only say where and how. The
+# file is MMDetection's and has no schema that could mark its fields, as train/config/schema.py does. A key that is not
+# listed counts as one of results: at worst, a resume is refused that would have been harmless.
 LEARNT = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "custom_hooks")
 RUNNING = ("default_hooks", "visualizer", "log_")
 LOADING = ("_dataloader.num_workers", "_dataloader.persistent_workers", "_dataloader.dataset.data_root")
@@ -74,7 +76,7 @@ def read(path: Path) -> Config:
     try:
         return Config.fromfile(path)
     except SyntaxError as error:
-        raise ConfigError(f"config: {path} is no Python: {error}.") from None
+        raise ConfigError(f"config: {path} is not valid Python: {error}.") from None
 
 
 def typed_settings(composed: DictConfig) -> dict[str, Any]:
@@ -154,8 +156,8 @@ def set_backbone(cfg: Config, config: DetectionConfig, typed: dict[str, Any]) ->
 
 
 def begin_from_scratch(cfg: Config) -> None:
-    """Train what the files freeze, as it is as random as the rest, and warm the temperature up. Attentions' norms get
-    no statistics: those of the few images of a device differ too much from what evaluation would take."""
+    """Train also what the files freeze, which is random without a checkpoint, and warm the temperature up. Attentions'
+    norms do not track statistics: those of a device's few images differ too much from those that evaluation uses."""
     backbone = cfg.model.backbone
     backbone.frozen_stages, backbone.norm_eval = -1, "attention"
     backbone.pop("init_cfg", None)

@@ -1,4 +1,4 @@
-"""The settings of `python -m detection` beside the keys of MMDetection's configuration file, which compose.py sets."""
+"""The settings of `python -m detection` besides the keys of MMDetection's configuration file, which compose.py sets."""
 
 import re
 from collections.abc import Sequence

@@ -31,7 +31,7 @@ def history_method(owner: type, name: str) -> Callable[..., Any]:
     return getattr(HistoryBuffer, name)
 
 
-# What MMEngine saves beside tensors and plain values: logs, in numpy arrays. Its own list has the real getattr.
+# What MMEngine saves besides tensors and plain values: logs, in numpy arrays. Its own list has the real getattr.
 ALLOWED = (
     *(allowed for allowed in get_torch_safe_globals() if allowed is not getattr),
     (history_method, "builtins.getattr"),

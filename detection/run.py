@@ -1,4 +1,4 @@
-"""One process of a job: MMEngine's runner, set up to train (or go on) or to evaluate in a run folder."""
+"""One process of a job: MMEngine's runner, set up to train (or resume) or to evaluate in a run folder."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def set_devices(cfg: Config, world: World) -> None:
 
 
 def train(config: DetectionConfig, cfg: Config, folder: Path, world: World) -> None:
-    """Train, or go on from the folder's newest checkpoint, and write summary.json."""
+    """Train, or continue from the folder's newest checkpoint, and write summary.json."""
     latest = resumed(config, cfg, folder)
     cfg.resume, cfg.load_from = latest is not None, latest or cfg.get("load_from")
     if latest is not None:
@@ -131,7 +131,7 @@ def begins_at_random(config: DetectionConfig, cfg: Config) -> bool:
 
 
 class EpochSeed(Hook):
-    """Seeds every epoch by (seed, epoch, rank), so that a resumed run goes on as one that was not stopped: on a CPU to
+    """Seeds every epoch by (seed, epoch, rank), so that a resumed run is like one that was not stopped: on a CPU to
     the bit, if no worker processes load the data."""
 
     def __init__(self, seed: int):
@@ -194,7 +194,7 @@ def quiet() -> Iterator[Any]:
 
 
 def resumed(config: DetectionConfig, cfg: Config, folder: Path) -> str | None:
-    """The checkpoint to go on from, or None.
+    """The checkpoint to continue from, or None.
 
     Raises:
         ConfigError: there is one, but resume=never, or settings that decide what is learnt have changed.
@@ -221,7 +221,7 @@ def in_percent(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def summary(config: DetectionConfig, cfg: Config, metrics: dict[str, Any], runner: Runner) -> dict[str, Any]:
-    """Results, and what decides them beside the configuration."""
+    """Results, and what decides them besides the configuration."""
     backbone = cfg.model.backbone
     of = {"name": config.name, "backbone": backbone.get("name", backbone.type), "n": str(backbone.get("n", STATIC))}
     operators = "torchvision" if torchvision_ops.in_use() else "compiled"

@@ -1,4 +1,4 @@
-"""Services that show a run while it goes on, through MMEngine's own backends."""
+"""Services that show a run while it runs, through MMEngine's own backends."""
 
 from __future__ import annotations
 

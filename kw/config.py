@@ -11,7 +11,7 @@ from numbers import Real
 Number = str | int | float | Fraction  # as a user writes it: "1/4", 4, 0.25
 BudgetLike = Number
 
-# Values of `dynamic` for KernelWarehouse and for the vanilla model, beside the methods of kw.baselines. "static" is
+# Values of `dynamic` for KernelWarehouse and for the vanilla model, besides the methods of kw.baselines. "static" is
 # also accepted in place of a budget.
 KW, STATIC = "kw", "static"
 

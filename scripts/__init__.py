@@ -1,6 +1,6 @@
 """Commands, each with --help.
 
-report            measured results beside the published ones
+report            measured results next to the published ones
 attentions        what the attentions of a trained model do
 bench             benchmarks, and the prices by which implementations are chosen
 data              makes data sets

@@ -6,6 +6,6 @@ import argparse
 
 
 def argument_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """For `python -m scripts.NAME`, with the module's docstring as it stands for --help."""
+    """For `python -m scripts.NAME`, with the module's docstring, unwrapped, for --help."""
     prog = f"python -m scripts.{name}"
     return argparse.ArgumentParser(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -4,9 +4,9 @@
     python -m scripts.check_wheel python3.12 torch==2.8.0 timm==1.0.31       # one environment of your choice
     python -m scripts.check_wheel --only test_config                         # fewer of the tests
 
-Each environment gets the wheel and pytest, makes a step with two models, and runs the tests that need nothing else. The
-oldest versions are the lower bounds in pyproject.toml, which are there because they passed. Each takes a quarter of an
-hour on two cores and 6 GB of disk; an environment is removed when it has been checked.
+Each environment gets the wheel and pytest, runs README.md's first example, makes a step with two models, and runs the
+tests that need nothing else. The oldest versions are the lower bounds in pyproject.toml, which are there because they
+passed. Each takes a quarter of an hour on two cores and 6 GB of disk; an environment is removed after its check.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ OLDEST, NEWEST = "python3.10", "python3.13"
 # What comes with torch and timm: torchvision and PyYAML are timm's own requirements, numpy is torchvision's.
 PYTEST = ("pytest", "pytest-xdist", "pytest-timeout")
 AT_HAND = {"kw", "torch", "timm", "torchvision", "numpy", "yaml", "pytest", *sys.stdlib_module_names}
-LINES = """
-import kw, timm, torch
-model = timm.create_model("kw_resnet18", n="1/4", num_classes=10)
-kw.convert(other := timm.create_model("regnety_002", num_classes=10), config=kw.KWConfig(n="1/2"))
-for each in (model, other):
+# What follows README.md's example, which leaves `model`.
+STEP = """
+for each in (model, kw.create_model("resnet18", n="1/4", num_classes=10)):
     each(torch.randn(2, 3, 64, 64)).sum().backward()
 assert "site-packages" in kw.__file__, kw.__file__
 print(f"kw {kw.__version__}, torch {torch.__version__}, timm {timm.__version__}: two models made a step")
@@ -68,6 +66,13 @@ def library_tests() -> list[Path]:
     return [path for path in sorted(TESTS.glob("test_*.py")) if at_hand(path)]
 
 
+def first_lines() -> str:
+    """The first Python example of README.md, and a step with two models."""
+    example = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert example, "README.md has no Python example"
+    return example[1] + STEP
+
+
 def oldest() -> list[str]:
     """The lower bounds of the library's dependencies: `torch>=2.5` is torch==2.5.0."""
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
@@ -88,7 +93,7 @@ def build(folder: Path) -> Path:
 
 
 def check(wheel: Path, python: str, requirements: list[str], only: str | None) -> bool:
-    """Whether the five lines and the tests pass in a new environment, which is removed."""
+    """Whether README.md's example and the tests pass in a new environment, which is removed."""
     print(f"\n{python}, {' '.join(requirements) or 'the newest torch and timm'}", flush=True)
     with tempfile.TemporaryDirectory(prefix="check_wheel-") as name:
         folder = Path(name)
@@ -104,7 +109,7 @@ def check(wheel: Path, python: str, requirements: list[str], only: str | None) -
         install, test = ([inside, "-m", *command] for command in commands)
         return all(
             subprocess.run(command, cwd=folder, env={**environment, "OMP_WAIT_POLICY": "PASSIVE"}).returncode == 0
-            for command in (install, [inside, "-c", LINES], test)
+            for command in (install, [inside, "-c", first_lines()], test)
         )
 
 

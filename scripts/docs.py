@@ -3,7 +3,7 @@
     python -m scripts.docs            writes every table
     python -m scripts.docs --check    changes nothing; fails if a table is stale (tests/test_docs.py runs this)
 
-A table stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`, and `TABLES` says who makes NAME. Published
+A table is between `<!-- begin: NAME -->` and `<!-- end: NAME -->`, and `TABLES` has NAME's function. Published
 figures come from scripts.report.published, measured ones from the CSV files in docs/.
 """
 

@@ -106,9 +106,9 @@ def main() -> None:
             time.sleep(0.05)
         ready = time.monotonic() - began  # to the first checkpoint
         finish(process)
-        whole = time.monotonic() - began
+        total = time.monotonic() - began
         # Each start gets a few checkpoints further, so that the kills spread over all of the training.
-        span = (0.8 * ready, ready + 2 * (whole - ready) / (options.kills + 1))
+        span = (0.8 * ready, ready + 2 * (total - ready) / (options.kills + 1))
         reference, chance = outcome(calm), random.Random(options.seed)
         killed, runs, found = 0, 0, []
         while killed < options.kills and not found:  # if a run ends early, another follows

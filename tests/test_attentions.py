@@ -83,7 +83,7 @@ def test_shares_add_up_and_nothing_leaves_its_range(found):
     names = [name for name, module in model.named_modules() if isinstance(module, KWLayer)]
     assert sorted(layer.name for layer in layers) == sorted(names)
     for layer in layers:
-        assert layer.own + layer.others + layer.zero == pytest.approx(1) == float(layer.drawn.sum())
+        assert layer.own + layer.others + layer.zero == pytest.approx(1) == float(layer.by_owner.sum())
         for key in ("own", "others", "zero", "negative", "anchored", "moved", "by_class"):
             assert 0 <= getattr(layer, key) <= 1, key
         assert 1 <= layer.effective <= layer.mean.shape[1] + 1

@@ -29,11 +29,11 @@ def calls_of(n="4", batch=2):
 def measured(tmp_path, monkeypatch):
     """There is no table but the one that this is called with."""
     monkeypatch.setattr(prices, "files", lambda package: tmp_path)
-    (tmp_path / "prices").mkdir()
+    (tmp_path / "price_tables").mkdir()
 
     def write(table=None):
         if table is not None:
-            fit_prices.write(table, tmp_path / "prices" / "cpu.json")
+            fit_prices.write(table, tmp_path / "price_tables" / "cpu.json")
         monkeypatch.setattr(prices, "TABLES", prices.load())
         kw.functional._remembered.cache_clear()
 

@@ -16,7 +16,7 @@ NAMES = ("fresh.pt", "last.pt", "previous.pt")  # of a run's checkpoints, newest
 
 
 def write(path: Path, state: State) -> None:
-    """Write atomically: a temporary file beside it, fsync, rename. After an error the former file is still there.
+    """Write atomically: a temporary file next to it, fsync, rename. After an error the former file is still there.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.

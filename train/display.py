@@ -8,7 +8,7 @@ from train.jobs.display import Display, duration
 
 
 class EpochDisplay(Display):
-    """The display of a run of so many epochs."""
+    """The display of a run of `epochs` epochs."""
 
     def __init__(self, main: bool, epochs: int, steps_per_epoch: int):
         super().__init__(main, epochs * steps_per_epoch, steps_per_epoch)

@@ -24,7 +24,7 @@ def start(config: TrainConfig, folder: Path, typed: Sequence[str] = ()) -> None:
 
     Args:
         folder: the run folder.
-        typed: the keys of the command line, with which a checkpoint may be evaluated in another way.
+        typed: the keys of the command line, which may replace settings of a checkpoint that is evaluated.
 
     Raises:
         LaunchError: a worker failed. Errors of a job that runs in this process are raised unchanged.
@@ -49,7 +49,7 @@ def run(config: TrainConfig, folder: Path, typed: Sequence[str] = ()) -> None:
     try:
         check_sync_norm(config.runtime, world)
         if config.evaluate is None:
-            train(config, folder, world)
+            train_in(config, folder, world)
         else:
             results = evaluate_checkpoint(config, typed, world)
             if world.is_main:
@@ -64,8 +64,8 @@ def check_sync_norm(runtime: RuntimeConfig, world: World) -> None:
         raise ConfigError("runtime.sync_norm=true needs GPUs: torch synchronizes batch statistics only there.")
 
 
-def train(config: TrainConfig, folder: Path, world: World) -> None:
-    """Train in the run folder, or go on from its checkpoint."""
+def train_in(config: TrainConfig, folder: Path, world: World) -> None:
+    """Train in the run folder, or continue from its checkpoint."""
     with lock(folder) if world.is_main else contextlib.nullcontext():
         trainer = Trainer(config, folder, world)
         trainer.resume()

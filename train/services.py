@@ -1,4 +1,4 @@
-"""Services that show a run while it goes on: TensorBoard and wandb. They show the lines of metrics.jsonl; after a
+"""Services that show a run while it runs: TensorBoard and wandb. They show the lines of metrics.jsonl; after a
 resume they are brought up to date with that file."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Line = dict[str, Any]
 
 class Service(Protocol):
     def start(self, config: TrainConfig, folder: Path) -> None:
-        """Begin, or go on after a resume. metrics.jsonl then holds the epochs that are not repeated."""
+        """Begin, or continue after a resume. metrics.jsonl then holds the epochs that are not repeated."""
 
     def log(self, line: Line) -> None:
         """Show a line of metrics.jsonl."""

@@ -229,8 +229,8 @@ class Trainer:
     # ---- the end of an epoch ----------------------------------------------------------------------------------------
 
     def end_epoch(self) -> None:
-        """Evaluate the epoch that was just trained, and save with its metrics. If a run is stopped in the midst of it,
-        the resumed run does it again."""
+        """Evaluate the epoch that was just trained, and save with its metrics. If a run is stopped before this is
+        done, the resumed run does it again."""
         epoch, speed = self.step // self.steps_per_epoch - 1, self.unevaluated
         assert speed is not None
         line = self._metrics(epoch, speed)

@@ -1,2 +1,2 @@
-"""What MMDetection is given: a backbone, a neck, an optimizer constructor and a hook. They stand on kw, MMEngine and
-MMDetection alone: nothing here knows of `python -m detection`."""
+"""Components for MMDetection: a backbone, a neck, an optimizer constructor and a hook. They depend on kw, MMEngine and
+MMDetection only, not on `python -m detection`."""

@@ -55,7 +55,7 @@ class Block(NamedTuple):
 
 
 def blocks(rows: int, columns: int, dtype: torch.dtype) -> Block:
-    """The block for a product of so many rows and columns: the largest that stays mostly full.
+    """The block for a product with this many rows and columns: the largest that stays mostly full.
 
     Depth is 128 bytes, a cache line. With 3 stages no block needs more than 96 KiB of shared memory. A multiprocessor
     has 164 KiB (compute capability 8.0) or 228 KiB (9.0).

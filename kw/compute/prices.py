@@ -1,6 +1,6 @@
 """Prices of multiply-adds and memory, measured for each kind of device by `python -m scripts.bench.fit_prices`.
 
-A table is a file `prices/KIND.json` ("cpu", "cuda_9.0", ...). It records where, when and by which command it was
+A table is a file `price_tables/KIND.json` ("cpu", "cuda_9.0", ...). It records where, when and by which command it was
 measured, and for forward passes and training steps the nanoseconds of each quantity of work (kw/compute/cost.py).
 """
 
@@ -27,7 +27,7 @@ def file_name(kind: str) -> str:
 
 def load() -> dict[str, Table]:
     """All tables by kind of device."""
-    paths = [path for path in (files("kw.compute") / "prices").iterdir() if path.name.endswith(".json")]
+    paths = [path for path in (files("kw.compute") / "price_tables").iterdir() if path.name.endswith(".json")]
     texts = {path.name.removesuffix(".json").replace("_", " "): path.read_text(encoding="utf-8") for path in paths}
     return {kind: Table(**json.loads(text)) for kind, text in texts.items()}
 

@@ -24,4 +24,4 @@ for (const head of document.querySelectorAll("th")) {
   head.onclick = () => sortTable(head);
   head.onkeydown = (event) => { if (event.key === "Enter") sortTable(head); };
 }
-dispatchEvent(new Event("resize"));  // figures were drawn before those beside them were there
+dispatchEvent(new Event("resize"));  // figures were drawn before their neighbours were there

@@ -8,8 +8,8 @@
 checkpoint   a run folder or a checkpoint's file; one of `python -m train` contains its configuration, of which data.*
              can be overridden; for a released one, name the model as for `python -m train`
 images       a folder of images, or one with a folder for each class; without it, the data set's evaluation split
-classes      at most so many classes, evenly spaced
-per_class    at most so many images of each, evenly spaced
+classes      at most this many classes, evenly spaced
+per_class    at most this many images of each, evenly spaced
 ema          true: the average of the weights
 out          the folder to write: index.html, layers.csv, warehouses.csv, classes.csv
 """

@@ -31,9 +31,9 @@ BATCH = 32
 class Options:
     """The command's own keys."""
 
-    checkpoint: str = ""  # a file or a run folder, of ours or of the release
+    checkpoint: str = ""  # a file or a run folder: our own, or a released file
     images: str = ""  # a folder of images, or of a folder for each class; empty: the data set's
-    classes: int = 10  # at most so many, evenly spaced
+    classes: int = 10  # at most this many, evenly spaced
     per_class: int = 50  # images of each
     ema: bool = False  # the average of the weights
     out: str = "report/attentions"
@@ -47,7 +47,7 @@ class Options:
 def load_model(options: Options, overrides: list[str]) -> tuple[nn.Module, TrainConfig, str]:
     """The model in evaluation mode, its configuration, and the checkpoint's name.
 
-    A checkpoint of ours contains its configuration, in which `data.*` can be overridden. For a released one, the
+    Our own checkpoint contains its configuration, in which `data.*` can be overridden. For a released one, the
     overrides are those of `python -m train`.
 
     Raises:
@@ -114,7 +114,7 @@ def choose_images(options: Options, config: TrainConfig) -> tuple[list[str], Loa
 
 
 def _evenly(items: list[Any], most: int) -> list[Any]:
-    """At most so many, evenly spaced."""
+    """At most `most`, evenly spaced."""
     return items if len(items) <= most else [items[k * len(items) // most] for k in range(most)]
 
 

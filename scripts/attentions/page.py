@@ -73,7 +73,7 @@ def maps_of(members: list[LayerStatistics], classes: list[str], deviation: bool 
 
 
 def heat_map(members: list[LayerStatistics], maps: list[Map]) -> go.Figure:
-    """As in the paper's figures: attention of each mixture to each cell; beside it, how far each mixture moved."""
+    """As in the paper's figures: attention of each mixture to each cell; next to it, how far each mixture moved."""
     rows, cells = maps[0][1].shape
     owners = [next((layer.name for layer in members if cell in _owned(layer)), "nobody") for cell in range(cells)]
     columns = [f"{cell}, of {plain(owner)}" for cell, owner in enumerate(owners)]
@@ -132,7 +132,7 @@ def _mark(
 def sharing_figure(members: list[LayerStatistics]) -> go.Figure:
     names = [plain(layer.name) for layer in members]
     even = torch.tensor([*(layer.even for layer in members), 0.0])
-    shares = 100 * torch.stack([*(layer.drawn for layer in members), even]).numpy()
+    shares = 100 * torch.stack([*(layer.by_owner for layer in members), even]).numpy()
     return _table_map(shares, [*names, "zero cell"], [*names, "all cells equally"], "%{z:.0f}", 100)
 
 

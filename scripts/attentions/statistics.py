@@ -32,9 +32,9 @@ MEANINGS = {
 class LayerStatistics:
     """`MEANINGS` of one layer, and what the figures need.
 
-    `mean`, `deviation`: over images, `(m, n)`; `shift`: how far each mixture moved, `(m,)`; `drawn`: the share of its
-    attention on the cells of each layer of the warehouse, the zero cell last, `(L + 1,)`; `classes`: half the distance
-    of each class's mean attentions from the mean of all, `(K,)`.
+    `mean`, `deviation`: over images, `(m, n)`; `shift`: how far each mixture moved, `(m,)`; `by_owner`: the share of
+    its attention on the cells of each layer of the warehouse, the zero cell last, `(L + 1,)`; `classes`: half the
+    distance of each class's mean attentions from the mean of all, `(K,)`.
     """
 
     name: str
@@ -53,7 +53,7 @@ class LayerStatistics:
     mean: Tensor
     deviation: Tensor
     shift: Tensor
-    drawn: Tensor
+    by_owner: Tensor
     classes: Tensor
 
     @property
@@ -66,9 +66,9 @@ def layer_statistics(name: str, sums: Sums) -> LayerStatistics:
     mean, absolute = sums.by_class.sum(dim=0) / images, sums.absolute / images
     variance = (sums.square / images - mean.square()).clamp(min=0)
     shares = absolute / absolute.sum(dim=1, keepdim=True)  # (m, n + 1)
-    drawn = _by_owner(shares.mean(dim=0), sums)
+    by_owner = _by_owner(shares.mean(dim=0), sums)
     here = [share.kernel.name for share in sums.share.warehouse.shares].index(name)
-    own, zero = float(drawn[here]), float(drawn[-1])
+    own, zero = float(by_owner[here]), float(by_owner[-1])
     is_anchored = sums.share.anchors is not None
     entropy = -torch.special.xlogy(shares, shares).sum(dim=1)
     shift = sums.moved.sum(dim=0) / images
@@ -91,7 +91,7 @@ def layer_statistics(name: str, sums: Sums) -> LayerStatistics:
         mean=mean[:, :-1],
         deviation=variance.sqrt()[:, :-1],
         shift=shift,
-        drawn=drawn,
+        by_owner=by_owner,
         classes=distance,
     )
 

@@ -1,4 +1,4 @@
-"""What dynamic kernels cost beside static ones: the static backbone, the plain implementation and the chosen one.
+"""What dynamic kernels cost against static ones: the static backbone, the plain implementation and the chosen one.
 
     python -m scripts.bench                                   the cases of `make bench`, float32, on the CPU
     python -m scripts.bench resnet18:1 resnet50:4@8 --what train eval --repeats 5
@@ -86,7 +86,7 @@ def parse(arguments: list[str] | None) -> tuple[list[Case], Settings, Path]:
     add("--repeats", type=int, default=20, help="rounds at most, after those to warm up (default: 20)")
     add("--seconds", type=float, default=60, help=f"after which no round is begun, from {FEWEST} on (default: 60)")
     add("--choices", nargs="+", type=parse_choice, default=["grouped", "auto"], metavar="CHOICE",
-        help=f"beside the static one: {', '.join(kw.functional.CHOICES)}, with +folded; {FROZEN}")  # fmt: skip
+        help=f"besides the static one: {', '.join(kw.functional.CHOICES)}, with +folded; {FROZEN}")  # fmt: skip
     add("--what", nargs="+", choices=list(MEASURED), default=list(MEASURED))
     add("--cuda-graph", action="store_true", help="run `eval` and `one` as a CUDA graph")
     add("--in-process", action="store_true", help="no process for each case: that saves its start, some 10 s on a GPU")

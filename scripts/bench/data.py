@@ -1,7 +1,7 @@
 """How fast images are read, decoded and augmented, by our loader and others: python -m scripts.bench.data FOLDER
 
 One process (no workers) reads every file of a split once with each loader, in turns and in random order, with the same
-transform on the same files. A rate is images per second of processor time, so per core; beside it stands that of the
+transform on the same files. A rate is images per second of processor time, so per core; next to it is that of the
 wall clock, which other programs disturb. `seen` counts distinct files for ours and images for the others; timm's loader
 leaves out the last incomplete batch in training.
 """

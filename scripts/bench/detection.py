@@ -1,4 +1,4 @@
-"""What a KernelWarehouse backbone costs in a detector: a training step and an inference beside the vanilla one's.
+"""What a KernelWarehouse backbone costs in a detector: a training step and an inference, against the vanilla one's.
 
     python -m scripts.bench.detection                    Mask R-CNN, ResNet50 at n = 1, 320 x 256 pixels
     python -m scripts.bench.detection --config mask_rcnn_kw1x_convnext_tiny_1x_coco --size 512 640 --device cuda

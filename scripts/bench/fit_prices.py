@@ -66,7 +66,7 @@ Layers = list[dict[Choice, Timed]]
 def collect(
     cases: list[Case], settings: Settings, rounds: int, seconds: float, clock: Clock = clock_of_torch
 ) -> tuple[Layers, Layers]:
-    """Times of forward passes, and of steps. No layer begins after so many seconds."""
+    """Times of forward passes, and of steps. No layer begins after `seconds`."""
     forward: Layers = []
     step: Layers = []
     began = time.perf_counter()
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("cases", nargs="*", type=parse_case, metavar="BACKBONE:N[@BATCH]")
     add("--repeats", type=int, default=3, help="rounds at most, after one to warm up")
     add("--seconds", type=float, default=float("inf"), help="after which no layer begins")
-    add("--out", type=Path, help="default: where kw reads it, in kw/compute/prices")
+    add("--out", type=Path, help="default: where kw reads it, in kw/compute/price_tables")
     add("--compare", type=Path, metavar="FILE", help="another table: print what choosing by it would take")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: as PyTorch has it)")
     add("--cpu-time", action="store_true", help="measure CPU time in place of wall time")
@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
     table = table_of(forward, step, origin)
     if options.add_to:
         table = extended(read(options.add_to), forward, step, origin)
-    out = options.out or Path(kw.compute.__file__).parent / "prices" / file_name(
+    out = options.out or Path(kw.compute.__file__).parent / "price_tables" / file_name(
         device_kind(torch.device(options.device))
     )
     write(table, out)

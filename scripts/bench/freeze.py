@@ -1,4 +1,4 @@
-"""What freezing gains: layers with their assembly folded beside the unfrozen layers, then complete models.
+"""What freezing gains: layers with their assembly folded, against the unfrozen layers, then complete models.
 
     python -m scripts.bench.freeze                        ResNet18 and 50 at n = 4, batches of 1 and 8
     python -m scripts.bench.freeze resnet18=1 --batch 1

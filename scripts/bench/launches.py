@@ -59,13 +59,13 @@ class Count:
         self.operators: list[tuple[tuple[str, str, str], str]] = []
 
     def total(self, counted: Counter[tuple[str, str, str]], layer: str = "", phase: str = "", part: str = "") -> int:
-        """The sum of those with this layer, phase and part; an empty string stands for all."""
+        """The sum of those with this layer, phase and part; an empty string matches all."""
         asked = (layer, phase, part)
         return sum(n for key, n in counted.items() if all(a in ("", k) for a, k in zip(asked, key, strict=True)))
 
 
 class Labels:
-    """Tracks which layer is at work, and in which phase, by hooks on modules and on autograd nodes."""
+    """Tracks which layer is running, and in which phase, by hooks on modules and on autograd nodes."""
 
     def __init__(self, model: nn.Module):
         self.layer, self.phase = REST, "forward"

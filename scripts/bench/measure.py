@@ -62,7 +62,7 @@ def here(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def message(error: BaseException) -> str:
     if isinstance(error, BrokenProcessPool):
-        return "the process was killed, most likely for want of memory"
+        return "the process was killed, most likely because memory ran out"
     return timing.message(error)
 
 

@@ -1,4 +1,4 @@
-"""What the trainer itself costs: its step beside that of a bare loop, on the same model and images in memory.
+"""What the trainer itself costs: its step against that of a bare loop, on the same model and images in memory.
 
     python -m scripts.bench.trainer                   ResNet18, static, 64 pixels, batch 32
     python -m scripts.bench.trainer n=1 data.image_size=96 recipe.batch_size=16 steps=10

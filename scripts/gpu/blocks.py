@@ -1,4 +1,4 @@
-"""Does kw/compute/implicit.py choose its blocks well? Times other blocks and torch's convolution beside the chosen one.
+"""Does kw/compute/implicit.py choose its blocks well? Times the chosen, other blocks, and torch's convolution.
 
     python -m scripts.gpu.blocks --seconds 50 --out report/gpu/blocks/blocks.csv
     python -m scripts.gpu.blocks --dry --out /tmp/blocks.csv            two small layers in Triton's interpreter
@@ -39,7 +39,7 @@ from scripts.bench.timing import in_turns
 BACKBONES = ("resnet18", "resnet50")
 BATCH = 128
 COMPILING = 0.6  # share of the seconds
-FLOAT32_LAYERS = 2  # so many of the costliest layers are timed in float32, too
+FLOAT32_LAYERS = 2  # this many of the costliest layers are timed in float32, too
 PASSES = ("forward", "grad_input", "grad_kernels")
 COLUMNS = ("layer", "dtype", "pass", "rows", "columns", "depth", "warps", "stages", "chosen", "microseconds", "tflops",
            "static_microseconds")  # fmt: skip

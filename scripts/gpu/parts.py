@@ -26,7 +26,7 @@ class Run:
 @dataclass(frozen=True)
 class Part:
     """`command` returns the command line for a time limit in seconds. `seconds` is the part's limit; None: all the time
-    that is left. `writes` are folders that it may write to, beside its own in the report."""
+    that is left. `writes` are folders that it may write to, besides its own in the report."""
 
     name: str
     command: Callable[[float], list[str]]
@@ -52,7 +52,7 @@ def parts_of(run: Run) -> list[Part]:
         ("graphs", lambda limit: graphs(limit, run), 30),
         ("training", lambda limit: training(limit, run), None),
     ]
-    tables = (Path(__file__).parents[2] / "kw/compute/prices",)
+    tables = (Path(__file__).parents[2] / "kw/compute/price_tables",)
     interpreter = {"TRITON_INTERPRET": "1"} if run.dry else {}
     return [
         Part(

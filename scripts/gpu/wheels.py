@@ -29,7 +29,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for wheel in folder.glob("*.whl"):  # with two versions of a package, pip installs none
         wheel.unlink()
-    # No cache: it may hold an mmcv that was built beside torch, with operators compiled for this machine.
+    # No cache: it may hold an mmcv that was built next to torch, with operators compiled for this machine.
     pip("wheel", "--no-cache-dir", "--wheel-dir", folder, *pinned(PURE))
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     target = ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp", *platforms]

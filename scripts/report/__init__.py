@@ -1,1 +1,1 @@
-"""`python -m scripts.report FOLDER`: measured results beside the published ones, as tables and a page."""
+"""`python -m scripts.report FOLDER`: measured results next to the published ones, as tables and a page."""

@@ -35,7 +35,7 @@ def report_page(made: list[Section], remarks: list[str]) -> str:
     parts = sorted((part for section in made for part in _split(section)), key=lambda part: part.empty)
     body = "".join(_section(part, sizes) for part in parts)
     body += section("Skipped or unfinished", notes(remarks)) if remarks else ""
-    return page("KernelWarehouse: measured beside published", subtitle, body)
+    return page("KernelWarehouse: measured and published", subtitle, body)
 
 
 def _is_backbone(row: Row) -> bool:

@@ -71,7 +71,7 @@ class Published:
 
     @property
     def overrides(self) -> list[str]:
-        """The overrides with which `python -m train` runs it, beside data.root."""
+        """The overrides with which `python -m train` runs it, besides data.root."""
         if self.dynamic in (KW, STATIC):
             return [f"experiment={self.id}"]
         recipe, _ = RIVALS_RECIPES[self.backbone]

@@ -161,8 +161,8 @@ def markdown(made: list[Section]) -> str:
         rule = ["---" if place < left(section) else "---:" for place in range(len(names))]
         body = [[_escape_markdown(cell) for cell in cells(row, section)] for row in section.rows]
         text = "".join(f"| {' | '.join(line)} |\n" for line in (names, rule, *body))
-        told = "".join(f"\n{_escape_markdown(note)}\n" for note in notes(section))
-        parts.append(f"## {section.title}\n\n{text}{told}")
+        notices = "".join(f"\n{_escape_markdown(note)}\n" for note in notes(section))
+        parts.append(f"## {section.title}\n\n{text}{notices}")
     return "\n".join(parts)
 
 

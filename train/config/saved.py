@@ -13,7 +13,8 @@ from train.jobs.settings import fixed_settings
 
 VERSION = 2  # of the schema; a saved configuration without a version has 1
 # For each version, what its keys became in the next one; None: the key is gone. A key that is renamed needs a new
-# VERSION and a line here.
+# VERSION and a line here. Checkpoints of version 1 have "given", which nothing reads any more: without its line,
+# loading one would warn of an unknown key.
 MIGRATIONS: dict[int, dict[str, str | None]] = {
     1: {"given": None},
 }

@@ -81,10 +81,10 @@ class DataConfig:
     train_split: str = "train"
     eval_split: str = "val"
     image_size: int = 224
-    train_images: int | None = None  # train on so many, with every class in proportion; null: on all
+    train_images: int | None = None  # train on this many, with every class in proportion; null: on all
     on_error: str = "stop"  # at a broken training image; substitute: use the next one that can be read
     window: int = 8  # format=shards: the number of shards whose samples are shuffled together
-    num_classes: int | None = None  # null: read from the data; else the data must have so many
+    num_classes: int | None = None  # null: read from the data; else the data must have this many
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
 
@@ -205,9 +205,9 @@ class RuntimeConfig(Runtime):
     channels_last: bool = resumable(False)
     compile: bool = resumable(False)  # torch.compile
     sync_norm: bool = False  # batch statistics over all devices (GPUs only)
-    checkpoint_steps: int | None = resumable(None)  # checkpoints within an epoch, beside those at its end
+    checkpoint_steps: int | None = resumable(None)  # checkpoints within an epoch, besides those at its end
     keep_best: int = resumable(1)  # checkpoints of the best epochs to keep
-    profile_steps: int = resumable(0)  # so many steps, from the fifth on, are profiled: profile/ in the run folder
+    profile_steps: int = resumable(0)  # this many steps, from the fifth on, are profiled: profile/ in the run folder
 
     def __post_init__(self) -> None:
         super().__post_init__()

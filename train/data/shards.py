@@ -20,7 +20,7 @@ from train.data.images import Files
 from train.data.order import order_generator
 from train.jobs.errors import ConfigError, DataError
 
-SIZES = "shards.json"  # beside the shards: {"train": {"shards": 2, "samples": 3000}, ...}
+SIZES = "shards.json"  # next to the shards: {"train": {"shards": 2, "samples": 3000}, ...}
 
 
 class Shards(Files):
@@ -62,7 +62,7 @@ class Shards(Files):
             worst = int(self.targets.argmax())
             raise DataError(
                 f"{self.describe(worst)} is of class {self.targets[worst]}, but there are {len(self.classes)} classes, "
-                f"by {'the list of classes beside the shards' if named else 'data.num_classes'}."
+                f"by {'the list of classes next to the shards' if named else 'data.num_classes'}."
             )
 
     def _shard(self, index: int) -> int:
@@ -168,7 +168,7 @@ def _files_by_key(path: Path) -> dict[str, dict[str, tar.Member]]:
     return found
 
 
-# ---- what lies beside the shards ------------------------------------------------------------------------------------
+# ---- what lies next to the shards -----------------------------------------------------------------------------------
 
 
 def read_sizes(root: Path) -> dict[str, dict[str, int]]:

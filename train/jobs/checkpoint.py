@@ -15,7 +15,7 @@ import torch
 from train.jobs.errors import CheckpointError
 
 FORMAT = "kernelwarehouse 1"  # under "format" in checkpoints of `python -m train`; others have no such key
-# Training scripts like timm's save their arguments, which are plain values, beside the weights.
+# Training scripts like timm's save their arguments, which are plain values, next to the weights.
 PLAIN = (argparse.Namespace,)
 
 
@@ -23,7 +23,7 @@ def read(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
     """Read a checkpoint to the CPU with `weights_only=True`.
 
     Args:
-        allowed: classes and functions that its pickle may use beside tensors and plain values.
+        allowed: classes and functions that its pickle may use besides tensors and plain values.
 
     Raises:
         CheckpointError: the file is missing or damaged, or uses others.

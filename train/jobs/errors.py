@@ -9,7 +9,7 @@ from train.jobs.torchrun import is_main
 
 
 class RunError(RuntimeError):
-    """The job cannot go on. If `everywhere` is True, every rank raises this error, and only rank 0 prints it."""
+    """The job cannot continue. If `everywhere` is True, every rank raises this error, and only rank 0 prints it."""
 
     everywhere = True
 

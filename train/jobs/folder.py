@@ -88,7 +88,7 @@ def lock(folder: Path) -> IO[str]:
             raise ConfigError(f"The run folder {folder} cannot be written or locked: {error.strerror}.") from None
         file.close()
         time.sleep(0.1)
-    raise ConfigError(f"Another job is at work in {folder}: wait for it, or choose another folder for this one.")
+    raise ConfigError(f"Another job is running in {folder}: wait for it, or choose another folder for this one.")
 
 
 def _remove_temporary_files(folder: Path) -> None:

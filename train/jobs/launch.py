@@ -98,7 +98,7 @@ def start_workers(
         run_id=name,
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
-        max_restarts=0,  # a run goes on from its checkpoint, by the same command
+        max_restarts=0,  # a run continues from its checkpoint, by the same command
         monitor_interval=0.2,
         local_addr="localhost" if endpoint.startswith(("localhost", "127.")) else None,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # passed on to the workers
@@ -124,13 +124,13 @@ LAUNCHERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.m
 
 def silence() -> None:
     """Turn the launcher's own log off: workers print their errors, and its report of dead workers would bury them."""
-    for name in list(logging.root.manager.loggerDict):  # each by itself, as torch gives them levels of their own
+    for name in list(logging.root.manager.loggerDict):  # each by itself, as torch sets the level of each
         if name.startswith(LAUNCHERS):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _work(work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """What each worker runs. It is killed with its launcher: otherwise it would go on writing into the run folder."""
+    """What each worker runs. It is killed with its launcher: otherwise it would keep writing into the run folder."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on, beside its configuration."""
+"""What a run's numbers depend on, besides its configuration."""
 
 from __future__ import annotations
 

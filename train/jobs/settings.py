@@ -57,7 +57,7 @@ class Runtime:
     device: str = resumable("auto")  # cuda where there is one, else cpu
     devices: int = resumable(1)  # processes on a node, one GPU each
     nodes: int = resumable(1)  # the same command runs on each
-    rendezvous: str | None = resumable(None)  # host:port of the first of several nodes; SLURM tells it
+    rendezvous: str | None = resumable(None)  # host:port of the first of several nodes; SLURM sets it
 
     def __post_init__(self) -> None:
         check_choice("runtime.device", self.device, ("auto", "cpu", "cuda"))
@@ -67,7 +67,7 @@ class Runtime:
 
 @dataclass
 class LoggerConfig:
-    """Services that show a run while it goes on, beside the files of its folder."""
+    """Services that show a run while it runs, besides the files of its folder."""
 
     services: list[str] = field(default_factory=list)  # tensorboard, wandb
     mode: str = "offline"  # of wandb: offline, to run `wandb sync` later, or online

@@ -47,7 +47,7 @@ def first_signal(counts: Sequence[int]) -> int:
 
 
 def requeue() -> bool:
-    """Put this job back into SLURM's queue, to go on from its checkpoint. False outside of SLURM, or if that failed."""
+    """Put this job back into SLURM's queue, to continue from its checkpoint; False outside SLURM, or if it failed."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return False

@@ -1,14 +1,14 @@
 """SLURM: where the nodes of a job meet, and what a job asks for. `hydra/launcher=slurm` submits jobs through Hydra's
 submitit launcher, with one task per node.
 
-How a job is stopped and goes on:
+How a job is stopped and continues:
 
 1. Some minutes before the time limit (hydra.launcher.signal_delay_s), SLURM sends SIGUSR1 to the job's processes.
    Before a preemption, and when the job is cancelled, it sends SIGTERM.
 2. All ranks save and exit after the same step. If they returned instead, submitit would note the job as done.
 3. At SIGUSR1, rank 0 puts the job back into the queue (`scontrol requeue`). At SIGTERM it does not: SLURM requeues what
    it preempts, and a cancelled job must stay cancelled.
-4. The job starts again with the same overrides, so in the same run folder, and resume=auto goes on from there.
+4. The job starts again with the same overrides, so in the same run folder, and resume=auto continues from there.
 
 Before training begins, submitit handles SIGUSR1 (the launcher's `setup` says so). It requeues the job too, but at most
 hydra.launcher.max_num_timeout times, so that a job without progress comes to an end.

@@ -1,6 +1,6 @@
 """One run or the jobs of a sweep, as Hydra starts them.
 
-Hydra creates one folder of its own before it calls a job. By default that is the working directory or, for a sweep,
+Hydra itself creates one folder before it calls a job. By default that is the working directory or, for a sweep,
 `hydra.sweep.dir`; the job then makes its run folder below `hydra.sweep.dir`. A user may also set `hydra.run.dir` or
 `hydra.sweep.subdir`: that is then the run folder.
 """
