@@ -18,7 +18,7 @@ from detection import loading
 from detection.data import class_names
 from detection.run import calm, quiet
 from scripts.arguments import argument_parser
-from train.jobs.errors import RunError
+from train.jobs.errors import CheckpointError, RunError
 
 COLORS = [(214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207)]
 MARGIN = 4  # pixels between images
@@ -46,14 +46,25 @@ def main() -> None:
 
 
 def detected(run: Path, count: int, score: float, zoom: int) -> Any:
-    """The first images of the evaluation set, with their detections drawn on them."""
+    """The first images of the evaluation set, with their detections drawn on them.
+
+    Raises:
+        CheckpointError: the folder has no configuration, or no checkpoint.
+    """
     from mmdet.apis import inference_detector, init_detector
     from mmdet.registry import DATASETS
     from mmengine.config import Config
     from mmengine.runner import find_latest_checkpoint
 
-    cfg = Config.fromfile(next(run.glob("*.py")))
-    detector = init_detector(cfg, find_latest_checkpoint(str(run)), device="cpu")
+    configuration = next(run.glob("*.py"), None)
+    checkpoint = find_latest_checkpoint(str(run)) if (run / "last_checkpoint").exists() else None
+    if configuration is None or checkpoint is None:
+        missing = "configuration (*.py)" if configuration is None else "checkpoint"
+        raise CheckpointError(
+            f"{run} has no {missing}: name a folder in which python -m detection has trained an epoch."
+        )
+    cfg = Config.fromfile(configuration)
+    detector = init_detector(cfg, checkpoint, device="cpu")
     names = class_names(cfg.val_dataloader.dataset)
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
     for index in range(min(count, len(dataset))):

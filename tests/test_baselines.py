@@ -130,7 +130,8 @@ def se(state, shape, tau, x):
     ).sigmoid()
 
 
-# A new method goes here too; the last test of this file asks for it.
+# A new method goes here too; the last test of this file asks for it. (state, shape, tau, pooled) -> (kernel, 1 or a
+# function of the output `(C_out, ...)` that returns a factor for each channel).
 DEFINITIONS = {method.__name__: method for method in (condconv, dyconv, odconv, dcd, se)}
 
 
@@ -460,4 +461,6 @@ def test_the_folder_is_all_that_lists_the_methods():
         "conversion",
     }
     assert files == {BASELINES[name].layer.__module__.rpartition(".")[2] for name in METHODS}
-    assert DEFINITIONS.keys() == BASELINES.keys(), "each method has its definition in a naive loop"
+    missing = sorted(BASELINES.keys() - DEFINITIONS.keys())
+    assert not missing, f"write what {', '.join(missing)} computes, and add it to DEFINITIONS in this file"
+    assert DEFINITIONS.keys() == BASELINES.keys()

@@ -82,11 +82,21 @@ def shards(folder, tmp_path):
 OF_FILES = ["folder", "tar", "shards"]
 
 
+def data_of(request):
+    holder = request.getfixturevalue({"tar": "archive"}.get(request.param, request.param))
+    return DataConfig(format=request.param, root=str(holder), image_size=16, window=2)
+
+
 @pytest.fixture(params=OF_FILES)
 def data(request):
     """The same images in each format that holds files of images."""
-    holder = request.getfixturevalue({"tar": "archive"}.get(request.param, request.param))
-    return DataConfig(format=request.param, root=str(holder), image_size=16, window=2)
+    return data_of(request)
+
+
+@pytest.fixture(params=OF_FILES)
+def broken_data(broken, request):
+    """`data` with broken images: `broken` breaks them before another format is made of the folder."""
+    return data_of(request)
 
 
 def samples_of(data, split="train", seed=3, substitute=False):
@@ -112,7 +122,10 @@ def png(value=0):
 
 def test_every_format_is_tested():
     """Formats of image files by the fixture `data`; digits in test_train.py, CIFAR-10 in test_cifar.py."""
-    assert {*OF_FILES, "digits", "cifar10"} == FORMATS.keys()
+    tested = {*OF_FILES, "digits", "cifar10"}
+    for name in FORMATS.keys() - tested:
+        pytest.fail(f"add {name!r} to OF_FILES, and a fixture of that name with the images of the fixture `folder`")
+    assert tested == FORMATS.keys()
 
 
 @pytest.mark.parametrize("prefix", ["", "a/b", "./x", "train"])
@@ -323,9 +336,10 @@ def holding(format_, root, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("format_", ["folder", "tar", "shards"])
-def test_a_broken_image_stops_the_run_by_its_name(broken, tmp_path, format_, workers):
-    samples = samples_of(holding(format_, broken, tmp_path))
+def test_a_broken_image_stops_the_run_by_its_name(broken_data, tmp_path, workers):
+    samples = samples_of(broken_data)
+    with pytest.raises(BrokenImage, match="cannot be read as an image"):
+        [samples.images.load(k) for k in range(17)]
     with pytest.raises(DataError, match="cannot be read as an image") as stopped:
         drawn(samples, workers)
     assert str(tmp_path) in str(stopped.value) and "Traceback" not in str(stopped.value)
@@ -334,9 +348,8 @@ def test_a_broken_image_stops_the_run_by_its_name(broken, tmp_path, format_, wor
         list(eval_loader(evaluated, 4, workers, False))
 
 
-@pytest.mark.parametrize("format_", ["folder", "tar", "shards"])
-def test_substitutes_are_the_same_for_all_and_listed_exactly(broken, tmp_path, format_):
-    data = holding(format_, broken, tmp_path)
+def test_substitutes_are_the_same_for_all_and_listed_exactly(broken_data, tmp_path):
+    data = broken_data
     images = open_split(data, "train")
     bad = []
     for k in range(17):
@@ -461,6 +474,25 @@ def test_a_class_without_images_is_named(folder, tmp_path, format_):
     (folder / "train" / "leer").mkdir()
     root = make_tar(folder, tmp_path / "x.tar") if format_ == "tar" else folder
     assert "leer" in refusal(format=format_, root=root)
+
+
+def test_a_missing_root_or_split_is_a_configuration_error(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"test.*data\.eval_split"):
+        open_split(data, "test", "data.eval_split")
+    data.root = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="nowhere"):
+        open_split(data, "train", "data.train_split")
+
+
+def test_a_file_that_cannot_be_read_is_a_data_error(data):
+    images, root = open_split(data, "train"), Path(data.root)
+    for path in [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]:
+        path.write_bytes(b"")  # for a reader that has opened it already
+        path.unlink()
+    for k in range(len(images)):
+        with pytest.raises(DataError, match=str(root)) as stopped:
+            images.load(k)
+        assert not isinstance(stopped.value, BrokenImage)
 
 
 def test_a_missing_split_or_root_is_named_with_what_there_is(folder, archive, shards, tmp_path):

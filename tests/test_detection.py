@@ -28,6 +28,7 @@ from detection.config import DetectionConfig, added_keys, open_up, validate
 from detection.data import check_data
 from detection.names import run_name
 from scripts.data.digits_coco import SPLITS, make_split
+from scripts.draw_detections import detected
 from train.data.digits import Digits
 from train.jobs import folder as run_folder
 from train.jobs.command import Jobs
@@ -421,6 +422,14 @@ def test_two_processes_share_the_work(digits, tmp_path):
     assert (summary["epochs"], summary["devices"]) == (2, 2)
     assert len(list((tmp_path / "run").glob("wandb/**/*.wandb"))) == 1  # only rank 0 has services
     assert len(list((tmp_path / "run/tensorboard").glob("events*"))) == 1
+
+
+def test_a_folder_without_a_trained_detector_is_not_drawn(tmp_path):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} has no configuration"):
+        next(detected(tmp_path, 1, 0.5, 1))
+    (tmp_path / "mask_rcnn.py").write_text("model = dict()\n")
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} has no checkpoint"):
+        next(detected(tmp_path, 1, 0.5, 1))
 
 
 @pytest.mark.slow

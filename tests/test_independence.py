@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -59,6 +60,14 @@ def test_train_and_detection_share_only_jobs(package, strangers, shared):
         for name in imports(source):
             allowed = any(within(name, part) for part in shared)
             assert allowed or not any(within(name, stranger) for stranger in strangers), f"{source} imports {name}"
+
+
+def test_no_function_has_the_name_of_a_module():
+    """Such a function would hide the module: `package.name` would be the function."""
+    for path in SOURCES:
+        *packages, name = path.relative_to(Path(kw.__file__).parents[1]).with_suffix("").parts
+        found = vars(sys.modules[".".join(packages)]).get(name)
+        assert found is None or isinstance(found, ModuleType), path
 
 
 def reached(module, graph):

@@ -8,17 +8,16 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kw.compute.batched import batched
+from kw.compute import batched, grouped, inputs
 from kw.compute.geometry import Geometry
-from kw.compute.grouped import assemble, grouped
-from kw.compute.inputs import inputs
+from kw.compute.grouped import assemble
 from kw.compute.operator import remade
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]] = {
-    "grouped": grouped,
-    "batched": batched,
+    "grouped": grouped.forward,
+    "batched": batched.forward,
     "blocks": remade("blocks"),
-    "inputs": inputs,
+    "inputs": inputs.forward,
     "triton": remade("triton"),
 }
 MAKES = ("cells", "folded")  # how kernels are made: mixing.py

@@ -17,7 +17,7 @@ from kw.compute.geometry import Geometry
 from kw.compute.grouped import assemble
 
 
-def batched(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
+def forward(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
     """For `groups == 1`."""
     kernels = assemble(weights, basis, geometry.grid).flatten(2)  # (B, C_out, C_in * P)
     out = torch.bmm(kernels, unfold(x, geometry))

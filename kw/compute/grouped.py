@@ -24,7 +24,7 @@ def assemble(weights: Tensor, basis: Tensor, grid: Grid) -> Tensor:
     return kernel.reshape(len(weights), rows * o, columns * i, positions)
 
 
-def grouped(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
+def forward(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
     kernels = assemble(weights, basis, geometry.grid)
     # From the input's channels, not the grid's: cells may span positions.
     kernels = kernels.view(*kernels.shape[:2], x.shape[1] // geometry.groups, *geometry.kernel_size)

@@ -20,7 +20,7 @@ from kw.compute.geometry import Geometry
 from kw.compute.strips import Strips
 
 
-def inputs(x: Tensor, alpha: Tensor, cells: Tensor, geometry: Geometry) -> Tensor:
+def forward(x: Tensor, alpha: Tensor, cells: Tensor, geometry: Geometry) -> Tensor:
     """For `groups == 1`, and a basis that all mixtures share."""
     n, o, i = cells.shape
     P, R, C = geometry.grid
