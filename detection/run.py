@@ -33,7 +33,7 @@ from detection.services import watch
 from kw.config import STATIC
 from train.jobs.display import Display
 from train.jobs.errors import CheckpointError, ConfigError, warn
-from train.jobs.folder import lock, write_whole
+from train.jobs.folder import lock, write_atomically
 from train.jobs.launch import count_processes, launch
 from train.jobs.provenance import provenance
 from train.jobs.world import World, connect, disconnect
@@ -103,7 +103,7 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, world: World) -> N
     if latest is not None:
         cfg.model.backbone.pop("init_cfg", None)  # the weights are in the checkpoint
     elif world.is_main:
-        write_whole(folder / SETTINGS, learnt_settings(config, cfg))
+        write_atomically(folder / SETTINGS, learnt_settings(config, cfg))
     if world.is_main:
         watch(config, cfg, folder)
     with quiet() as out:
@@ -120,7 +120,7 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, world: World) -> N
         metrics = shown.metrics or runner.val()  # a run that was at its end has not evaluated
     if world.is_main:
         results = {**summary(config, cfg, metrics, runner), "devices": world.size}
-        write_whole(folder / "summary.json", json.dumps(results, indent=2) + "\n")
+        write_atomically(folder / "summary.json", json.dumps(results, indent=2) + "\n")
         display.print(f"{config.name}: {line(metrics)}. Everything is in {folder}.")
 
 

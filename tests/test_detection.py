@@ -392,7 +392,7 @@ def test_a_run_is_watched_goes_on_and_is_evaluated(digits, refused, tmp_path, mo
     assert "resume=never" in refused(place, "resume=never")
     monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.2)
     with run_folder.lock(run):
-        assert "Another job is at work" in refused(place)
+        assert "Another job is running" in refused(place)
     done = launch(f"evaluate={run}", cwd=tmp_path, digits=digits)
     found = json.loads(done.stdout)
     assert {key: summary[key] for key in ("box_ap", "mask_ap")} == {key: found[key] for key in ("box_ap", "mask_ap")}

@@ -18,7 +18,7 @@ from train.data.digits import Digits
 from train.data.loader import Loaded
 from train.data.substitutes import Substitutes
 from train.jobs.errors import ConfigError, NonFiniteError, RunError, WriteError
-from train.jobs.folder import write_whole
+from train.jobs.folder import write_atomically
 from train.metrics import MetricsFile
 from train.model import build_model
 from train.optim import build_optimizer
@@ -191,10 +191,10 @@ def _full(number):
 
 
 def test_each_file_that_a_full_disk_does_not_take_is_named(tmp_path, monkeypatch):
-    write_whole(tmp_path / "config.yaml", "before")
+    write_atomically(tmp_path / "config.yaml", "before")
     monkeypatch.setattr(os, "fsync", _full)
     with pytest.raises(WriteError, match=r"config\.yaml could not be written: No space left"):
-        write_whole(tmp_path / "config.yaml", "after")
+        write_atomically(tmp_path / "config.yaml", "after")
     assert (tmp_path / "config.yaml").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(WriteError, match=r"metrics\.jsonl could not be written: No space left"):
         MetricsFile(tmp_path / "metrics.jsonl").append({"epoch": 0})

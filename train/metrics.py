@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from train.jobs.errors import writing
-from train.jobs.folder import write_whole
+from train.jobs.folder import write_atomically
 
 
 class MetricsFile:
@@ -26,7 +26,7 @@ class MetricsFile:
     def keep_before(self, epoch: int) -> None:
         """Remove the lines of `epoch` and later, which a resumed run writes again, and an incomplete one."""
         lines = [json.dumps(line) + "\n" for line in self.read() if line["epoch"] < epoch]
-        write_whole(self.path, "".join(lines))
+        write_atomically(self.path, "".join(lines))
 
     def append(self, line: dict[str, Any]) -> None:
         """Raises WriteError: the disk is full; `read` then skips the part of the line that was written."""

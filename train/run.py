@@ -13,7 +13,7 @@ from train.config import RuntimeConfig, TrainConfig, to_plain
 from train.data.batching import accumulation
 from train.evaluate import evaluate_checkpoint
 from train.jobs.errors import ConfigError
-from train.jobs.folder import lock, write_whole
+from train.jobs.folder import lock, write_atomically
 from train.jobs.launch import count_processes, launch
 from train.jobs.world import World, connect, disconnect
 from train.trainer import Trainer
@@ -70,7 +70,7 @@ def train_in(config: TrainConfig, folder: Path, world: World) -> None:
         trainer = Trainer(config, folder, world)
         trainer.resume()
         if world.is_main:
-            write_whole(folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
+            write_atomically(folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
         summary = trainer.fit()
         trainer.display.print(
             f"{summary['name']}: top-1 {summary['top1']:.2f}, top-5 {summary['top5']:.2f}, "

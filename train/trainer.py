@@ -26,7 +26,7 @@ from train.display import EpochDisplay
 from train.evaluate import cast, evaluate
 from train.jobs.checkpoint import FORMAT
 from train.jobs.errors import CheckpointError, ConfigError, NonFiniteError, RunError
-from train.jobs.folder import write_whole
+from train.jobs.folder import write_atomically
 from train.jobs.signals import StopRequest, first_signal, requeue
 from train.jobs.world import World
 from train.learner import Learner
@@ -302,5 +302,5 @@ class Trainer:
             )
         summary = summarize(self.config, self.model, lines, self.world.device)
         if self.world.is_main:
-            write_whole(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary

@@ -22,7 +22,7 @@ from train.data.images import Files
 from train.data.order import order_generator
 from train.data.shards import SIZES, list_shards, read_sizes
 from train.jobs.errors import ConfigError, DataError
-from train.jobs.folder import write_whole
+from train.jobs.folder import write_atomically
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def make_shards(source: str, out: Path, splits: list[str], samples: int = 2000, 
     out.mkdir(parents=True, exist_ok=True)
     (out / "classes.txt").write_text("".join(f"{name}\n" for name in first.classes), encoding="utf-8")
     sizes = {split: {"shards": -(-len(images) // samples), "samples": len(images)} for split, images in opened.items()}
-    write_whole(out / SIZES, json.dumps({**read_sizes(out), **sizes}, indent=2) + "\n")
+    write_atomically(out / SIZES, json.dumps({**read_sizes(out), **sizes}, indent=2) + "\n")
     for split, images in opened.items():
         assert isinstance(images, Files)
         order = torch.randperm(len(images), generator=order_generator(seed, 0)).tolist()

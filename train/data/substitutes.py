@@ -10,7 +10,7 @@ import torch
 from train.data.images import Images
 from train.data.loader import Loaded
 from train.jobs.errors import writing
-from train.jobs.folder import write_whole
+from train.jobs.folder import write_atomically
 
 
 class Substitutes:
@@ -53,7 +53,7 @@ class Substitutes:
         for part in self.parts.glob("*.txt"):
             lines |= {line for line in part.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")}
         if lines and self.rank == 0:
-            write_whole(self.list, "".join(sorted(lines, key=lambda line: [int(x) for x in line.split("\t")[:3]])))
+            write_atomically(self.list, "".join(sorted(lines, key=lambda line: [int(x) for x in line.split("\t")[:3]])))
         return sum(line.startswith(f"{epoch}\t") for line in lines)
 
 

@@ -49,7 +49,7 @@ def take_back(folder: Path) -> None:
         _made.discard(path)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Replace a text file in one step.
 
     Raises:
@@ -92,7 +92,7 @@ def lock(folder: Path) -> IO[str]:
 
 
 def _remove_temporary_files(folder: Path) -> None:
-    """Those of a job that was killed while it wrote (`write_whole`)."""
+    """Those of a job that was killed while it wrote (`write_atomically`)."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
