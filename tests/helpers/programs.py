@@ -25,15 +25,15 @@ _forks.set_forkserver_preload(["helpers.preloaded"])
 
 
 def _start_server() -> None:
-    """Does nothing if it runs. It finds modules by PYTHONPATH alone: up to Python 3.12 it ignores sys.path."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    """Does nothing if it runs. It finds modules by PYTHONPATH alone: up to Python 3.12 it ignores sys.path. And torch
+    reads OMP_NUM_THREADS when it is imported."""
+    before = dict(os.environ)
+    os.environ.update({"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"})
     try:
         forkserver.ensure_running()
     finally:
-        del os.environ["PYTHONPATH"]
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def environment(**more: str) -> dict[str, str]:
