@@ -39,9 +39,9 @@ def seed():
 SOME = ("auto", "grouped", "blocks", "blocks folded")
 
 
-@pytest.fixture(params=[pytest.param(way, marks=() if way in SOME else pytest.mark.slow) for way in SETTINGS])
-def each_way(request):
-    """The test runs once for each way to compute a layer; the name of it."""
+@pytest.fixture(params=[pytest.param(choice, marks=() if choice in SOME else pytest.mark.slow) for choice in SETTINGS])
+def each_choice(request):
+    """The test runs once for each choice of how to compute a layer; its name."""
     with force(request.param):
         yield request.param
 

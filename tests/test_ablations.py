@@ -128,7 +128,7 @@ def converted(layer, **settings):
 @pytest.mark.parametrize("partition", CHOICES["partition"])
 @pytest.mark.parametrize("function", ["caf", "contrast", "softmax", "tanh"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_compute_their_definition(name, function, partition, each_way):
+def test_layers_compute_their_definition(name, function, partition, each_choice):
     layer, size = LAYERS[name]
     chosen = {"attention_function": function, "partition": partition, "anchoring": "all_to_one"}
     model = converted(layer, n=2, **({} if partition == "none" else {"cell_out": "1/2"}), **chosen)

@@ -187,7 +187,7 @@ def test_temperature_of_a_vanilla_model_is_refused():
         kw.set_temperature(nn.Linear(2, 2), 0.5)
 
 
-def test_anchors_are_no_saved_state_for_they_follow_from_the_draw(model):
+def test_anchors_are_no_saved_state_for_they_follow_from_the_share(model):
     assert not any(key.endswith("beta") for key in model.state_dict())
 
 

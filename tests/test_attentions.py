@@ -100,7 +100,7 @@ def test_warehouses_are_the_mean_over_their_mixtures(found):
         assert usage(drawing).shape == (len(warehouse.cells),) and float(usage(drawing).mean()) == pytest.approx(1)
 
 
-def test_what_depends_on_the_class_is_told_from_what_depends_on_the_image():
+def test_what_depends_on_the_class_is_reported_from_what_depends_on_the_image():
     _, model = small()
     alike = statistics(
         collect(
@@ -147,7 +147,7 @@ def test_a_layer_that_is_used_twice_counts_twice():
     assert layer.own + layer.zero == pytest.approx(1) and int(layer.sums.counts.sum()) == 8
 
 
-def test_attentions_that_are_not_finite_are_told_of_by_their_layer():
+def test_attentions_that_are_not_finite_are_reported_by_their_layer():
     _, model = small()
     model.layer2[0].conv1.attention.fc2.weight.data.fill_(torch.nan)
     with pytest.raises(DataError, match=re.escape("'layer2.0.conv1'")):

@@ -112,7 +112,7 @@ def test_more_budget_is_more_parameters(name):
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_small_patch16_224"])
-def test_deit_draws_by_stages_of_four_blocks_with_layer_norm_in_the_attention(name):
+def test_deit_shares_by_stages_of_four_blocks_with_layer_norm_in_the_attention(name):
     found = warehouses(meta(f"kw_{name}", n=4))
     layers = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
     assert {warehouse.name: [share.kernel.name for share in warehouse.shares] for warehouse in found} == {

@@ -138,7 +138,7 @@ DEFINITIONS = {method.__name__: method for method in (condconv, dyconv, odconv, 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_a_layer_is_its_definition_sample_by_sample(name, n, kind, each_way):
+def test_a_layer_is_its_definition_sample_by_sample(name, n, kind, each_choice):
     arguments, side = LAYERS[kind]
     made = shaken(layer(name, n, arguments).double()).eval()
     tau = 0.4
@@ -162,31 +162,31 @@ def test_a_layer_is_its_definition_sample_by_sample(name, n, kind, each_way):
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("name", [name for name in METHODS if issubclass(BASELINES[name].layer, KernelBank)])
-def test_gradients_are_the_same_by_every_way(name, n, kind):
+def test_gradients_are_the_same_by_every_choice(name, n, kind):
     arguments, side = LAYERS[kind]
     made = shaken(layer(name, n, arguments).double())
     images = torch.randn(3, arguments[0], side, side, dtype=torch.float64, requires_grad=True)
 
-    def gradients(way):
-        with force(way):
+    def gradients(choice):
+        with force(choice):
             out = made(images)
             return torch.autograd.grad(
                 (out * torch.arange(out.numel()).view_as(out)).sum(), [images, *made.parameters()]
             )
 
     expected = gradients("grouped")
-    for way in ("auto", "batched", "blocks", *(["triton"] if kind == "3x3" else [])):
-        torch.testing.assert_close(gradients(way), expected)
+    for choice in ("auto", "batched", "blocks", *(["triton"] if kind == "3x3" else [])):
+        torch.testing.assert_close(gradients(choice), expected)
 
 
 def test_a_batch_of_kernels_is_not_made_where_another_implementation_is_faster():
-    """In the plain way, a sample's kernel is kept for the backward pass."""
+    """By the plain choice, a sample's kernel is kept for the backward pass."""
     made = layer("odconv", 4, (128, 128, 3, 1, 1))
 
-    def kept(way):
+    def kept(choice):
         sizes = []
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t)
-        with hooks, force(way):
+        with hooks, force(choice):
             made(torch.randn(64, 128, 8, 8))
         return max(sizes)
 

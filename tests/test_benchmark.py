@@ -72,7 +72,7 @@ def test_excess_is_over_the_static_backbone_and_in_percent_of_the_plain_choices(
     ]
 
 
-def test_a_choice_that_fails_is_told_and_the_others_are_measured(tmp_path):
+def test_a_choice_that_fails_is_reported_and_the_others_are_measured(tmp_path):
     def fail():
         raise RuntimeError("out of memory\nand so on")
 

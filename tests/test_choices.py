@@ -155,6 +155,6 @@ def test_a_fit_writes_where_and_how_it_was_measured(tmp_path, monkeypatch, capsy
     assert f"auto by {base}, step:" in capsys.readouterr().out
 
 
-def test_a_budget_without_time_for_a_layer_is_told(tmp_path):
+def test_a_budget_without_time_for_a_layer_is_reported(tmp_path):
     with pytest.raises(SystemExit, match="--seconds"):
         fit_prices.main(["small:1@2", "--seconds", "0", "--out", str(tmp_path / "prices.json")])

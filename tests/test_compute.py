@@ -169,9 +169,9 @@ def shared():
     return Shared().double(), torch.randn(4, 6, 5, 5, dtype=torch.float64)
 
 
-def grads_of(model, x, way="blocks"):
+def grads_of(model, x, choice="blocks"):
     model.zero_grad()
-    with force(way):
+    with force(choice):
         model(x).square().sum().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -289,15 +289,15 @@ def test_a_moved_model_does_not_hold_its_old_memory(shared):
     assert old() is None
 
 
-@pytest.mark.parametrize("way", ["auto", pytest.param("blocks", marks=pytest.mark.slow), "triton folded"])
-def test_a_compiled_model_trains_on_batches_of_several_sizes(shared, way):
+@pytest.mark.parametrize("choice", ["auto", pytest.param("blocks", marks=pytest.mark.slow), "triton folded"])
+def test_a_compiled_model_trains_on_batches_of_several_sizes(shared, choice):
     model, x = shared
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for batch in (4, 3, 2) if "triton" not in way else (3, 2):  # its interpreter is slow
+    for batch in (4, 3, 2) if "triton" not in choice else (3, 2):  # its interpreter is slow
         expected = grads_of(model, x[:batch], "grouped")
         model.zero_grad()
-        with force(way):
+        with force(choice):
             compiled(x[:batch]).square().sum().backward()
         assert_equal({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
 
@@ -311,22 +311,22 @@ def test_a_trained_model_can_be_traced(shared):
         torch.testing.assert_close(traced(x), model(x))
 
 
-@pytest.mark.parametrize("way", SETTINGS[1:])
-def test_an_input_too_small_for_the_kernel_is_refused_whatever_the_way(way):
+@pytest.mark.parametrize("choice", SETTINGS[1:])
+def test_an_input_too_small_for_the_kernel_is_refused_whatever_the_choice(choice):
     model = nn.Sequential(nn.Conv2d(4, 4, 3))
     kw.convert(model, {"0": "w"})
-    with force(way), pytest.raises((ValueError, RuntimeError), match=r"(?i)kernel"):
+    with force(choice), pytest.raises((ValueError, RuntimeError), match=r"(?i)kernel"):
         model.eval()(torch.randn(2, 4, 5, 2))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("way", REMADE)
-def test_checkpointed_parts_have_the_same_sum(shared, way, reentrant):
+@pytest.mark.parametrize("choice", REMADE)
+def test_checkpointed_parts_have_the_same_sum(shared, choice, reentrant):
     """A reentrant checkpoint is a backward pass within a backward pass."""
     model, x = shared
     expected = grads_of(model, x, "grouped")
     model.zero_grad()
-    with force(way):
+    with force(choice):
         checkpointed(model, x, reentrant).square().sum().backward()
     assert_equal({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
 
@@ -340,14 +340,14 @@ def checkpointed(model, x, reentrant=False):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("way", OTHERS)
-def test_a_backward_pass_after_the_block_repeats_what_the_forward_pass_did(shared, way, reentrant):
+@pytest.mark.parametrize("choice", OTHERS)
+def test_a_backward_pass_after_the_block_repeats_what_the_forward_pass_did(shared, choice, reentrant):
     """Activation checkpointing computes layers again, outside of the `with` block: by the choice of the first time. A
     pass without gradients in between, by another choice, does not change that."""
     model, x = shared
     expected = grads_of(model, x, "grouped")
     model.zero_grad()
-    with force(way):
+    with force(choice):
         out = checkpointed(model, x, reentrant)
     with torch.no_grad(), force("grouped"):
         model.eval()(x)
@@ -357,7 +357,7 @@ def test_a_backward_pass_after_the_block_repeats_what_the_forward_pass_did(share
         compute = functional.compute
         patch.setattr(functional, "compute", lambda *of: seen.append(of[4]) or compute(*of))
         out.square().sum().backward()
-    assert seen and set(seen) == {way.split()[0]}
+    assert seen and set(seen) == {choice.split()[0]}
     assert_equal({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
 
 
@@ -421,7 +421,7 @@ def test_frozen_cells_get_no_gradient_and_the_others_do(shared):
     assert all(p.grad is not None for name, p in model.named_parameters() if "warehouses" not in name)
 
 
-def test_a_gradient_of_a_gradient_is_refused_or_taken_the_plain_way(shared):
+def test_a_gradient_of_a_gradient_is_refused_or_taken_by_the_plain_choice(shared):
     model, x = shared
     x = x.clone().requires_grad_()
     with functional.use("blocks"), pytest.raises(RuntimeError, match=r'use\("grouped"\)'):
@@ -434,21 +434,21 @@ def test_a_gradient_of_a_gradient_is_refused_or_taken_the_plain_way(shared):
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize("groups", [1, 2, 8], ids=["dense", "grouped", "depthwise"])
-@pytest.mark.parametrize("way", OTHERS)
-def test_gradients_of_any_batch_and_groups(way, groups, batch):
+@pytest.mark.parametrize("choice", OTHERS)
+def test_gradients_of_any_batch_and_groups(choice, groups, batch):
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=groups))
     kw.convert(model, {"0": "w"}, KWConfig(n=2, attention_norm="layer")).double()
     x = torch.randn(batch, 8, 5, 6, dtype=torch.float64, requires_grad=True)
     tensors = [x, *model.parameters()]
     with functional.use("grouped"):
         expected = torch.autograd.grad(model(x).square().sum(), tensors)
-    with force(way):
+    with force(choice):
         for value, other in zip(torch.autograd.grad(model(x).square().sum(), tensors), expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("way", "times"), [("blocks", 1.5), ("triton", 2), ("inputs", 2)])
-def test_half_precision_is_about_as_exact_as_the_plain_way(way, times):
+@pytest.mark.parametrize(("choice", "times"), [("blocks", 1.5), ("triton", 2), ("inputs", 2)])
+def test_half_precision_is_about_as_exact_as_the_plain_choice(choice, times):
     """Errors of output and gradients against float64, with sums over nine taps and four input groups. "inputs" leaves
     the sum over taps to autograd, in half precision; Triton's interpreter cuts bfloat16 off where a GPU rounds."""
     geometry = Geometry((9, 2, 4), (3, 3), (1, 1), (1, 1), (1, 1))
@@ -456,6 +456,6 @@ def test_half_precision_is_about_as_exact_as_the_plain_way(way, times):
     tensors = [t.bfloat16().requires_grad_() for t in (x, alpha, cells)]
     exact = gradients("grouped", *(t.detach().double().requires_grad_() for t in tensors), geometry)
     for value, plain, true in zip(
-        gradients(way, *tensors, geometry), gradients("grouped", *tensors, geometry), exact, strict=True
+        gradients(choice, *tensors, geometry), gradients("grouped", *tensors, geometry), exact, strict=True
     ):
         assert (value.double() - true).square().mean() <= times**2 * (plain.double() - true).square().mean()

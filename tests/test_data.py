@@ -536,7 +536,7 @@ def test_a_missing_shard_is_named_by_its_number(shards):
     assert "number 2" in refusal(format="shards", root=shards)
 
 
-def test_the_last_shards_or_samples_that_are_missing_are_told_of(shards, tmp_path):
+def test_the_last_shards_or_samples_that_are_missing_are_reported(shards, tmp_path):
     last = max(shards.glob("train-*.tar"))
     count = len(list(shards.glob("train-*.tar")))
     whole = last.read_bytes()

@@ -1,4 +1,4 @@
-"""`python -m detection`: what it is told, what is wrong with data, and the real thing, shrunk, on real digits."""
+"""`python -m detection`: its settings, errors in data, and real runs, shrunk, on real digits."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def refused(digits, monkeypatch, capsys, safe_loading):
     return run
 
 
-# What it is told
+# Settings
 
 
 def test_a_row_is_composed_and_any_key_of_its_file_can_be_set():
@@ -148,7 +148,7 @@ def test_a_configuration_may_leave_the_channels_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["config=mask_rcnn_kw1x_resnet51_1x_coco"], "near are mask_rcnn_kw1x_resnet50_1x_coco"),
         (["train_cfg.max_epoch=1"], r"train_cfg\.max_epoch: .*near are max_epochs.*\+train_cfg\.max_epoch"),
@@ -169,8 +169,8 @@ def test_a_configuration_may_leave_the_channels_out(tmp_path):
         (["scratch=true", "model.backbone.type=ResNet"], "scratch=True: not for a backbone ResNet"),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_key(overrides, told):
-    with pytest.raises(ConfigError, match=told):
+def test_what_makes_no_sense_is_refused_by_key(overrides, message):
+    with pytest.raises(ConfigError, match=message):
         config("config=mask_rcnn_kw1x_resnet50_1x_coco", *overrides)
 
 
@@ -234,7 +234,7 @@ def test_data_that_are_whole_are_let_pass(digits):
     checked(f"data.root={digits}")
 
 
-def test_a_missing_annotation_file_is_told_of(digits, tmp_path):
+def test_a_missing_annotation_file_is_reported(digits, tmp_path):
     folder = copied(digits, tmp_path / "data")
     (folder / "annotations/instances_val2017.json").unlink()
     with pytest.raises(DataError, match=r"instances_val2017\.json does not exist.*data\.root"):
@@ -249,7 +249,7 @@ def test_a_file_of_another_format_is_reported(text, digits, tmp_path):
         checked(f"data.root={folder}")
 
 
-def test_missing_images_are_told_of_by_name_and_number(digits, tmp_path):
+def test_missing_images_are_reported_by_name_and_number(digits, tmp_path):
     folder = copied(digits, tmp_path / "data")
     (folder / "train2017/000003.png").unlink()
     with pytest.raises(DataError, match=r"1 of 8 images .*000003\.png"):
@@ -259,7 +259,7 @@ def test_missing_images_are_told_of_by_name_and_number(digits, tmp_path):
         checked(f"data.root={folder}")
 
 
-def test_classes_that_do_not_match_are_told_of_and_can_be_taken_from_the_annotations(digits, tmp_path):
+def test_classes_that_do_not_match_are_reported_and_can_be_taken_from_the_annotations(digits, tmp_path):
     folder = copied(digits, tmp_path / "data")
     for split in SPLITS:
         change(folder, lambda content: content["categories"][3].update(name="three"), split)
@@ -276,7 +276,7 @@ def test_classes_that_do_not_match_are_told_of_and_can_be_taken_from_the_annotat
 
 
 @pytest.mark.parametrize(("key", "kind"), [("image_id", "images"), ("category_id", "categories")])
-def test_annotations_of_what_is_not_there_are_told_of(key, kind, digits, tmp_path):
+def test_annotations_of_what_is_not_there_are_reported(key, kind, digits, tmp_path):
     """MMDetection would leave them out without a word."""
     folder = copied(digits, tmp_path / "data")
     change(folder, lambda content: content["annotations"][2].update({key: 1000}))
@@ -284,7 +284,7 @@ def test_annotations_of_what_is_not_there_are_told_of(key, kind, digits, tmp_pat
         checked(f"data.root={folder}")
 
 
-def test_heads_that_predict_another_number_of_classes_are_told_of(digits):
+def test_heads_that_predict_another_number_of_classes_are_reported(digits):
     with pytest.raises(ConfigError, match=r"Shared2FCBBoxHead: num_classes=80, but the train data have 10"):
         checked(f"data.root={digits}", "model.roi_head.bbox_head.num_classes=80")
 

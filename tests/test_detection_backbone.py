@@ -195,7 +195,7 @@ def test_a_checkpoint_of_ours_fills_it_and_the_temperature_is_zero(n, tmp_path):
 
 @pytest.mark.parametrize(("name", "n"), [("mobilenetv2_050", "1/2"), ("mobilenetv2_050", "1"), ("convnext_tiny", "1")])
 def test_a_released_checkpoint_fills_it(name, n, tmp_path):
-    """Also where the classifier is dynamic, and draws from a warehouse of its own (MobileNetV2 at n = 1/2)."""
+    """Also where the classifier is dynamic, and has a warehouse of its own (MobileNetV2 at n = 1/2)."""
     whole = classifier(name, n)
     torch.save({"state_dict": kw.to_released(whole)}, tmp_path / "released.pth")
     indices = (0, 1, 2, 3) if name == "convnext_tiny" else (1, 2, 3, 5)

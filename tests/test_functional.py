@@ -18,7 +18,7 @@ import kw
 from kw import KWConfig, functional
 from kw.compute import IMPLEMENTATIONS
 
-# Layer, input behind the batch: large and small in channels, positions and kernel, to meet a way's every branch.
+# Layer, input behind the batch: large and small in all, to meet every branch of an implementation.
 LAYERS = {
     "3x3": (nn.Conv2d(8, 16, 3, padding=1), (8, 9, 7)),
     "3x3, wide": (nn.Conv2d(96, 128, 3, padding=1), (96, 3, 3)),
@@ -53,10 +53,10 @@ def dynamic(name, n):
     return model, size
 
 
-def computed(way, model, x):
-    """Output, and every gradient, of `model` computed the given way."""
+def computed(choice, model, x):
+    """Output, and every gradient, of `model` computed by a choice."""
     x = x.clone().requires_grad_()
-    with force(way):
+    with force(choice):
         out = model(x)
         cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         gradients = torch.autograd.grad(out, [x, *model.parameters()], cotangent)
@@ -73,32 +73,32 @@ def assert_same(actual, expected, tolerance):
 
 # Triton's interpreter is slow: for it, one budget and batch each.
 CASES = [
-    (way, n, batch)
-    for way in OTHERS
+    (choice, n, batch)
+    for choice in OTHERS
     for n, batch in (
-        [("1/2", 2)] if way == "triton" else [(4, 3)] if "triton" in way else product(("1/2", 1, 4), (2, 9))
+        [("1/2", 2)] if choice == "triton" else [(4, 3)] if "triton" in choice else product(("1/2", 1, 4), (2, 9))
     )
 ]
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize(("way", "n", "batch"), CASES)
-def test_every_way_agrees_with_the_plain_one_in_output_and_gradients(way, name, n, batch):
+@pytest.mark.parametrize(("choice", "n", "batch"), CASES)
+def test_every_choice_agrees_with_the_plain_one_in_output_and_gradients(choice, name, n, batch):
     model, size = dynamic(name, n)
     x = torch.randn(batch, *size, dtype=torch.float64)
-    assert_same(computed(way, model, x), computed("grouped", model, x), 1e-9)
+    assert_same(computed(choice, model, x), computed("grouped", model, x), 1e-9)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("way", [way for way in SETTINGS if way != "triton folded"])
+@pytest.mark.parametrize("choice", [choice for choice in SETTINGS if choice != "triton folded"])
 @torch.no_grad()
-def test_every_way_serves_evaluation_of_one_sample_and_of_none(way, name):
+def test_every_choice_serves_evaluation_of_one_sample_and_of_none(choice, name):
     model, size = dynamic(name, 1)
     x = torch.randn(3, *size, dtype=torch.float64)
     model.eval()
     with functional.use("grouped"):
         plain = model(x)
-    with force(way):
+    with force(choice):
         torch.testing.assert_close(model(x[:1]), plain[:1], rtol=1e-9, atol=1e-9)
         assert model(x[:0]).shape == plain[:0].shape
 
@@ -111,24 +111,24 @@ def test_every_way_serves_evaluation_of_one_sample_and_of_none(way, name):
         pytest.param("deit_tiny_patch16_224", 2, marks=pytest.mark.slow),
     ],
 )
-def test_every_way_agrees_on_a_whole_backbone(backbone, n):
+def test_every_choice_agrees_on_a_whole_backbone(backbone, n):
     size = {"img_size": 64} if "deit" in backbone else {}
     model = timm.create_model(f"kw_{backbone}", n=n, num_classes=10, **size).double()
     kw.set_temperature(model, 0.5)
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64)  # large enough that no BatchNorm blows up rounding
     plain = computed("grouped", model, x)
-    for way in OTHERS:
-        if "triton" not in way:  # its interpreter would take minutes
-            assert_same(computed(way, model, x), plain, 1e-9)
+    for choice in OTHERS:
+        if "triton" not in choice:  # its interpreter would take minutes
+            assert_same(computed(choice, model, x), plain, 1e-9)
 
 
-@pytest.mark.parametrize("way", ["triton", pytest.param("triton folded", marks=pytest.mark.slow)])
-def test_triton_agrees_on_a_narrow_backbone(way):
+@pytest.mark.parametrize("choice", ["triton", pytest.param("triton folded", marks=pytest.mark.slow)])
+def test_triton_agrees_on_a_narrow_backbone(choice):
     """With the strides, pointwise shortcuts and shared warehouses of ResNet18."""
     model = timm.create_model("kw_resnet18", n="1/2", num_classes=10, channels=(8, 8, 16, 16), layers=(1, 1, 1, 1))
     kw.set_temperature(model.double(), 0.5)
     x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
-    assert_same(computed(way, model, x), computed("grouped", model, x), 1e-9)
+    assert_same(computed(choice, model, x), computed("grouped", model, x), 1e-9)
 
 
 class Groups(TorchDispatchMode):
@@ -146,7 +146,7 @@ class Groups(TorchDispatchMode):
 
 @torch.no_grad()
 def plain():
-    """Whether layers are computed the plain way now: a convolution in which each of 3 samples is a group."""
+    """Whether layers are computed plainly now: a convolution in which each of 3 samples is a group."""
     model, size = dynamic("pointwise", 1)
     with Groups() as groups:
         model(torch.randn(3, *size, dtype=torch.float64))
@@ -155,7 +155,7 @@ def plain():
 
 @pytest.fixture
 def auto_multiplies(monkeypatch):
-    """The small layers here are best computed the plain way; so that the choice taken shows, "auto" has another."""
+    """The small layers here are computed best by the plain one; so that the choice taken shows, "auto" has another."""
     monkeypatch.setattr(functional, "_remembered", lambda *_: functional.Choice("cells", "blocks"))
 
 
@@ -242,12 +242,12 @@ def test_attentions_that_are_not_affine_are_made_of_cells(function):
     model = nn.Sequential(nn.Conv2d(8, 16, 3))
     kw.convert(model, {"0": "w"}, KWConfig(n=1, attention_function=function)).double()
     x = torch.randn(3, 8, 6, 5, dtype=torch.float64)
-    for way in FOLDED:
-        assert_same(computed(way, model, x), computed(PLAIN, model, x), 1e-9)
+    for choice in FOLDED:
+        assert_same(computed(choice, model, x), computed(PLAIN, model, x), 1e-9)
 
 
-@pytest.mark.parametrize("way", SETTINGS)
-def test_data_parallel_training_has_the_same_gradients(way, tmp_path):
+@pytest.mark.parametrize("choice", SETTINGS)
+def test_data_parallel_training_has_the_same_gradients(choice, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
         model, size = dynamic("3x3", 1)
@@ -256,7 +256,7 @@ def test_data_parallel_training_has_the_same_gradients(way, tmp_path):
             model(x).square().sum().backward()
         alone = [parameter.grad.clone() for parameter in model.parameters()]
         model.zero_grad()
-        with force(way):
+        with force(choice):
             DistributedDataParallel(model, gradient_as_bucket_view=True)(x).square().sum().backward()
         for parameter, grad in zip(model.parameters(), alone, strict=True):
             torch.testing.assert_close(parameter.grad, grad)
@@ -264,31 +264,31 @@ def test_data_parallel_training_has_the_same_gradients(way, tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("way", SETTINGS)
-def test_half_precision_gradients_are_near_those_of_float32(way):
+@pytest.mark.parametrize("choice", SETTINGS)
+def test_half_precision_gradients_are_near_those_of_float32(choice):
     model, size = dynamic("3x3", 1)
     model, x = model.float(), torch.randn(4, *size)
-    exact = computed(way, model, x)
+    exact = computed(choice, model, x)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = computed(way, model, x)
+        rough = computed(choice, model, x)
     cells = next(name for name in exact if name.endswith("cells"))
     for name in ("output", "input", cells):  # the attention's own gradients pass a ReLU, whose sign rounding may turn
         assert (rough[name].float() - exact[name]).abs().max() <= 0.05 * exact[name].abs().max(), name
 
 
 def test_no_more_than_a_block_of_kernels_is_kept_for_the_backward_pass():
-    """What is saved is the input, the attentions and the cells; the plain way saves every sample's kernel too."""
+    """What is saved is the input, the attentions and the cells; the plain one saves every sample's kernel too."""
     model, size = dynamic("3x3, wide", 1)
     x = torch.randn(8, *size, dtype=torch.float64)
 
-    def saved(way):
+    def saved(choice):
         sizes = {}
         with (
             torch.autograd.graph.saved_tensors_hooks(
                 lambda t: (sizes.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()), t)[1],
                 lambda t: t,
             ),
-            force(way),
+            force(choice),
         ):
             model(x)
         return sum(sizes.values())

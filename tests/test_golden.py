@@ -18,9 +18,9 @@ EXPECTED = np.load(recipe.HERE / "cases.npz")
 # Exactness of every choice is tests/test_functional.py's, on shapes of all kinds; here a few are enough by default.
 
 
-def in_each(ways, some):
-    marked = [pytest.param(way, marks=() if way in some else pytest.mark.slow) for way in ways]
-    return pytest.mark.parametrize("each_way", marked, indirect=True)
+def in_each(choices, some):
+    marked = [pytest.param(choice, marks=() if choice in some else pytest.mark.slow) for choice in choices]
+    return pytest.mark.parametrize("each_choice", marked, indirect=True)
 
 
 def build(case_name: str) -> nn.Module:
@@ -56,8 +56,8 @@ def test_parameters_warehouses_layers(loaded):
     assert sorted(ours) == sorted(theirs)
 
 
-@in_each([way for way in SETTINGS if "triton" not in way and "folded" not in way], ["auto", "blocks"])
-def test_eval_logits_and_attentions(loaded, each_way):
+@in_each([choice for choice in SETTINGS if "triton" not in choice and "folded" not in choice], ["auto", "blocks"])
+def test_eval_logits_and_attentions(loaded, each_choice):
     name, case, model = loaded
     from kw.released import _entries  # layer names of the release are known nowhere else
 
@@ -79,10 +79,10 @@ def test_eval_logits_and_attentions(loaded, each_way):
         close(alpha.flatten(0, 1).numpy()[: len(expected)], expected)
 
 
-@in_each([way for way in SETTINGS if "triton" not in way], ["auto"])
-def test_training_logits_and_gradients(loaded, each_way):
+@in_each([choice for choice in SETTINGS if "triton" not in choice], ["auto"])
+def test_training_logits_and_gradients(loaded, each_choice):
     name, case, _ = loaded
-    if "folded" in each_way and not name.startswith(("resnet18", "mobilenetv2")):
+    if "folded" in each_choice and not name.startswith(("resnet18", "mobilenetv2")):
         pytest.skip("its hidden layers are wide: folded kernels of float64 would take many gigabytes")
     model = build(name)
     kw.load_released(model, {key: torch.from_numpy(v) for key, v in recipe.state_dict(case).items()})

@@ -153,7 +153,7 @@ def test_a_run_of_an_older_version_is_resumed(tmp_path, capsys):
         Trainer(config(*TINY, *NARROW, "n=static", "recipe.lr=1"), tmp_path, ALONE).resume()
 
 
-def test_a_value_typed_in_another_way_is_resumed(tmp_path):
+def test_a_value_typed_differently_is_resumed(tmp_path):
     made = [config(*TINY, *NARROW, f"kw.reduction={value}", f"n={n}") for value, n in (("1/32", 0.5), (0.03125, "1/2"))]
     assert learnt_settings(made[0]) == learnt_settings(made[1])
 

@@ -106,7 +106,7 @@ def test_the_lock_of_a_job_at_work_stays(here):
     assert list(here.iterdir()) == []
 
 
-def test_a_run_folder_that_cannot_be_made_is_told_of(here, command):
+def test_a_run_folder_that_cannot_be_made_is_reported(here, command):
     (here / "runs").touch()  # in the way
     said, failed = command()
     assert said.startswith(f"ConfigError: The run folder {here}/runs/digits/resnet_digits_kw1x/seed0 cannot be made: ")
@@ -159,7 +159,7 @@ def test_a_run_of_the_command_trains(here, command):
     assert not failed and len(list(here.rglob("summary.json"))) == 1
 
 
-def test_a_batch_that_cannot_be_shared_out_is_told_before_workers_start(here, monkeypatch):
+def test_a_batch_that_cannot_be_shared_out_is_reported_before_workers_start(here, monkeypatch):
     monkeypatch.setattr("train.run.launch", None)
     with pytest.raises(ConfigError, match=r"recipe\.batch_size=127"):
         start(config("recipe.batch_size=127", "runtime.devices=2"), here)

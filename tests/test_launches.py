@@ -49,7 +49,7 @@ def test_kernels_of_triton_are_counted_and_not_run(train):
 
 
 @pytest.mark.parametrize("choice", ["batched", "blocks", "blocks+folded"])
-def test_a_layers_operators_are_told_apart(choice):
+def test_a_layers_operators_are_distinguished(choice):
     with kw.functional.use(*choice.split("+")):
         count = count_operators(dynamic(), IMAGE, train=True)
     for part in launches.PARTS:

@@ -204,7 +204,7 @@ def test_model_to_double_takes_cells_along():
     torch.testing.assert_close(double.float(), single, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.usefixtures("each_way")
+@pytest.mark.usefixtures("each_choice")
 @pytest.mark.parametrize("case", ["padded", "depthwise", "pointwise", "1d", "linear on tokens"])
 @torch.no_grad()
 def test_autocast_runs_in_bfloat16_near_float32(case):
@@ -219,7 +219,7 @@ def test_autocast_runs_in_bfloat16_near_float32(case):
     assert (rough.float() - exact).abs().max() < 0.03 * exact.abs().max()
 
 
-@pytest.mark.usefixtures("each_way")
+@pytest.mark.usefixtures("each_choice")
 def test_autocast_trains_float32_parameters():
     model = pair()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -230,7 +230,7 @@ def test_autocast_trains_float32_parameters():
         assert parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.usefixtures("each_way")
+@pytest.mark.usefixtures("each_choice")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(reentrant):
     model = pair().double()
@@ -245,7 +245,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
         torch.testing.assert_close(t.grad, grad)
 
 
-@pytest.mark.usefixtures("each_way")
+@pytest.mark.usefixtures("each_choice")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_layer_gives_the_same(backend):
     torch.compiler.reset()
@@ -277,7 +277,7 @@ def test_input_of_other_dimensions_is_refused_by_layer_and_shape(case, dims):
         lambda share: kw.KWLinear(4, 8, share=share),
     ],
 )
-def test_draw_for_a_kernel_of_another_shape_is_refused_by_layer_and_shapes(build_layer):
+def test_a_share_for_a_kernel_of_another_shape_is_refused_by_layer_and_shapes(build_layer):
     share = Warehouse([KernelShape("stage.conv", (8, 4, 3, 3))], KWConfig()).shares[0]
     with pytest.raises(ValueError, match=r"'stage\.conv'.*shape \(.*\(8, 4, 3, 3\)"):
         build_layer(share)
@@ -310,7 +310,7 @@ def test_temperature_one_is_the_static_layer_of_the_layers_own_cells():
     torch.testing.assert_close(layer(x), static(x))
 
 
-@pytest.mark.usefixtures("each_way")
+@pytest.mark.usefixtures("each_choice")
 @torch.no_grad()
 def test_input_in_channels_last_gives_the_same():
     for case in ("padded", "pointwise", "depthwise"):

@@ -129,7 +129,7 @@ def test_the_rule_of_drop_path_can_be_set(backbone):
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "convnext_tiny", "deit_tiny_patch16_224", "mobilenetv2_050"])
-def test_under_layer_decay_cells_learn_as_fast_as_the_deepest_layer_that_draws_from_them(backbone):
+def test_under_layer_decay_cells_learn_as_fast_as_the_deepest_layer_that_uses_them(backbone):
     made = config(f"backbone={backbone}", "data=imagenet", "data.root=x", "n=1", "recipe.layer_decay=0.8")
     model = build_model(made, 10)
     groups = build_optimizer(model, made.recipe).param_groups
@@ -170,7 +170,7 @@ def start(folder, *settings, limit=None):
     return command(sys.executable, *words, check=False, preexec_fn=bound)
 
 
-def test_a_disk_that_is_full_is_told_of_and_loses_nothing(tmp_path):
+def test_a_disk_that_is_full_is_reported_and_loses_nothing(tmp_path):
     """A limit on the size of files stands for a full disk: it, too, fails in the midst of writing."""
     assert start(tmp_path, "recipe.epochs=1").returncode == 0
     saved = (tmp_path / "checkpoints" / "last.pt").read_bytes()
@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_made_or_linked_in_is_named(tmp_path, monkeypatc
         Checkpoints(tmp_path / "full").save_epoch({}, 0, 50.0)
 
 
-def test_a_disk_that_is_full_at_the_start_is_told_of(tmp_path):
+def test_a_disk_that_is_full_at_the_start_is_reported(tmp_path):
     full = start(tmp_path, limit=1000)  # room for the message, which goes to a file, too
     assert full.returncode == 1 and "could not be written" in full.stderr
     assert "config.yaml" in full.stderr and "Traceback" not in full.stderr

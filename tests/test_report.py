@@ -157,7 +157,7 @@ def test_finished_and_unfinished_runs_are_not_averaged(tmp_path):
     assert sorted((row.state, row.seeds) for row in find(made, "resnet18")) == [("done", 1), ("unfinished", 1)]
 
 
-def test_the_average_of_the_weights_is_told_of_too(tmp_path):
+def test_the_average_of_the_weights_is_reported_too(tmp_path):
     for seed in (0, 1):
         of_row(tmp_path / str(seed), "convnext_tiny", seed, 81.0, ema_top1=82.0 + seed)
     assert "convnext_tiny: top-1 of the average of the weights 82.50" in markdown(rows_of(tmp_path)[0])
@@ -217,7 +217,7 @@ def fifty(tmp_path):
     return tmp_path
 
 
-def test_fifty_folders_some_broken_are_all_told_of(fifty):
+def test_fifty_folders_some_broken_are_all_reported(fifty):
     runs, remarks = find_runs([fifty])
     assert len(list(fifty.iterdir())) == 50
     assert len([run for run in runs if run.finished]) == 26 and len(runs) == 29

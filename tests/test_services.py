@@ -1,4 +1,4 @@
-"""Watching a run: TensorBoard, wandb and the profiler; and jobs elsewhere: submitit here, SLURM with stand-ins."""
+"""Watching a run: TensorBoard, wandb and the profiler; and jobs elsewhere: submitit here, SLURM with fake commands."""
 
 import json
 import os
@@ -135,7 +135,7 @@ def test_a_resumed_run_is_one_wandb_run(tmp_path, monkeypatch):
     assert history == {line["step"]: line["top1"] for line in MetricsFile(tmp_path / "metrics.jsonl").read()}
 
 
-def test_wandb_online_without_a_login_or_a_package_is_told_of(tmp_path, monkeypatch):
+def test_wandb_online_without_a_login_or_a_package_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -253,7 +253,7 @@ def test_submitit_runs_the_jobs_of_a_sweep_here(tmp_path):
     assert group == same and group.pop().startswith("n-static,1.5,0.5+backbone.kwargs")
 
 
-STAND_INS = {
+FAKES = {
     "sbatch": """
         export SLURM_JOB_ID=41 SLURM_JOB_NODELIST=node[1-2]
         cp "$1" job.sh
@@ -268,8 +268,8 @@ STAND_INS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_slurm_job_at_its_time_limit_is_requeued_and_goes_on(tmp_path, devices):
-    """SLURM's commands have stand-ins: sbatch starts the job here, and again if scontrol was called."""
-    for name, script in STAND_INS.items():
+    """SLURM's commands are fakes: sbatch starts the job here, and again if scontrol was called."""
+    for name, script in FAKES.items():
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!/bin/bash\n{script.strip()}\n")

@@ -59,16 +59,20 @@ def fake(model, device):
 
 
 ON_FAKES = [
-    *(("resnet18", way, train) for way in ("auto", "grouped", "batched", "triton folded") for train in (False, True)),
+    *(
+        ("resnet18", choice, train)
+        for choice in ("auto", "grouped", "batched", "triton folded")
+        for train in (False, True)
+    ),
     *((backbone, "auto", True) for backbone in ("mobilenetv2_050", "convnext_tiny", "deit_tiny_patch16_224")),
 ]
 
 
-@pytest.mark.parametrize(("backbone", "way", "train"), ON_FAKES)
-def test_models_run_on_fake_tensors_of_a_gpu(backbone, way, train):
+@pytest.mark.parametrize(("backbone", "choice", "train"), ON_FAKES)
+def test_models_run_on_fake_tensors_of_a_gpu(backbone, choice, train):
     model = timm.create_model(f"kw_{backbone}", n=1, num_classes=10).train(train).bfloat16()
     kw.set_temperature(model, 0.5)
-    with FakeTensorMode(), force(way):
+    with FakeTensorMode(), force(choice):
         out = fake(model, "cuda")(torch.empty(4, 3, 224, 224, device="cuda", dtype=torch.bfloat16))
     assert out.device.type == "cuda" and out.shape == (4, 10) and out.dtype == torch.bfloat16
 

@@ -116,7 +116,7 @@ def test_cells_are_he_normal_over_what_a_layer_owns(n):
         assert cell_stds.min() > 0.7 * cell_stds.mean()
 
 
-def test_reset_parameters_draws_anew():
+def test_reset_parameters_initializes_anew():
     warehouse = one_cell_per_position([4], 2)
     before = warehouse.cells.clone()
     warehouse.reset_parameters()

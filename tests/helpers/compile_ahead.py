@@ -1,4 +1,4 @@
-"""Compiles Triton's kernels for a GPU that is not there, and prints what came of each as a line of JSON.
+"""Compiles Triton's kernels for a GPU that is not there, and prints the result of each as a line of JSON.
 
     python tests/helpers/compile_ahead.py 90        every block that can be chosen, for compute capability 9.0
 

@@ -1,4 +1,4 @@
-"""The ways to compute a layer that tests go through: how kernels are applied, and how they are made."""
+"""The choices of how to compute a layer that tests go through: how kernels are applied, and how they are made."""
 
 from kw import functional
 from kw.compute import IMPLEMENTATIONS
