@@ -339,7 +339,7 @@ def checkpointed(model, x, reentrant=False):
     return out
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("choice", OTHERS)
 def test_a_backward_pass_after_the_block_repeats_what_the_forward_pass_did(shared, choice, reentrant):
     """Activation checkpointing computes layers again, outside of the `with` block: by the choice of the first time. A

@@ -212,6 +212,13 @@ at(trainer, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
 """
 
 
+def test_a_killed_run_resumes_to_the_same_end(two, tmp_path):
+    disturb(tmp_path, KILLED_AT_STEP_6, "runtime.checkpoint_steps=5")
+    assert read(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 5
+    run_both(tmp_path / "run", "n=static")
+    assert differences(outcome(two), outcome(tmp_path / "run")) == []
+
+
 def test_a_run_resumes_with_another_number_of_processes_and_says_so(two, tmp_path):
     disturb(tmp_path, KILLED_AT_STEP_6, "runtime.checkpoint_steps=5")
     done = run(tmp_path / "run", "n=static", "runtime.micro_batch=16")
@@ -221,9 +228,11 @@ def test_a_run_resumes_with_another_number_of_processes_and_says_so(two, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_short_kill_storm(devices):
-    done = command(sys.executable, "-m", "scripts.kill_storm", "--kills", 2, "--devices", devices, cwd=ROOT)
+    words = ("-m", "scripts.kill_storm", "--kills", 2, "--devices", devices)
+    done = command(sys.executable, *words, cwd=ROOT, timeout=850)
     assert "Killed 2 times" in done.stdout and "The same to the bit" in done.stdout
 
 
