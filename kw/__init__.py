@@ -11,9 +11,9 @@ from kw.conversion import convert
 from kw.create import create_model
 from kw.freezing import freeze
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
+from kw.planning import Plan, plan
 from kw.profiling import Profile, profile
 from kw.released import load_released, to_released
-from kw.scope import default_scope
 from kw.temperature import set_temperature, temperatures
 from kw.warehouse import KernelShape, Warehouse
 
@@ -26,16 +26,17 @@ __all__ = [
     "KWConv3d",
     "KWLinear",
     "KernelShape",
+    "Plan",
     "Profile",
     "Warehouse",
     "backbones",
     "baselines",
     "convert",
     "create_model",
-    "default_scope",
     "freeze",
     "functional",
     "load_released",
+    "plan",
     "profile",
     "set_temperature",
     "temperatures",

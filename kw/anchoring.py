@@ -14,9 +14,8 @@ from fractions import Fraction
 Anchors = list[list[int]]  # for each layer, a cell for each mixture
 
 
-def one_to_one(mixtures: Sequence[int], n: int, budget: Fraction) -> tuple[Anchors, int]:
-    """The cell that each mixture is anchored to, and the number of cells assigned, which differs from `n` if the rule
-    does not divide evenly.
+def one_to_one(mixtures: Sequence[int], n: int, budget: Fraction) -> Anchors:
+    """The cell that each mixture is anchored to.
 
     With a budget of at least 1, mixture t has `budget` cells from `start + t * budget` on for itself, and is anchored
     to the first. Below, with q = 1 / budget, one mixture in each run of q is anchored to the next free cell; its place
@@ -24,6 +23,7 @@ def one_to_one(mixtures: Sequence[int], n: int, budget: Fraction) -> tuple[Ancho
 
     Args:
         mixtures: of each layer.
+        n: cells of the warehouse, those that `cells_of` assigns.
     """
     layers, free = [], 0
     q = budget.denominator
@@ -40,7 +40,17 @@ def one_to_one(mixtures: Sequence[int], n: int, budget: Fraction) -> tuple[Ancho
         if budget >= 1:
             free += m * int(budget)
         layers.append(own)
-    return layers, free
+    return layers
+
+
+def cells_of(mixtures: int, budget: Fraction) -> int:
+    """How many cells `one_to_one` assigns to a layer of so many mixtures: `budget` each; below 1, one in each run of q,
+    and in a last shorter run one or none, so that every layer has at least one. Where layers divide evenly, as all
+    published ones do, they are budget times the mixtures."""
+    if budget >= 1:
+        return mixtures * int(budget)
+    runs, rest = divmod(mixtures, budget.denominator)
+    return runs + (runs % budget.denominator < rest)
 
 
 def all_to_one(mixtures: Sequence[int]) -> Anchors:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kw.compute.mixing import mix
+from kw.config import KWConfig
 from kw.temperature import Tempered
 from kw.warehouse import Share
 
@@ -218,6 +219,18 @@ class Attention(Tempered):
 
     def extra_repr(self) -> str:
         return f"{self.mixtures} mixtures of {self.cells} cells"
+
+
+def attention_parameters(channels: int, mixtures: int, cells: int, config: KWConfig) -> int:
+    """Parameters of the `Attention` of a layer with so many input channels and mixtures, in a warehouse of so many
+    cells."""
+    hidden = max(int(channels * config.reduction), MIN_HIDDEN)
+    first = channels * hidden + 2 * hidden + (hidden if config.attention_norm == "layer" else 0)
+    local = int(config.n * mixtures) if config.nonlocal_basis < 1 else cells
+    if local == cells:
+        return first + (hidden + 1) * mixtures * (cells + 1)
+    basis = max(int((cells - local) * config.nonlocal_basis), MIN_BASIS)
+    return first + hidden * mixtures * (local + basis + 1) + basis * (cells - local) + mixtures * (cells + 1)
 
 
 def _one_hot(anchors: tuple[int, ...], n: int) -> Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
 
 from torch import nn
 
 from kw.config import KWConfig
 from kw.layers import DynamicLayer, KWConv1d, KWConv2d, KWConv3d, KWLinear
-from kw.replace import chosen, convolution_arguments, like, refuse_converted, replace
-from kw.scope import default_config, default_scope
+from kw.observing import observe
+from kw.planning import Plan
+from kw.planning import plan as make_plan
+from kw.replace import chosen, convolution_arguments, like, plain_base, refuse_converted, replace
 from kw.sharing import Groups, regroup
 from kw.temperature import share_temperature
 from kw.warehouse import KernelShape, Share, Warehouse, Warehouses
@@ -24,46 +29,74 @@ CONVOLUTIONS: dict[type[nn.Module], type[KWConv1d | KWConv2d | KWConv3d]] = {
 }
 
 
-def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None = None) -> nn.Module:
+def convert(
+    model: nn.Module,
+    scope: Scope | Plan | None = None,
+    config: Configs | None = None,
+    *,
+    plan: Plan | None = None,
+    example: Any = None,
+) -> nn.Module:
     """Make layers of `model` dynamic, in place, and return it.
 
     Args:
         model: any model built of `nn.Conv1d/2d/3d` and `nn.Linear`, such as one of timm's.
         scope: which layers share a warehouse: a function from `(layer name, layer)` to a warehouse's name, or None for
-            a layer that stays static; or a mapping from layer names to warehouse names. By default one warehouse per
-            stage and kind of layer, with stem and classifier static (`kw.default_scope`).
-        config: a `KWConfig` for every warehouse, or one each: a mapping or a function from the warehouse's name.
-            Its `sharing` and `partition` may merge, split and rename the scope's warehouses (`kw.sharing`).
+            a layer that stays static; or a mapping from layer names to warehouse names. By default, and with a
+            `kw.Plan` in its place, as that of `kw.plan(model, config)`, which weighs what attention costs and what
+            cells save.
+        config: a `KWConfig` for every warehouse; with a scope also one each: a mapping or a function from the
+            warehouse's name. Its `sharing` and `partition` may merge, split and rename a scope's warehouses
+            (`kw.sharing`).
+        plan: of this model, or one built alike. It has the settings, so `scope` and `config` are left out.
+        example: an input of the model, for models whose input cannot be guessed (`kw.plan`).
 
-    The warehouses are registered as `model.warehouses`, in the order in which layers first use them. Biases are kept.
-    Kernels are not: cells are initialized at random.
-
-    The converted model trains on one device or within DistributedDataParallel. `nn.DataParallel` and FSDP are not
-    supported (`kw.warehouse` says why).
+    Layers hold their warehouses; `model.warehouses` has them by name, in the order in which layers first use them.
+    Biases are kept. Kernels are not: cells are initialized at random. An optimizer that was made before has the old
+    parameters: make it again.
 
     Raises:
-        ValueError: the scope matches no layer, names one that does not exist or cannot be dynamic; a warehouse has no
-            config; or its kernels cannot be cut into cells. The message names layer or warehouse, and the model is
-            unchanged.
+        ValueError: the scope matches no layer, names one that does not exist, cannot be dynamic or whose weight the
+            model reads itself; no layer would gain; the plan is of another model; a warehouse has no config; or its
+            kernels cannot be cut into cells. The message names layer or warehouse, and the model is unchanged.
+
+    Warns:
+        UserWarning: by default, if less than half of what n asks for can be reached.
     """
     refuse_converted(model)
     if hasattr(model, "warehouses"):
         raise ValueError(
             f"This {type(model).__name__} has an attribute 'warehouses' already, where kw.convert would put its own."
         )
-    config = KWConfig() if config is None else config
-    groups = _groups(model, default_scope(model) if scope is None else scope)
-    configs = {warehouse: _config_of(warehouse, config) for warehouse in groups}
-    groups, configs = regroup(model, groups, configs)
-    if scope is None and isinstance(config, KWConfig):
-        configs = default_config(model, groups, config)
+    plan = scope if isinstance(scope, Plan) else plan
+    if plan is not None and (config is not None or not (scope is None or scope is plan)):
+        raise ValueError("A plan has its scope and settings: pass either a plan, or scope and config.")
+    if scope is None and plan is None:
+        if config is not None and not isinstance(config, KWConfig):
+            raise ValueError("Without a scope, config is one KWConfig for all warehouses.")
+        plan = make_plan(model, config or KWConfig(), example=example)
+        _check_gain(plan)
+    if plan is not None:
+        return _build(model, *_planned(model, plan))
+    groups, configs = _asked(model, scope, KWConfig() if config is None else config)
+    _refuse_read(model, [name for names in groups.values() for name in names], example)
+    return _build(model, groups, configs)
 
+
+def convert_by_scope(model: nn.Module, scope: Scope, config: Configs) -> nn.Module:
+    """`convert` for a scope that is known to fit the model, without a forward pass to see which weights it reads."""
+    refuse_converted(model)
+    return _build(model, *_asked(model, scope, config))
+
+
+def _build(model: nn.Module, groups: Groups, configs: Mapping[str, KWConfig]) -> nn.Module:
     warehouses = Warehouses()
     layers: dict[nn.Module, nn.Module] = {}
     for warehouse_name, names in groups.items():
         kernels = [_kernel(model, name) for name in names]
         warehouse = Warehouse(kernels, configs[warehouse_name], name=warehouse_name)
         warehouses[warehouse_name] = warehouse.to(_weight(model, names[0]))
+        _warn_of_rounding(warehouse)
         for name, share in zip(names, warehouse.shares, strict=True):
             static = model.get_submodule(name)
             layers[static] = _dynamic(static, share)
@@ -73,6 +106,64 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
     model.warehouses = warehouses
     share_temperature(model)
     return model
+
+
+def _warn_of_rounding(warehouse: Warehouse) -> None:
+    """Below n = 1 every layer has a cell of its own, however few its mixtures."""
+    n, cells, mixtures = warehouse.config.n, len(warehouse.cells), warehouse.mixtures
+    if n < 1 and cells > Fraction(5, 4) * n * mixtures:
+        warnings.warn(
+            f"Warehouse {warehouse.name!r} has {cells} cells for {mixtures} mixtures, where n = {n} asks for "
+            f"{float(n * mixtures):g}: layers of fewer than {n.denominator} mixtures have a cell each. Cut smaller "
+            f"cells (cell_in and cell_out are {warehouse.config.cell_in} and {warehouse.config.cell_out} now).",
+            stacklevel=4,
+        )
+
+
+def _asked(model: nn.Module, scope: Any, config: Configs) -> tuple[Groups, dict[str, KWConfig]]:
+    """The warehouses of a user's scope, and the settings of each."""
+    groups = _groups(model, scope)
+    return regroup(model, groups, {warehouse: _config_of(warehouse, config) for warehouse in groups})
+
+
+def _planned(model: nn.Module, plan: Plan) -> tuple[Groups, dict[str, KWConfig]]:
+    """The warehouses of a plan, if it fits."""
+    shapes = {layer.name: layer.shape for layer in plan.layers}
+    known = dict(model.named_modules())
+    for name in plan.scope:
+        weight = getattr(known.get(name), "weight", None)
+        if weight is None or tuple(weight.shape) != shapes[name]:
+            found = f"has none of this name in this {type(model).__name__}" if weight is None else tuple(weight.shape)
+            raise ValueError(
+                f"The plan is of another model: its layer {name!r} has a kernel of shape {shapes[name]}; here it "
+                f"{'' if weight is None else 'is '}{found}. Make it of this model: kw.plan(model, n)."
+            )
+    groups = {warehouse.name: list(warehouse.layers) for warehouse in plan.warehouses}
+    if not groups:
+        raise ValueError(f"The plan has no dynamic layer ({plan.summary()}); print it to see why.")
+    return groups, plan.configs
+
+
+def _check_gain(plan: Plan) -> None:
+    if not plan.warehouses:
+        reasons = ", ".join(f"{name!r}: {why}" for name, why in list(plan.static.items())[:3])
+        raise ValueError(
+            f"No layer of this {plan.model} would be dynamic ({plan.summary()}). {reasons or 'It has none.'} "
+            f"print(kw.plan(model, n)) lists the reasons; a scope of your own converts what you name."
+        )
+    if plan.gains_little:
+        warnings.warn(f"{plan.model}: {plan.summary()}; print(kw.plan(model, n)) lists the reasons.", stacklevel=3)
+
+
+def _refuse_read(model: nn.Module, names: list[str], example: Any) -> None:
+    """Raises ValueError for a layer whose weight the model reads in its forward pass."""
+    seen = observe(model, names, example)
+    read = sorted(seen.read & set(names)) if seen is not None else []
+    if read:
+        raise ValueError(
+            f"The model reads the weight of {', '.join(map(repr, read[:4]))}{', ...' if len(read) > 4 else ''} itself, "
+            f"and a dynamic layer has none: leave {'it' if len(read) == 1 else 'them'} out of the scope."
+        )
 
 
 def _groups(model: nn.Module, scope: Scope) -> Groups:
@@ -109,4 +200,6 @@ def _dynamic(layer: nn.Module, share: Share) -> DynamicLayer:
     """The dynamic layer that replaces a static one."""
     if isinstance(layer, nn.Linear):
         return like(layer, KWLinear(layer.in_features, layer.out_features, layer.bias is not None, share=share))
-    return like(layer, CONVOLUTIONS[type(layer)](*convolution_arguments(layer), share=share))
+    base = plain_base(layer)
+    assert base is not None
+    return like(layer, CONVOLUTIONS[base](*convolution_arguments(layer), share=share))

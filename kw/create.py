@@ -17,7 +17,7 @@ def create_model(name: str, n: BudgetLike = 1, dynamic: str = KW, **kwargs: Any)
 
     Args:
         name: of a timm model, such as "resnet18" or "regnety_002". Those in `kw.backbones` get the warehouses of the
-            paper (arXiv 2406.07879, section 4 and appendix), all others those of `kw.default_scope`.
+            paper (arXiv 2406.07879, section 4 and appendix), all others those of `kw.plan`.
         n: the budget, such as "1/4" or 4; "static" leaves the model as timm builds it.
         dynamic: "kw", "static", or a method of `kw.baselines`, which then has n kernels in a layer.
         kwargs: those of `Backbone.create`: fields of `KWConfig`, `features_only`, and arguments of timm's.

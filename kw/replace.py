@@ -13,6 +13,31 @@ from kw.warehouse import Warehouse
 Chooser = Callable[[str, nn.Module], Any] | Mapping[str, Any]
 
 
+PLAIN: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def plain_base(layer: nn.Module) -> type[nn.Module] | None:
+    """The class of `PLAIN` whose function `layer` computes: its own, or that of which it is a subclass with the same
+    forward pass (torchvision's `Conv3DSimple`). None if it computes something else, or its weight is no parameter."""
+    return None if why_not_plain(layer) else next(base for base in PLAIN if isinstance(layer, base))
+
+
+def why_not_plain(layer: nn.Module) -> str | None:
+    """Why `layer` cannot be replaced by a dynamic one of the same function; None if it can."""
+    base = next((base for base in PLAIN if isinstance(layer, base)), None)
+    name = type(layer).__name__
+    if base is None:
+        return f"{name} is no convolution or linear layer"
+    if isinstance(layer._parameters.get("weight"), nn.parameter.UninitializedParameter):
+        return f"{name} has no shape yet"
+    if layer._parameters.get("weight") is None:
+        return "its weight is computed from other parameters"
+    methods = [key for key in ("forward", "_conv_forward") if hasattr(base, key)]
+    if any(getattr(type(layer), key) is not getattr(base, key) for key in methods) or "forward" in vars(layer):
+        return f"{name} computes something else than nn.{base.__name__}"
+    return None
+
+
 def refuse_converted(model: nn.Module) -> None:
     """Raises ValueError if a layer of `model` is dynamic already."""
     if any(isinstance(module, DynamicLayer) for module in model.modules()):
@@ -23,7 +48,7 @@ def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...],
     """Layer name -> the scope's value for it, in module order, without the layers for which that is None or False.
 
     Args:
-        kinds: exact types of layers that can be replaced; a subclass may compute something else.
+        kinds: of `PLAIN`, those that can be replaced (`plain_base`).
         where: for messages, where the scope puts a layer: `into warehouse {}`.
 
     Raises:
@@ -40,10 +65,10 @@ def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...],
         value = scope.get(name) if isinstance(scope, Mapping) else scope(name, module)
         if value is None or value is False:
             continue
-        if type(module) not in kinds:
+        if plain_base(module) not in kinds:
             raise ValueError(
                 f"The scope puts {name!r}, a {type(module).__name__}, {where.format(repr(value))}: "
-                f"only plain {plain} can be dynamic."
+                f"only plain {plain} can be dynamic{_hint(module)}."
             )
         if not name:
             raise ValueError(
@@ -52,12 +77,16 @@ def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...],
             )
         found[name] = value
     if not found:
-        some = [name for name, module in model.named_modules() if type(module) in kinds][:5]
+        some = [name for name, module in model.named_modules() if plain_base(module) in kinds][:5]
         raise ValueError(
             f"The scope matches no layer of this {type(model).__name__}. "
             f"Layers that could be dynamic ({plain}): {', '.join(some) or 'none'}{', ...' if len(some) == 5 else ''}."
         )
     return found
+
+
+def _hint(module: nn.Module) -> str:
+    return f" ({why_not_plain(module)})" if isinstance(module, PLAIN) else ""
 
 
 def like(static: nn.Module, dynamic: DynamicLayer) -> DynamicLayer:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kw.anchoring import Anchors, all_to_one, at_random, one_to_one, own_cells
+from kw.anchoring import Anchors, all_to_one, at_random, cells_of, one_to_one, own_cells
 from kw.compute.gathering import Gatherer
 from kw.config import KWConfig
 
@@ -81,8 +81,8 @@ class Warehouse(nn.Module):
     Layers refer to their warehouse without owning it: register it once, on the model (`kw.convert` does).
 
     Raises:
-        ValueError: the kernels cannot be cut into cells of one size, the anchoring rule does not assign every cell
-            once, or there are so many cells that the attentions would have billions of weights.
+        ValueError: the kernels cannot be cut into cells of one size, or there are so many cells that the attentions
+            would have billions of weights.
     """
 
     def __init__(self, kernels: Sequence[KernelShape], config: KWConfig, *, name: str = "warehouse"):
@@ -97,7 +97,7 @@ class Warehouse(nn.Module):
         i = _cell_side([kernel.channels_in for kernel in kernels], config.cell_in)
         grids = [self._grid(kernel, o, i) for kernel in kernels]
         mixtures = [math.prod(grid) for grid in grids]
-        n = max(int(sum(mixtures) * config.n), 1)
+        n = number_of_cells(mixtures, config)
         self._check_size(kernels, sum(mixtures), n)
         anchors, owned = self._anchor(kernels, mixtures, n)
 
@@ -154,9 +154,7 @@ class Warehouse(nn.Module):
         """Each layer's anchors, and its number of own cells."""
         budget = self.config.n
         if self.config.anchoring == "one_to_one":
-            anchors, assigned = one_to_one(mixtures, n, budget)
-            self._check_assigned(kernels, mixtures, assigned, n)
-            return anchors, [sum(cell < n for cell in layer) * max(int(budget), 1) for layer in anchors]
+            return one_to_one(mixtures, n, budget), [cells_of(m, budget) for m in mixtures]
         anchors = at_random(mixtures, n, self.name) if self.config.anchoring == "random" else all_to_one(mixtures)
         return anchors, own_cells(mixtures, n, budget)
 
@@ -191,26 +189,20 @@ class Warehouse(nn.Module):
         sides = "" if config.partition == "none" else f"cell_in={config.cell_in}, cell_out={config.cell_out}, "
         return f"{sides}partition={config.partition!r} now"
 
-    def _check_assigned(self, kernels: Sequence[KernelShape], mixtures: list[int], assigned: int, n: int) -> None:
-        """The anchoring rule must assign every cell, and no more than there are."""
-        if assigned == n:
-            return
-        q = self.config.n.denominator
-        uneven = [(kernel.name, m) for kernel, m in zip(kernels, mixtures, strict=True) if m % q]
-        layers = ", ".join(f"{name!r} ({m} mixtures)" for name, m in uneven[:4]) + (", ..." if len(uneven) > 4 else "")
-        raise ValueError(
-            f"Warehouse {self.name!r} has {n} cells at n={self.config.n}, but the anchoring rule assigns "
-            f"{assigned}. Each layer's mixtures should be a multiple of {q}; these are not: {layers}. "
-            f"Cut smaller cells, which makes more mixtures ({self._cut()}), put the layers in another warehouse, or "
-            f"choose a larger n or another anchoring (anchoring={self.config.anchoring!r} now)."
-        )
-
 
 class Warehouses(nn.ModuleDict):
     """A model's warehouses by name. Its forward pass is the identity, because `nn.Sequential` runs every child."""
 
     def forward(self, x: Any) -> Any:
         return x
+
+
+def number_of_cells(mixtures: Sequence[int], config: KWConfig) -> int:
+    """The cells of a warehouse whose layers have so many mixtures each: n times as many, except that with the published
+    anchoring each layer has a whole number of them, at least one."""
+    if config.anchoring == "one_to_one":
+        return sum(cells_of(m, config.n) for m in mixtures)
+    return max(int(sum(mixtures) * config.n), 1)
 
 
 def _cell_side(channels: Sequence[int], fraction: Fraction) -> int:

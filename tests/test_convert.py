@@ -1,12 +1,10 @@
 """Conversion: any model becomes dynamic in place, by a scope of one's own or the default one, or stays as it was."""
 
 import copy
-from functools import partial
 
 import pytest
 import timm
 import torch
-import torchvision
 from helpers.models import assert_unchanged, snapshot
 from torch import nn
 
@@ -30,17 +28,6 @@ def small():
     )
 
 
-# Models that no scope was written for, and the side of the image that they train on here.
-MODELS = {
-    "regnety_002": (partial(timm.create_model, "regnety_002", num_classes=5), 32),
-    "efficientnet_b0": (partial(timm.create_model, "efficientnet_b0", num_classes=5), 32),
-    "vit_tiny_patch16_224": (partial(timm.create_model, "vit_tiny_patch16_224", num_classes=5, img_size=32), 32),
-    "resnext50_32x4d": (partial(timm.create_model, "resnext50_32x4d", num_classes=5), 32),
-    "torchvision resnet18": (partial(torchvision.models.resnet18, num_classes=5), 32),
-    "nn.Sequential": (small, 8),
-}
-
-
 def dynamic(model):
     """Layer name -> warehouse name."""
     return {name: m.warehouse.name for name, m in model.named_modules() if isinstance(m, KWLayer)}
@@ -48,112 +35,6 @@ def dynamic(model):
 
 def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-# Models without a scope of their own
-
-
-@pytest.mark.parametrize("n", ["1/2", 1])
-@pytest.mark.parametrize("name", MODELS)
-def test_default_scope_trains_with_a_gradient_on_every_parameter(name, n):
-    build, side = MODELS[name]
-    model = kw.convert(build(), config=KWConfig(n=n))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)  # timm zeroes some, which cuts a block off from gradients at first
-    loss = nn.functional.cross_entropy(model(torch.randn(4, 3, side, side)), torch.arange(4))
-    loss.backward()
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
-    torch.optim.AdamW(model.parameters(), lr=1e-3).step()
-    with torch.no_grad():
-        assert model.eval()(torch.randn(1, 3, side, side)).isfinite().all()
-
-
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"nn.Sequential"}))
-def test_half_the_cells_are_at_most_twice_the_static_parameters(name):
-    with torch.device("meta"):
-        static = MODELS[name][0]()
-        model = kw.convert(copy.deepcopy(static), config=HALF)
-    assert parameters(model) <= 2 * parameters(static)
-    kernels = sum(static.get_parameter(f"{layer}.weight").numel() for layer in dynamic(model))
-    cells = sum(parameters(warehouse) for warehouse in model.warehouses.values())
-    assert cells <= kernels
-    assert kernels > 0.5 * parameters(static), "the bulk of the model is dynamic"
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_default_scope_leaves_stem_classifier_and_squeeze_excitation_static(name):
-    with torch.device("meta"):
-        model = MODELS[name][0]()
-        scope = kw.default_scope(model)
-    names = [key for key, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    excitations = [key for key in names if ".se." in key]
-    assert bool(excitations) == (name in ("regnety_002", "efficientnet_b0"))
-    head = {"nn.Sequential": "7", "torchvision resnet18": "fc"}.get(name)
-    if head is None:
-        head = next(key for key, module in model.named_modules() if module is model.get_classifier())
-    assert scope
-    assert not {names[0], head, *excitations} & scope.keys()
-
-
-def test_default_scope_takes_every_other_layer():
-    with torch.device("meta"):
-        model = timm.create_model("efficientnet_b0")
-    names = [key for key, module in model.named_modules() if isinstance(module, nn.Conv2d) and ".se." not in key]
-    # The last convolution comes after the last stage.
-    assert kw.default_scope(model).keys() == set(names) - {"conv_stem", "conv_head"}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_layers_of_a_warehouse_are_of_one_kind_and_stage(name):
-    with torch.device("meta"):
-        model = MODELS[name][0]()
-    warehouses = {}
-    for layer, warehouse in kw.default_scope(model).items():
-        module = model.get_submodule(layer)
-        depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
-        grouped = isinstance(module, nn.Conv2d) and module.groups > 1 and not depthwise
-        pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
-        kind = (type(module), depthwise, grouped, pointwise)
-        warehouses.setdefault(warehouse, set()).add(kind)
-        assert ("depthwise" in warehouse) == depthwise and ("grouped" in warehouse) == grouped
-        assert ("pointwise" in warehouse) == pointwise and ("linear" in warehouse) == isinstance(module, nn.Linear)
-    assert all(len(kinds) == 1 for kinds in warehouses.values())
-
-
-def test_stages_of_the_default_scope_are_those_of_the_model():
-    scope = kw.default_scope(torchvision.models.resnet18())
-    assert {(layer.split(".")[0], warehouse.split("_")[0]) for layer, warehouse in scope.items()} == {
-        (f"layer{k}", f"stage{k}") for k in (1, 2, 3, 4)
-    }
-    with torch.device("meta"):
-        scope = kw.default_scope(timm.create_model("regnety_002"))
-    assert {(layer.split(".")[0], warehouse.split("_")[0]) for layer, warehouse in scope.items()} == {
-        (f"s{k}", f"stage{k}") for k in (1, 2, 3, 4)
-    }
-
-
-def test_attentions_of_a_default_warehouse_stay_moderate():
-    """Twenty like layers do not share one warehouse, for its attentions would outgrow the model."""
-    with torch.device("meta"):
-        model = nn.Sequential(*(nn.Conv2d(64, 64, 3) for _ in range(20)), nn.Linear(4, 4))
-        for name in ("0", "20"):  # first and classifier
-            assert name not in kw.default_scope(model)
-        blocks = nn.ModuleDict({"stem": nn.Conv2d(3, 64, 3), "body": model, "head": nn.Linear(4, 4)})
-        scope = kw.default_scope(blocks)
-        kw.convert(blocks, scope)
-    warehouses = set(scope.values())
-    assert len(warehouses) > 1
-    assert all(warehouse.mixtures <= 64 for warehouse in blocks.warehouses.values())
-
-
-def test_default_scope_leaves_multihead_attention_alone():
-    """nn.MultiheadAttention reads its layers' weights itself."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
-    kw.convert(model)
-    assert set(dynamic(model)) == {"1.linear1", "1.linear2"}
-    assert model(torch.randn(3, 4, 8)).shape == (3, 4, 3)
 
 
 # Scopes of one's own
@@ -276,6 +157,21 @@ def test_mode_is_kept():
     assert all(module.training for module in kw.convert(small(), {"3": "a"})[3].modules())
 
 
+@pytest.mark.parametrize("q", [2, 3, 4, 8])
+def test_uneven_mixtures_are_rounded_to_a_whole_number_of_cells(q):
+    """9 mixtures, then 1; every layer keeps a cell, so that its kernel is not zero at temperature 1."""
+    config = KWConfig(n=f"1/{q}", cell_in=1, cell_out=1)
+    with pytest.warns(UserWarning, match=f"'b' has 1 cells for 1 mixtures, where n = 1/{q}"):
+        model = kw.convert(small(), {"3": "a", "5": "b"}, config)
+    cells = {name: len(warehouse.cells) for name, warehouse in model.warehouses.items()}
+    assert cells["b"] == 1 and 9 // q <= cells["a"] <= 9 // q + 1
+    kw.set_temperature(model, 1)
+    for layer in (model[3], model[5]):
+        used = {anchor for anchor in layer.share.anchors if anchor < len(layer.warehouse.cells)}
+        assert used == set(range(len(layer.warehouse.cells)))
+    assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
+
+
 # What is refused, and how
 
 
@@ -284,7 +180,9 @@ def test_mode_is_kept():
     [
         (small, {}, None, ["matches no layer", "Sequential", "0, 3, 5, 7"]),
         (small, lambda name, layer: None, None, ["matches no layer", "Sequential"]),
-        (lambda: nn.Sequential(nn.ReLU()), None, None, ["matches no layer", "none"]),
+        (lambda: nn.Sequential(nn.ReLU()), None, None, ["No layer", "Sequential", "kw.plan"]),
+        (small, None, HALF, ["No layer", "'0': reads the model's input", "'3': too small"]),
+        (small, None, {"a": HALF}, ["one KWConfig"]),
         (small, {"3": "a", "conv9": "a"}, None, ["'conv9'", "Sequential", "does not have"]),
         (small, {"1": "a"}, None, ["'1'", "BatchNorm2d", "'a'", "nn.Conv2d"]),
         (lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 1)), {"0": "a"}, None, ["'0'", "ConvTranspose2d", "nn.Conv2d"]),
@@ -296,7 +194,6 @@ def test_mode_is_kept():
         (small, {"3": "items"}, None, ["'items'", "'3'"]),
         (small, {"3": 1}, None, ["warehouse 1", "'3'"]),
         (lambda: nn.Sequential(nn.Linear(9, 8)), {"0": "a"}, HALF, ["'0'", "'a'", "9 input channels", "cell_in"]),
-        (small, {"7": "b", "3": "a"}, HALF.replace(cell_in=1, cell_out=1), ["'a'", "'3' (9 mixtures)", "larger n"]),
     ],
 )
 def test_refusal_names_what_is_wrong_and_leaves_the_model_as_it_was(build, scope, config, parts):
@@ -312,8 +209,8 @@ def test_error_in_the_last_warehouse_leaves_the_model_as_it_was():
     model = timm.create_model("resnet18")
     before = snapshot(model)
     scope = {"layer1.0.conv1": "fine", "layer4.1.conv2": "bad"}
-    with pytest.raises(ValueError, match=r"'bad'.*'layer4\.1\.conv2'"):
-        kw.convert(model, scope, {"fine": KWConfig(), "bad": HALF.replace(cell_in=1, cell_out=1)})
+    with pytest.raises(ValueError, match=r"'layer4\.1\.conv2'.*'bad'"):
+        kw.convert(model, scope, {"fine": KWConfig(), "bad": HALF.replace(cell_in="1/3")})
     assert_unchanged(model, before)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from kw.baselines.conversion import convert as convert_to_baseline
 from kw.baselines.registry import choices
 from kw.config import KW, SETTINGS, STATIC, BudgetLike, KWConfig, parse_budget
-from kw.conversion import Scope, convert
+from kw.conversion import Scope, convert, convert_by_scope
 from kw.replace import drop_unused_warehouses
 
 FEATURE_OPTIONS: tuple[str, ...] = ("out_indices", "output_fmt", "norm")
@@ -26,7 +26,7 @@ class Backbone:
 
     Args:
         base: the vanilla model's name in timm.
-        scope: from the budget to the scope to convert with. None: `kw.default_scope`, without `config`.
+        scope: from the budget to the scope to convert with. None: as `kw.plan` says, without `config`.
         config: from the budget and a warehouse's name to its settings, as published or extended to other budgets.
         vanilla: builds the vanilla model; `timm.create_model` unless the published rows differ from timm.
     """
@@ -80,7 +80,7 @@ class Backbone:
         if self.scope is None:
             convert(model, config=KWConfig(n=n, **settings))
         else:
-            convert(model, self.scope(n), lambda warehouse: self.config(n, warehouse).replace(**settings))
+            convert_by_scope(model, self.scope(n), lambda warehouse: self.config(n, warehouse).replace(**settings))
 
     def _features_of(self, model: nn.Module, options: dict[str, Any]) -> nn.Module:
         """The model in timm's FeatureGetterNet. FeatureListNet, timm's default for most models, would take layers out

@@ -28,7 +28,7 @@ Number = int | float | str  # 0.25, or "1/4"
 
 @dataclass
 class BackboneConfig:
-    """A timm model. Those of `kw.backbones` have the published warehouses, others those of `kw.default_scope`."""
+    """A timm model. Those of `kw.backbones` have the published warehouses, others those of `kw.plan`."""
 
     name: str = MISSING
     label: str = "${backbone.name}"  # what run folders and reports call it
