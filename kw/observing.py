@@ -24,10 +24,8 @@ SIDES = {
 }  # of inputs to try, by dimensions, where a model does not say
 
 # Autograd nodes that make features of a layer's output: with one of these between, it is not yet the model's output.
-FEATURES = tuple(
-    "NativeBatchNorm CudnnBatchNorm NativeLayerNorm NativeGroupNorm FusedRms Relu Gelu Silu Hardswish Hardtanh Mish "
-    "LeakyRelu Elu Prelu Softplus".split()
-)
+NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "NativeLayerNorm", "NativeGroupNorm", "FusedRms")
+ACTIVATIONS = ("Relu", "Gelu", "Silu", "Hardswish", "Hardtanh", "Mish", "LeakyRelu", "Elu", "Prelu", "Softplus")
 
 
 @dataclass
@@ -169,7 +167,7 @@ class _Watch:
                 continue
             before = [previous for previous, _ in node.next_functions if previous is not None]
             added = node.name().startswith("AddBackward") and len(before) > 1
-            if not (to_output and (added or node.name().startswith(FEATURES))):
+            if not (to_output and (added or node.name().startswith(NORMS + ACTIVATIONS))):
                 stack.extend(before)
         return found
 
