@@ -8,6 +8,7 @@ import timm
 import torch
 import torchvision
 from helpers.models import assert_unchanged, snapshot
+from helpers.selection import paired
 from torch import nn
 
 import kw
@@ -53,8 +54,7 @@ def parameters(model):
 # Models without a scope of their own
 
 
-@pytest.mark.parametrize("n", ["1/2", 1])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, n", paired(MODELS, ["1/2", 1]))
 def test_default_scope_trains_with_a_gradient_on_every_parameter(name, n):
     build, side = MODELS[name]
     model = kw.convert(build(), config=KWConfig(n=n))

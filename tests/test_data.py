@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers.images import save_image
 from helpers.programs import finish, ranks
+from helpers.selection import paired
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
@@ -304,8 +305,7 @@ def test_an_epoch_of_shards_is_cut_as_that_of_a_folder(shards):
     assert epoch_order(17, 5, 2, 3, order).tolist() == order(5, 2).repeat_interleave(3)[:17].tolist()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world, workers", paired([1, 2, 3, 5], [0, 2]))
 def test_evaluation_sees_every_sample_once(data, world, workers):
     samples = Samples(open_split(data, "val"), eval_transform(data, RecipeConfig()), 0)
     loaders = [eval_loader(samples, 4, workers, False, rank, world) for rank in range(world)]

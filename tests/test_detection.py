@@ -1,5 +1,7 @@
 """`python -m detection`: its settings, errors in data, and real runs, shrunk, on real digits."""
 
+import copy
+import functools
 import json
 import os
 import pickle
@@ -22,6 +24,7 @@ from mmengine.runner import CheckpointLoader
 from test_services import whole_wandb_run
 
 import detection.__main__ as entry
+import detection.compose as compose_module
 from detection import loading
 from detection.compose import compose, learnt_settings
 from detection.config import DetectionConfig, added_keys, open_up, validate
@@ -55,6 +58,15 @@ def digits(tmp_path_factory):
     return folder
 
 
+_read = functools.cache(compose_module.read)
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch):
+    """MMEngine looks through an index of 300 files for those of MMDetection: each configuration is read once."""
+    monkeypatch.setattr(compose_module, "read", lambda path: copy.deepcopy(_read(path)))
+
+
 def validated(*overrides):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         composed = hydra_compose("detection", open_up(overrides))
@@ -74,15 +86,25 @@ def safe_loading(monkeypatch):
 
 
 @pytest.fixture
-def refused(digits, monkeypatch, capsys, safe_loading):
-    """`python -m detection` in this process, which fails: what it says on stderr."""
+def in_this_process(digits, monkeypatch, capsys, safe_loading):
+    """`python -m detection` without a process of its own, which takes seconds to start: runs it to its end."""
 
     def run(*words):
         jobs = Jobs()
         monkeypatch.setattr(entry, "jobs", jobs)
         monkeypatch.setattr(sys, "argv", ["detection", *open_up([*SMALL, f"data.root={digits}", *words])])
+        jobs.run(entry.main)
+
+    return run
+
+
+@pytest.fixture
+def refused(in_this_process, capsys):
+    """`python -m detection`, which fails: what it says on stderr."""
+
+    def run(*words):
         with pytest.raises(SystemExit):
-            jobs.run(entry.main)
+            in_this_process(*words)
         return capsys.readouterr().err
 
     return run
@@ -370,7 +392,7 @@ def launch(*words, cwd, digits, check=True):
     return done
 
 
-def test_a_run_is_watched_goes_on_and_is_evaluated(digits, refused, tmp_path, monkeypatch):
+def test_a_run_is_watched_goes_on_and_is_evaluated(digits, in_this_process, refused, tmp_path, monkeypatch, capsys):
     """Its checkpoint has what summary.json tells, and the same command again tells it too."""
     place = f"hydra.run.dir={tmp_path}/run"
     done = launch(place, "logger=both", cwd=tmp_path, digits=digits)
@@ -384,17 +406,17 @@ def test_a_run_is_watched_goes_on_and_is_evaluated(digits, refused, tmp_path, mo
     assert list(run.glob("tensorboard/events*"))
     (record,) = run.glob("wandb/**/*.wandb")
     assert any(item.HasField("history") for item in whole_wandb_run(record))
-    # a run that is done tells its figures again
-    done = launch(place, cwd=tmp_path, digits=digits)
-    assert "Resumed from" in done.stdout
+    # a run that is done prints its figures again
+    in_this_process(place)
+    assert "Resumed from" in capsys.readouterr().out
     assert json.loads((run / "summary.json").read_text())["box_ap"] == summary["box_ap"]
     assert "other settings: optim_wrapper.optimizer.lr" in refused(place, "optim_wrapper.optimizer.lr=1")
     assert "resume=never" in refused(place, "resume=never")
     monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.2)
     with run_folder.lock(run):
         assert "Another job is running" in refused(place)
-    done = launch(f"evaluate={run}", cwd=tmp_path, digits=digits)
-    found = json.loads(done.stdout)
+    in_this_process(f"evaluate={run}", f"hydra.run.dir={tmp_path}/evaluated")
+    found = json.loads(capsys.readouterr().out)
     assert {key: summary[key] for key in ("box_ap", "mask_ap")} == {key: found[key] for key in ("box_ap", "mask_ap")}
     other = refused(f"evaluate={run}", "n=static", f"hydra.run.dir={tmp_path}/other")
     assert "does not fit" in other and "warehouses" in other

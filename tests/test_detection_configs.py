@@ -1,5 +1,7 @@
 """The configurations of detection/: their settings beside the published ones, and each of them at work, shrunk."""
 
+import copy
+import functools
 from pathlib import Path
 
 import mmdet
@@ -7,6 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers.programs import ROOT
+from helpers.selection import representative
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
@@ -32,8 +35,14 @@ def scope():
     init_default_scope("mmdet")
 
 
-def load(name):
+@functools.cache
+def read(name):
     return Config.fromfile(CONFIGS / f"{name}.py")
+
+
+def load(name):
+    """MMEngine looks through an index of 300 files for those of MMDetection, so that each is read once."""
+    return copy.deepcopy(read(name))
 
 
 def config_name(detector, row):
@@ -104,12 +113,13 @@ def inputs(model, training, batch=2, masks=True):
     return model.data_preprocessor(data, training)
 
 
-def slow_if(name):
-    """Faster R-CNN is Mask R-CNN without its masks: of large backbones, one of them is tried at every run."""
-    return [pytest.mark.slow] if name.startswith("faster") and "resnet18" not in name else []
+def often(name):
+    """Each backbone with a warehouse and both detectors; static ones and Faster R-CNN, which is Mask R-CNN without its
+    masks, with the smallest backbone alone."""
+    return "resnet18" in name or name.startswith("mask_rcnn_kw1x")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if(name)) for name in NAMES])
+@pytest.mark.parametrize("name", representative(NAMES, often))
 def test_it_is_built_and_gives_losses_gradients_and_detections(name):
     cfg = load(name)
     model, masks = MODELS.build(shrunk(cfg)), "mask_rcnn" in name
@@ -199,7 +209,10 @@ THEIRS = [
 ]
 
 
-@pytest.mark.parametrize("name", THEIRS)
+WITH_AND_WITHOUT_MASKS = ("cascade_rcnn/cascade-mask", "retinanet")
+
+
+@pytest.mark.parametrize("name", representative(THEIRS, lambda name: name.startswith(WITH_AND_WITHOUT_MASKS)))
 def test_mmdetections_own_detectors_run_on_torchvisions_operators(name):
     model = Config.fromfile(Path(mmdet.__file__).parent / f".mim/configs/{name}.py").model
     model.backbone.update(depth=18, init_cfg=None)

@@ -2,12 +2,11 @@
 
 import errno
 import os
-import resource
-import sys
 
 import pytest
 import torch
-from helpers.programs import command
+from helpers import programs
+from helpers.selection import paired
 from helpers.training import ALONE, NARROW, TINY, config
 from timm.layers import DropPath
 from torch import nn
@@ -36,8 +35,7 @@ def train(folder, *settings):
     return trainer, line
 
 
-@pytest.mark.parametrize("clip", ["null", "1.0"])
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision, clip", paired(["bfloat16", "float16"], ["null", "1.0"]))
 def test_half_precision_learns_what_float32_does(precision, clip, tmp_path):
     losses = []
     for name in ("float32", precision):
@@ -162,12 +160,8 @@ def test_the_last_and_the_best_few_are_kept(keep, kept, tmp_path):
 
 
 def start(folder, *settings, limit=None):
-    def bound():
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    words = ("-m", "train", *TINY, *NARROW, *settings, f"hydra.run.dir={folder}")
-    return command(sys.executable, *words, check=False, preexec_fn=bound)
+    words = (*TINY, *NARROW, *settings, f"hydra.run.dir={folder}")
+    return programs.run("train", *words, code=None, largest_file=limit)
 
 
 def test_a_disk_that_is_full_is_reported_and_loses_nothing(tmp_path):
