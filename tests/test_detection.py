@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import wandb_files
 from helpers.programs import ROOT, environment
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
-from test_services import whole_wandb_run
 
 import detection.__main__ as entry
 import detection.compose as compose_module
@@ -405,7 +405,7 @@ def test_a_run_is_watched_goes_on_and_is_evaluated(digits, in_this_process, refu
     assert "no init=CHECKPOINT" in done.stderr and "scratch=true" in done.stderr
     assert list(run.glob("tensorboard/events*"))
     (record,) = run.glob("wandb/**/*.wandb")
-    assert any(item.HasField("history") for item in whole_wandb_run(record))
+    assert any(item.HasField("history") for item in wandb_files.whole_run(record))
     # a run that is done prints its figures again
     in_this_process(place)
     assert "Resumed from" in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """Freezing: the same outputs with less to compute, a report that is true, and no way back."""
 
 import copy
-import importlib
 import io
 import math
 
@@ -80,13 +79,6 @@ def images(batch=2):
 
 def dynamic(model):
     return [module for module in model.modules() if isinstance(module, KWLayer)]
-
-
-@pytest.fixture
-def fold_all(monkeypatch):
-    module = importlib.import_module("kw.freezing")
-    monkeypatch.setattr(module, "WORTHWHILE", 0)
-    monkeypatch.setattr(module, "LEAST_SAVED", -math.inf)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

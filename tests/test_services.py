@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import wandb_files
 from helpers.programs import ROOT, environment
 from helpers.training import NARROW, TINY, config, launch
 from hydra import compose, initialize_config_dir
@@ -83,38 +83,11 @@ def test_tensorboard_turned_on_late_shows_the_whole_run(tmp_path):
     assert_curves_are_the_metrics(tmp_path)
 
 
-def wandb_records(file):
-    """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB, a header of 7 bytes before each part."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, whole = file.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # the rest of a block
-            at += 32768 - at % 32768
-            continue
-        size, kind = struct.unpack_from("<HB", data, at + 4)
-        whole += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(whole)
-            whole = b""
-
-
-def whole_wandb_run(file):
-    """wandb writes in a process of its own, and may not be done when `finish` returns: the last record is an exit."""
-    for _ in range(300):
-        records = list(wandb_records(file))
-        if records and records[-1].HasField("exit"):
-            return records
-        time.sleep(0.1)
-    raise AssertionError(f"{file} has no end.")
-
-
 def wandb_run(folder):
     """A run folder's wandb runs, and what they hold of top1: ({id}, {group}, {step: top1})."""
     ids, groups, history = set(), set(), {}
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in whole_wandb_run(file):
+        for record in wandb_files.whole_run(file):
             if record.HasField("run"):
                 ids.add(record.run.run_id)
                 groups.add(record.run.run_group)
