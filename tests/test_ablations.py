@@ -181,7 +181,7 @@ def facts(model, name):
     return dense if groups == 1 else "depthwise", tuple(layer.weight.shape[2:]), tuple(layer.weight.shape)
 
 
-def published_drawing(name, n):
+def published_sharing(name, n):
     with torch.device("meta"):
         model = timm.create_model(f"kw_{name}", n=n)
     return {w.name: [share.kernel.name for share in w.shares] for w in model.modules() if isinstance(w, Warehouse)}
@@ -190,17 +190,17 @@ def published_drawing(name, n):
 def regrouped(name, n, **settings):
     with torch.device("meta"):
         model = timm.create_model(name)
-    drawing = published_drawing(name, n)
-    made, configs = regroup(model, drawing, dict.fromkeys(drawing, KWConfig(n=n, **settings)))
+    published = published_sharing(name, n)
+    made, configs = regroup(model, published, dict.fromkeys(published, KWConfig(n=n, **settings)))
     assert set(configs) == set(made)
-    return model, drawing, made
+    return model, published, made
 
 
 @pytest.mark.parametrize("name, partition, sharing", paired(BACKBONES, CHOICES["partition"], ["stage", "none", "kind"]))
 def test_layers_share_if_and_only_if_stage_kind_and_kernel_say_so(name, partition, sharing):
-    model, drawing, made = regrouped(name, 1, sharing=sharing, partition=partition)
+    model, published, made = regrouped(name, 1, sharing=sharing, partition=partition)
     common = {}
-    for warehouse, layers in drawing.items():
+    for warehouse, layers in published.items():
         for layer in layers:
             kind, size, shape = facts(model, layer)
             common[layer] = (
@@ -214,8 +214,10 @@ def test_layers_share_if_and_only_if_stage_kind_and_kernel_say_so(name, partitio
         groups.setdefault(what, []).append(layer)
     order = {layer: k for k, (layer, _) in enumerate(model.named_modules())}
     assert sorted(made.values()) == sorted(sorted(layers, key=order.get) for layers in groups.values())
-    whole = [layers for layers in groups.values() if layers in drawing.values()]
-    assert all(warehouse in made for warehouse, layers in drawing.items() if layers in whole), "these keep their names"
+    whole = [layers for layers in groups.values() if layers in published.values()]
+    assert all(warehouse in made for warehouse, layers in published.items() if layers in whole), (
+        "these keep their names"
+    )
 
 
 MODEL_WIDE = {
@@ -238,8 +240,8 @@ MODEL_WIDE = {
 
 @pytest.mark.parametrize("name, n", MODEL_WIDE)
 def test_model_wide_sharing_joins_what_has_layers_of_a_kind_and_no_other(name, n):
-    _, drawing, made = regrouped(name, n, sharing="model")
-    expected = [sorted(layer for part in parts for layer in drawing[part]) for parts in MODEL_WIDE[name, n]]
+    _, published, made = regrouped(name, n, sharing="model")
+    expected = [sorted(layer for part in parts for layer in published[part]) for parts in MODEL_WIDE[name, n]]
     assert sorted(map(sorted, made.values())) == sorted(expected)
 
 
@@ -429,10 +431,10 @@ def composed():
 
 
 def test_each_switch_has_its_experiment(composed):
-    given = [made.kw.changes() for made in composed.values()]
+    changes = [made.kw.changes() for made in composed.values()]
     same = {("anchoring", "none")}  # as attention_function=contrast
-    assert all({key: value} in given for key, value in set(SWITCHES) - same)
-    assert {"1/4", "1/8", "1/32"} == {one["reduction"] for one in given if "reduction" in one}
+    assert all({key: value} in changes for key, value in set(SWITCHES) - same)
+    assert {"1/4", "1/8", "1/32"} == {one["reduction"] for one in changes if "reduction" in one}
     assert {made.recipe.temperature_epochs for made in composed.values()} == {5, 10, 20, 40}
 
 

@@ -31,13 +31,13 @@ from kw.compute.strips import Strips
 pytestmark = pytest.mark.usefixtures("default_setting")
 
 
-def any_geometry(lot):
+def any_geometry(rng):
     """A convolution of 1 to 3 dimensions and an input that is large enough for it."""
-    dims = lot.choice((1, 2, 2, 3))
-    kernel, stride, dilation = (tuple(lot.randint(1, 3) for _ in range(dims)) for _ in range(3))
-    padding = tuple(lot.randint(0, 3) for _ in range(dims))
+    dims = rng.choice((1, 2, 2, 3))
+    kernel, stride, dilation = (tuple(rng.randint(1, 3) for _ in range(dims)) for _ in range(3))
+    padding = tuple(rng.randint(0, 3) for _ in range(dims))
     least = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(kernel, dilation, padding, strict=True)]
-    space = tuple(max(size, 1) + lot.randint(0, 4) for size in least)
+    space = tuple(max(size, 1) + rng.randint(0, 4) for size in least)
     return Geometry((math.prod(kernel), 2, 3), kernel, stride, padding, dilation), space
 
 
@@ -109,16 +109,16 @@ def test_what_an_implementation_writes_has_the_layout_of_its_input(name):
     geometry = Geometry((9, 2, 2), (3, 3), (1, 1), (1, 1), (1, 1))
     weights, basis = torch.randn(2, 36, 5), torch.randn(5, 4, 3)
     x = torch.randn(2, 6, 5, 7)
-    for given in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
-        given = given.detach().requires_grad_()
-        out = IMPLEMENTATIONS[name](given, weights, basis, geometry)
-        (grad,) = torch.autograd.grad(out.square().sum(), given)
-        last = given.stride(1) == 1
+    for source in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
+        source = source.detach().requires_grad_()
+        out = IMPLEMENTATIONS[name](source, weights, basis, geometry)
+        (grad,) = torch.autograd.grad(out.square().sum(), source)
+        last = source.stride(1) == 1
         for made in (out, grad):
             assert made.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        expected = IMPLEMENTATIONS["grouped"](given, weights, basis, geometry)
+        expected = IMPLEMENTATIONS["grouped"](source, weights, basis, geometry)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), given)[0], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), source)[0], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -114,7 +114,7 @@ def refused(in_this_process, capsys):
 
 
 def test_a_row_is_composed_and_any_key_of_its_file_can_be_set():
-    given, cfg = config(
+    settings, cfg = config(
         "config=mask_rcnn_kw1x_resnet50_1x_coco",
         "n=4",
         "data.root=somewhere",
@@ -125,7 +125,7 @@ def test_a_row_is_composed_and_any_key_of_its_file_can_be_set():
         "+model.backbone.drop_path=0.1",
         "runtime.workers=0",
     )
-    assert given.n == cfg.model.backbone.n == "4"
+    assert settings.n == cfg.model.backbone.n == "4"
     assert cfg.model.backbone.init_cfg == {"type": "Pretrained", "checkpoint": "weights.pt"}
     assert cfg.optim_wrapper.optimizer.lr == 1e-3 and cfg.param_scheduler[1].milestones == [3, 4]
     assert cfg.model.backbone.drop_path == 0.1

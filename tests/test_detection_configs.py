@@ -178,15 +178,17 @@ def test_the_learning_rate_decays_towards_the_stem(n):
     cfg.model.backbone.n = n
     model = MODELS.build(shrunk(cfg))
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
-    given = {p: group for group in groups for p in group["params"]}
-    assert given.keys() == set(model.parameters()) and len(given) == sum(len(group["params"]) for group in groups)
+    groups_of = {p: group for group in groups for p in group["params"]}
+    assert groups_of.keys() == set(model.parameters()) and len(groups_of) == sum(
+        len(group["params"]) for group in groups
+    )
     for name, p in model.named_parameters():
         expected = group_of(name, 6)
         if ".warehouses." in name:
             layers = {x: m for x, m in model.named_modules() if isinstance(m, KWLayer) and m.warehouse.cells is p}
             expected = max(group_of(f"{layer}.", 6) for layer in layers)
-        assert given[p]["lr"] == pytest.approx(1e-4 * 0.95 ** (7 - expected)), name
-        assert given[p]["weight_decay"] == (0.05 if p.dim() > 1 else 0.0), name
+        assert groups_of[p]["lr"] == pytest.approx(1e-4 * 0.95 ** (7 - expected)), name
+        assert groups_of[p]["weight_decay"] == (0.05 if p.dim() > 1 else 0.0), name
     assert {round(group["lr"] / 1e-4, 6) for group in groups} == {round(0.95**k, 6) for k in range(8)}
 
 

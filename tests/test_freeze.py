@@ -1,4 +1,4 @@
-"""Freezing: the same outputs with less to compute, a report that is true, and no way back."""
+"""Freezing: the same outputs with less to compute, a report that is true, and no return."""
 
 import copy
 import io

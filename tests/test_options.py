@@ -120,9 +120,9 @@ def test_drop_path_is_constant_in_resnets_and_rises_in_others(n):
 
 @pytest.mark.parametrize("backbone", ["resnet18", "convnext_tiny", "deit_tiny_patch16_224", "mobilenetv2_050"])
 def test_the_rule_of_drop_path_can_be_set(backbone):
-    given = (f"backbone={backbone}", "n=1", "recipe.drop_path=0.2")
-    assert set(drop_rates(*given, "recipe.drop_path_rule=constant")) == {0.2}
-    rising = drop_rates(*given, "recipe.drop_path_rule=linear")
+    settings = (f"backbone={backbone}", "n=1", "recipe.drop_path=0.2")
+    assert set(drop_rates(*settings, "recipe.drop_path_rule=constant")) == {0.2}
+    rising = drop_rates(*settings, "recipe.drop_path_rule=linear")
     assert rising == sorted(rising) and (rising[0], rising[-1]) == (0, 0.2) and len(set(rising)) > 7
     with pytest.raises(ConfigError, match=r"recipe\.drop_path_rule"):
         config("recipe.drop_path_rule=steep")
@@ -136,14 +136,14 @@ def test_under_layer_decay_cells_learn_as_fast_as_the_deepest_layer_that_uses_th
     scale = {p: group["lr_scale"] for group in groups for p in group["params"]}
     assert scale.keys() == set(model.parameters())
     assert sum(len(group["params"]) for group in groups) == len(scale)  # none twice
-    drawing = {}
+    by_cells = {}
     for layer in model.modules():
         if isinstance(layer, KWLayer):
-            drawing.setdefault(layer.warehouse.cells, []).append(scale[layer.attention.fc1.weight])
-    assert all(scale[cells] == max(scales) for cells, scales in drawing.items())
-    assert len({scale[cells] for cells in drawing}) > 1
+            by_cells.setdefault(layer.warehouse.cells, []).append(scale[layer.attention.fc1.weight])
+    assert all(scale[cells] == max(scales) for cells, scales in by_cells.items())
+    assert len({scale[cells] for cells in by_cells}) > 1
     decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
-    assert all(decays[cells] == made.recipe.weight_decay for cells in drawing)
+    assert all(decays[cells] == made.recipe.weight_decay for cells in by_cells)
 
 
 def test_layer_decay_reaches_the_steps(tmp_path):

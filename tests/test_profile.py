@@ -26,8 +26,8 @@ def test_parts_add_up_to_the_totals(name, n):
     result = profile(name, n)
     assert result.other_macs == 0  # convolutional backbones have no products outside their layers
     assert sum(layer.macs for layer in result.layers) == result.macs
-    drawing = {layer.name: layer.warehouse for layer in result.layers if layer.warehouse}
-    assert drawing == {layer: warehouse.name for warehouse in result.warehouses for layer in warehouse.layers}
+    sharing = {layer.name: layer.warehouse for layer in result.layers if layer.warehouse}
+    assert sharing == {layer: warehouse.name for warehouse in result.warehouses for layer in warehouse.layers}
     assert all(layer.assembly == layer.attention == 0 for layer in result.layers if not layer.warehouse)
 
 

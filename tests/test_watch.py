@@ -216,9 +216,9 @@ def until_broken(folder, step, *settings):
         return value * math.nan if trainer.step == step else value
 
     trainer.learner.loss = broken
-    with pytest.raises(NonFiniteError) as told:
+    with pytest.raises(NonFiniteError) as raised:
         trainer.fit()
-    return str(told.value), passed[-1]
+    return str(raised.value), passed[-1]
 
 
 SETTINGS = ("n=1/2", "recipe.epochs=2", "recipe.ema_decay=0.9", "recipe.temperature_epochs=1")

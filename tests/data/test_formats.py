@@ -64,8 +64,8 @@ def test_the_program_that_makes_shards_explains_itself(folder, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["make_shards", "--help"])
     with pytest.raises(SystemExit):
         scripts.data.shards.main()
-    assert "--samples" in (told := capsys.readouterr().out)
-    assert scripts.data.shards.__doc__ in told  # with its line breaks
+    assert "--samples" in (printed := capsys.readouterr().out)
+    assert scripts.data.shards.__doc__ in printed  # with its line breaks
     for words, said in (
         (["--splits", "test"], "'test'.*--splits: a folder's name"),
         (["--samples", "0"], "--samples=0"),
