@@ -19,12 +19,12 @@ from helpers import wandb_files
 from helpers.programs import ROOT, environment
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
 
 import detection.__main__ as entry
-import detection.compose as compose_module
 from detection import loading
 from detection.compose import compose, learnt_settings
 from detection.config import DetectionConfig, added_keys, open_up, validate
@@ -58,13 +58,13 @@ def digits(tmp_path_factory):
     return folder
 
 
-_read = functools.cache(compose_module.read)
+_from_file = functools.cache(Config.fromfile)
 
 
 @pytest.fixture(autouse=True)
 def read_once(monkeypatch):
     """MMEngine looks through an index of 300 files for those of MMDetection: each configuration is read once."""
-    monkeypatch.setattr(compose_module, "read", lambda path: copy.deepcopy(_read(path)))
+    monkeypatch.setattr(Config, "fromfile", lambda *of, **more: copy.deepcopy(_from_file(*of, **more)))
 
 
 def validated(*overrides):
