@@ -93,7 +93,7 @@ def test_features_are_those_of_the_vanilla_model(name, out_indices, n):
     assert [feature.shape for feature in ours(image)] == [feature.shape for feature in theirs(image)]
 
 
-@pytest.mark.parametrize("name, out_indices", paired(BACKBONES, [None, (0, 1)]))
+@pytest.mark.parametrize("name, out_indices", paired(FAMILIES, [None, (0, 1)]))
 def test_features_leave_no_parameter_without_a_gradient(name, out_indices):
     """Distributed training refuses parameters that a model does not use: warehouses of layers cut off, for one."""
     chosen = {} if out_indices is None else {"out_indices": out_indices}
@@ -170,14 +170,14 @@ def test_bad_budget_is_refused_through_timm(n):
         meta("kw_resnet18", n=n)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", representative(BACKBONES, FAMILIES.__contains__))
 def test_classes_and_channels_are_timms(name):
     model = meta(f"kw_{name}", n="1/2", num_classes=7, in_chans=4).eval()
     assert model.num_classes == 7
     assert model(torch.empty(2, 4, 224, 224, device="meta")).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name, n", paired(BACKBONES, ["1/2", 1]))
+@pytest.mark.parametrize("name, n", paired(FAMILIES, ["1/2", 1]))
 def test_reset_classifier(name, n):
     model = meta(f"kw_{name}", n=n).eval()
     with torch.device("meta"):
