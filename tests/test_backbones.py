@@ -93,7 +93,7 @@ def test_features_are_those_of_the_vanilla_model(name, out_indices, n):
     assert [feature.shape for feature in ours(image)] == [feature.shape for feature in theirs(image)]
 
 
-@pytest.mark.parametrize("name, out_indices", paired(FAMILIES, [None, (0, 1)]))
+@pytest.mark.parametrize("name, out_indices", paired(BACKBONES, [None, (0, 1)]))
 def test_features_leave_no_parameter_without_a_gradient(name, out_indices):
     """Distributed training refuses parameters that a model does not use: warehouses of layers cut off, for one."""
     chosen = {} if out_indices is None else {"out_indices": out_indices}
