@@ -17,11 +17,8 @@ import torch
 from torch import Tensor, nn
 
 BATCH = 2
-SIDES = {
-    1: (1024, 128),
-    2: (224, 256, 64, 32),
-    3: (32, 16),
-}  # of inputs to try, by dimensions, where a model does not say
+# Sides of inputs to try where a model does not say its own, by dimensions.
+SIDES = {1: (1024, 128), 2: (224, 256, 64, 32), 3: (32, 16)}
 
 # Autograd nodes that make features of a layer's output: with one of these between, it is not yet the model's output.
 NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "NativeLayerNorm", "NativeGroupNorm", "FusedRms")

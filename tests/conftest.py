@@ -1,6 +1,7 @@
 """What every test has: a fixed seed, and one thread where pytest-xdist runs several processes."""
 
 import importlib.util
+import math
 import os
 
 import pytest
@@ -35,8 +36,9 @@ def seed():
     torch.manual_seed(0)
 
 
-# Each choice has its tests in test_functional.py and test_compute.py; elsewhere `make test` takes some of them.
-SOME = ("auto", "grouped", "blocks", "blocks folded")
+# Each choice has its tests in test_functional.py and test_compute.py. Elsewhere `make test` takes one that torch's own
+# operators compute ("auto" takes such for small layers), and one of this library's operator.
+SOME = ("auto", "blocks folded")
 
 
 @pytest.fixture(params=[pytest.param(choice, marks=() if choice in SOME else pytest.mark.slow) for choice in SETTINGS])
@@ -44,6 +46,14 @@ def each_choice(request):
     """The test runs once for each choice of how to compute a layer; its name."""
     with force(request.param):
         yield request.param
+
+
+@pytest.fixture
+def fold_all(monkeypatch):
+    """Freezing folds each layer that can be folded, also where it saves little."""
+    module = importlib.import_module("kw.freezing")
+    monkeypatch.setattr(module, "WORTHWHILE", 0)
+    monkeypatch.setattr(module, "LEAST_SAVED", -math.inf)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The paper's ablations: each switch of KWConfig against its definition, on every backbone, and through the trainer."""
 
-import importlib
 import io
 import json
 import math
@@ -13,6 +12,7 @@ import torch
 import yaml
 from helpers import reference
 from helpers.programs import ROOT, run
+from helpers.selection import paired
 from helpers.training import config, launch
 from torch import nn
 
@@ -181,7 +181,7 @@ def facts(model, name):
     return dense if groups == 1 else "depthwise", tuple(layer.weight.shape[2:]), tuple(layer.weight.shape)
 
 
-def published_drawing(name, n):
+def published_sharing(name, n):
     with torch.device("meta"):
         model = timm.create_model(f"kw_{name}", n=n)
     return {w.name: [share.kernel.name for share in w.shares] for w in model.modules() if isinstance(w, Warehouse)}
@@ -190,19 +190,17 @@ def published_drawing(name, n):
 def regrouped(name, n, **settings):
     with torch.device("meta"):
         model = timm.create_model(name)
-    drawing = published_drawing(name, n)
-    made, configs = regroup(model, drawing, dict.fromkeys(drawing, KWConfig(n=n, **settings)))
+    published = published_sharing(name, n)
+    made, configs = regroup(model, published, dict.fromkeys(published, KWConfig(n=n, **settings)))
     assert set(configs) == set(made)
-    return model, drawing, made
+    return model, published, made
 
 
-@pytest.mark.parametrize("sharing", ["stage", "none", "kind"])
-@pytest.mark.parametrize("partition", CHOICES["partition"])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name, partition, sharing", paired(BACKBONES, CHOICES["partition"], ["stage", "none", "kind"]))
 def test_layers_share_if_and_only_if_stage_kind_and_kernel_say_so(name, partition, sharing):
-    model, drawing, made = regrouped(name, 1, sharing=sharing, partition=partition)
+    model, published, made = regrouped(name, 1, sharing=sharing, partition=partition)
     common = {}
-    for warehouse, layers in drawing.items():
+    for warehouse, layers in published.items():
         for layer in layers:
             kind, size, shape = facts(model, layer)
             common[layer] = (
@@ -216,8 +214,10 @@ def test_layers_share_if_and_only_if_stage_kind_and_kernel_say_so(name, partitio
         groups.setdefault(what, []).append(layer)
     order = {layer: k for k, (layer, _) in enumerate(model.named_modules())}
     assert sorted(made.values()) == sorted(sorted(layers, key=order.get) for layers in groups.values())
-    whole = [layers for layers in groups.values() if layers in drawing.values()]
-    assert all(warehouse in made for warehouse, layers in drawing.items() if layers in whole), "these keep their names"
+    whole = [layers for layers in groups.values() if layers in published.values()]
+    assert all(warehouse in made for warehouse, layers in published.items() if layers in whole), (
+        "these keep their names"
+    )
 
 
 MODEL_WIDE = {
@@ -240,8 +240,8 @@ MODEL_WIDE = {
 
 @pytest.mark.parametrize("name, n", MODEL_WIDE)
 def test_model_wide_sharing_joins_what_has_layers_of_a_kind_and_no_other(name, n):
-    _, drawing, made = regrouped(name, n, sharing="model")
-    expected = [sorted(layer for part in parts for layer in drawing[part]) for parts in MODEL_WIDE[name, n]]
+    _, published, made = regrouped(name, n, sharing="model")
+    expected = [sorted(layer for part in parts for layer in published[part]) for parts in MODEL_WIDE[name, n]]
     assert sorted(map(sorted, made.values())) == sorted(expected)
 
 
@@ -282,9 +282,9 @@ def small(name, **settings):
     return timm.create_model(f"kw_{name}", n=1, num_classes=5, **shrunk, **settings)
 
 
-@switched
-@pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_steps_under_every_switch_or_is_refused_by_key_and_layer(name, key, value):
+@pytest.mark.parametrize("name, switch", paired(BACKBONES, SWITCHES))
+def test_every_backbone_steps_under_every_switch_or_is_refused_by_key_and_layer(name, switch):
+    key, value = switch
     if name.startswith("mobilenetv2") and (key, value) == ("sharing", "model"):
         with pytest.raises(ValueError, match=r"'blocks\.0\.0\.conv_.*more layers.*sharing='model' now"):
             small(name, **{key: value})
@@ -304,20 +304,20 @@ def test_every_backbone_steps_under_every_switch_or_is_refused_by_key_and_layer(
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4 * together.abs().max().item())
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_settings_of_the_real_size_are_built_or_refused_by_key_and_layer(name):
+@pytest.mark.parametrize("name, n", paired(BACKBONES, ["1", "1/2"]))
+def test_settings_of_the_real_size_are_built_or_refused_by_key_and_layer(name, n):
     refused = set()
     for key, value in [("sharing", "none"), ("sharing", "model"), ("partition", "channel"), ("partition", "none")]:
-        for n in ("1", "1/2"):
-            try:
-                with torch.device("meta"):
-                    timm.create_model(f"kw_{name}", n=n, **{key: value})
-            except ValueError as error:
-                refused.add((key, value, n))
-                assert f"{key}={value!r}" in str(error) and re.search(r"'\w+\.[\w.]+'", str(error)), error
-    assert ("partition", "none", "1/2") in refused, "one mixture a layer is not a multiple of two"
+        try:
+            with torch.device("meta"):
+                timm.create_model(f"kw_{name}", n=n, **{key: value})
+        except ValueError as error:
+            refused.add((key, value))
+            assert f"{key}={value!r}" in str(error) and re.search(r"'\w+\.[\w.]+'", str(error)), error
+    # One mixture a layer is not a multiple of two.
+    assert (("partition", "none") in refused) == (n == "1/2")
     # Layers of one warehouse must be multiples of one cell: that of a whole model does not always divide them all.
-    assert refused <= {("partition", "none", "1/2"), ("sharing", "model", "1"), ("sharing", "model", "1/2")}
+    assert refused <= {("partition", "none"), ("sharing", "model")}
 
 
 # What is done with models
@@ -344,9 +344,9 @@ def test_a_saved_model_computes_the_same_when_loaded(key, value):
 
 @switched
 @pytest.mark.parametrize("tau", [0, 0.5, 1])
+@pytest.mark.usefixtures("fold_all")
 @torch.no_grad()
-def test_freezing_changes_no_output(tau, key, value, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("kw.freezing"), "_pays", lambda layer: True)
+def test_freezing_changes_no_output(tau, key, value):
     model = tiny(**{key: value}).double().eval()
     kw.set_temperature(model, tau)
     image = torch.randn(2, 4, 8, 8, dtype=torch.float64)
@@ -431,10 +431,10 @@ def composed():
 
 
 def test_each_switch_has_its_experiment(composed):
-    given = [made.kw.changes() for made in composed.values()]
+    changes = [made.kw.changes() for made in composed.values()]
     same = {("anchoring", "none")}  # as attention_function=contrast
-    assert all({key: value} in given for key, value in set(SWITCHES) - same)
-    assert {"1/4", "1/8", "1/32"} == {one["reduction"] for one in given if "reduction" in one}
+    assert all({key: value} in changes for key, value in set(SWITCHES) - same)
+    assert {"1/4", "1/8", "1/32"} == {one["reduction"] for one in changes if "reduction" in one}
     assert {made.recipe.temperature_epochs for made in composed.values()} == {5, 10, 20, 40}
 
 

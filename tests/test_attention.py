@@ -215,8 +215,8 @@ def test_batch_of_one_trains_with_layernorm():
 
 @torch.no_grad()
 def test_half_precision_scores_are_normalized_in_float32():
-    """In bfloat16 the sum over thousands of cells, and each attention, would keep two digits."""
-    config = KWConfig(n=1000, cell_in=1, cell_out=1, attention_norm="layer")
+    """In bfloat16 the sum over a thousand cells, and each attention, would keep two digits."""
+    config = KWConfig(n=250, cell_in=1, cell_out=1, attention_norm="layer")
     attention = Attention(CHANNELS, Warehouse([KernelShape("layer", (1, 1, 4))], config).shares[0]).bfloat16()
     pooled = torch.randn(2, CHANNELS, dtype=torch.bfloat16)
     z = attention.scores(pooled).double()

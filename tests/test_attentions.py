@@ -92,12 +92,12 @@ def test_shares_add_up_and_nothing_leaves_its_range(found):
 
 def test_warehouses_are_the_mean_over_their_mixtures(found):
     model, layers = found
-    for name, drawing in by_warehouse(layers).items():
+    for name, group in by_warehouse(layers).items():
         warehouse = model.warehouses[name]
-        assert [layer.name for layer in drawing] == [share.kernel.name for share in warehouse.shares]
-        shift = torch.cat([layer.shift for layer in drawing])
-        assert warehouse_values(drawing)["moved"] == pytest.approx(float(shift.mean()))
-        assert usage(drawing).shape == (len(warehouse.cells),) and float(usage(drawing).mean()) == pytest.approx(1)
+        assert [layer.name for layer in group] == [share.kernel.name for share in warehouse.shares]
+        shift = torch.cat([layer.shift for layer in group])
+        assert warehouse_values(group)["moved"] == pytest.approx(float(shift.mean()))
+        assert usage(group).shape == (len(warehouse.cells),) and float(usage(group).mean()) == pytest.approx(1)
 
 
 def test_what_depends_on_the_class_is_reported_from_what_depends_on_the_image():

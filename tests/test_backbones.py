@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import yaml
+from helpers.selection import paired, representative
 from timm.layers.drop import DropPath
 
 import kw
@@ -22,6 +23,8 @@ PUBLISHED = {
     if row.get("params_exact")
 }
 CONVOLUTIONAL = [name for name in BACKBONES if not name.startswith("deit")]
+# The smallest of each family.
+FAMILIES = ("resnet18", "mobilenetv2_050", "convnext_tiny", "deit_tiny_patch16_224")
 # One budget each for the tests that compute, so that together they meet small, whole and large ones.
 COMPUTED = {
     "resnet18": "1/4",
@@ -58,8 +61,7 @@ def test_timm_lists_the_seven():
     assert set(timm.list_models("kw_*")) == {f"kw_{name}" for name in BACKBONES}
 
 
-@pytest.mark.parametrize("n", BUDGETS)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name, n", paired(BACKBONES, BUDGETS))
 def test_every_backbone_builds_at_every_budget(name, n):
     model = meta(f"kw_{name}", n=n)
     assert any(isinstance(module, KWLayer) for module in model.modules()) == (n != STATIC)
@@ -79,9 +81,7 @@ def test_parameters_are_as_many_as_in_the_published_row(row):
     assert sum(parameter.numel() for parameter in model.parameters()) == row["params_exact"]
 
 
-@pytest.mark.parametrize("n", [STATIC, 1])
-@pytest.mark.parametrize("out_indices", [None, (1, 3)], ids=["default", "chosen"])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name, out_indices, n", paired(BACKBONES, [None, (1, 3)], [STATIC, 1]))
 def test_features_are_those_of_the_vanilla_model(name, out_indices, n):
     chosen = {} if out_indices is None else {"out_indices": out_indices}
     ours = meta(f"kw_{name}", n=n, features_only=True, **chosen).eval()
@@ -93,8 +93,7 @@ def test_features_are_those_of_the_vanilla_model(name, out_indices, n):
     assert [feature.shape for feature in ours(image)] == [feature.shape for feature in theirs(image)]
 
 
-@pytest.mark.parametrize("out_indices", [None, (0, 1)], ids=["default", "early"])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name, out_indices", paired(BACKBONES, [None, (0, 1)]))
 def test_features_leave_no_parameter_without_a_gradient(name, out_indices):
     """Distributed training refuses parameters that a model does not use: warehouses of layers cut off, for one."""
     chosen = {} if out_indices is None else {"out_indices": out_indices}
@@ -104,7 +103,7 @@ def test_features_leave_no_parameter_without_a_gradient(name, out_indices):
     assert not [key for key, parameter in model.named_parameters() if parameter.grad is None]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", representative(BACKBONES, FAMILIES.__contains__))
 def test_more_budget_is_more_parameters(name):
     models = [meta(f"kw_{name}", n=n) for n in ("1/8", "1/2", 1, 2)]
     counts = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
@@ -171,15 +170,14 @@ def test_bad_budget_is_refused_through_timm(n):
         meta("kw_resnet18", n=n)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", representative(BACKBONES, FAMILIES.__contains__))
 def test_classes_and_channels_are_timms(name):
     model = meta(f"kw_{name}", n="1/2", num_classes=7, in_chans=4).eval()
     assert model.num_classes == 7
     assert model(torch.empty(2, 4, 224, 224, device="meta")).shape == (2, 7)
 
 
-@pytest.mark.parametrize("n", ["1/2", 1])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name, n", paired(FAMILIES, ["1/2", 1]))
 def test_reset_classifier(name, n):
     model = meta(f"kw_{name}", n=n).eval()
     with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ import yaml
 from helpers.implementations import force
 from helpers.models import assert_unchanged, snapshot
 from helpers.programs import ROOT
+from helpers.selection import paired
 from helpers.training import config, launch
 from torch import nn
 from torch.nn import functional as F
@@ -159,9 +161,10 @@ def test_a_layer_is_its_definition_sample_by_sample(name, n, kind, each_choice):
         torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("name", [name for name in METHODS if issubclass(BASELINES[name].layer, KernelBank)])
+BANKS = [name for name in METHODS if issubclass(BASELINES[name].layer, KernelBank)]
+
+
+@pytest.mark.parametrize("name, n, kind", paired(BANKS, [1, 3], LAYERS))
 def test_gradients_are_the_same_by_every_choice(name, n, kind):
     arguments, side = LAYERS[kind]
     made = shaken(layer(name, n, arguments).double())
@@ -195,7 +198,8 @@ def test_a_batch_of_kernels_is_not_made_where_another_implementation_is_faster()
 
 @pytest.mark.parametrize("dynamic", ["kw", *METHODS])
 def test_a_model_is_traced_for_a_batch_size(dynamic):
-    model = timm.create_model("kw_resnet18", dynamic=dynamic, n=2, layers=(1, 1, 1, 1)).eval()
+    narrow = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
+    model = timm.create_model("kw_resnet18", dynamic=dynamic, n=2, **narrow).eval()
     images, others = torch.randn(2, 8, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.trace(model, images)(others), model(others), rtol=1e-3, atol=1e-4)
@@ -220,10 +224,9 @@ def test_temperature_makes_shares_alike_and_is_saved(name):
     assert float(kw.temperatures(cold)[0].value) == 1
 
 
-@pytest.mark.parametrize("n", [1, 4])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", CONVOLUTIONAL)
-def test_every_backbone_builds_by_every_method_and_adds_up(name, method, n):
+@pytest.mark.parametrize("name, by", paired(CONVOLUTIONAL, product(METHODS, [1, 4])))
+def test_every_backbone_builds_by_every_method_and_adds_up(name, by):
+    method, n = by
     model = meta(f"kw_{name}", dynamic=method, n=n)
     assert any(isinstance(module, BASELINES[method].layer) for module in model.modules())
     costs = kw.profile(model)
@@ -242,8 +245,7 @@ def test_every_backbone_builds_by_every_method_and_adds_up(name, method, n):
     assert not any(c.assembly or c.attention for c in costs.layers if c not in dynamic)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "convnext_tiny"])
+@pytest.mark.parametrize("name, method", paired(["resnet18", "mobilenetv2_050", "convnext_tiny"], METHODS))
 def test_a_step_moves_every_parameter_and_samples_are_independent(name, method, tmp_path):
     model = timm.create_model(f"kw_{name}", dynamic=method, n=2, num_classes=7).double().train()
     if kw.temperatures(model):

@@ -163,9 +163,9 @@ def test_what_is_missing_is_named_with_the_way_out(root, tmp_path):
         opened(tmp_path, format_="cifar10")
     archive = tmp_path / "cifar-10-python.tar.gz"
     archive.touch()
-    for given in (tmp_path, archive):  # with what data=cifar10 says, format auto
+    for place in (tmp_path, archive):  # with what data=cifar10 says, format auto
         with pytest.raises(ConfigError, match=rf"`tar -xzf {archive} -C {tmp_path}`, then data\.root={tmp_path}\."):
-            opened(given)
+            opened(place)
 
 
 # ---- a part of the images ----
@@ -257,8 +257,8 @@ def test_a_resnet_for_small_images_has_all_its_stages(group, stages, dynamic):
 def test_features_of_a_small_stem_tell_their_reduction(stride):
     model = timm.create_model("kw_resnet18", n=1, features_only=True, stem_stride=stride).eval()
     shapes = [feature.shape[1:] for feature in model(torch.randn(1, 3, 32, 32))]
-    told = zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
-    assert shapes == [(channels, 32 // reduction, 32 // reduction) for channels, reduction in told]
+    stated = zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
+    assert shapes == [(channels, 32 // reduction, 32 // reduction) for channels, reduction in stated]
 
 
 @pytest.mark.parametrize("kwargs", [{"device": "meta"}, {"dtype": torch.float64}])

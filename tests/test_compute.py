@@ -9,12 +9,14 @@ import random
 import subprocess
 import sys
 import weakref
+from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.implementations import OTHERS, REMADE, SETTINGS, force
 from helpers.programs import ROOT
+from helpers.selection import paired, representative
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -29,13 +31,13 @@ from kw.compute.strips import Strips
 pytestmark = pytest.mark.usefixtures("default_setting")
 
 
-def any_geometry(lot):
+def any_geometry(rng):
     """A convolution of 1 to 3 dimensions and an input that is large enough for it."""
-    dims = lot.choice((1, 2, 2, 3))
-    kernel, stride, dilation = (tuple(lot.randint(1, 3) for _ in range(dims)) for _ in range(3))
-    padding = tuple(lot.randint(0, 3) for _ in range(dims))
+    dims = rng.choice((1, 2, 2, 3))
+    kernel, stride, dilation = (tuple(rng.randint(1, 3) for _ in range(dims)) for _ in range(3))
+    padding = tuple(rng.randint(0, 3) for _ in range(dims))
     least = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(kernel, dilation, padding, strict=True)]
-    space = tuple(max(size, 1) + lot.randint(0, 4) for size in least)
+    space = tuple(max(size, 1) + rng.randint(0, 4) for size in least)
     return Geometry((math.prod(kernel), 2, 3), kernel, stride, padding, dilation), space
 
 
@@ -56,11 +58,13 @@ def case(number, last, terms=5, own=False, dtype=torch.float64):
     return *(tensor.to(dtype).requires_grad_() for tensor in tensors), geometry
 
 
-@pytest.mark.parametrize("cut", ["whole", "rows", "samples", "both"])
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
-@pytest.mark.parametrize("own", [False, True], ids=["cells", "folded"])
-@pytest.mark.parametrize("number", range(12))
-def test_any_shape_in_any_blocks(number, own, last, cut, monkeypatch):
+LAID_OUT = product(["cells", "folded"], ["channels first", "channels last"], ["whole", "rows", "samples", "both"])
+
+
+@pytest.mark.parametrize("number, laid_out", paired(range(12), LAID_OUT))
+def test_any_shape_in_any_blocks(number, laid_out, monkeypatch):
+    made, layout, cut = laid_out
+    own, last = made == "folded", layout == "channels last"
     if cut != "whole":  # so few entries that a block is a row of a sample, some samples, or less
         monkeypatch.setattr(blocks, "ROWS", 1)
         monkeypatch.setattr(mixing, "PIECE", 1 if cut == "both" else 30)
@@ -74,7 +78,8 @@ def test_any_shape_in_any_blocks(number, own, last, cut, monkeypatch):
             torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("number", range(16))
+# The first six differ in layout, in how kernels are made, and in how many samples are taken at a time.
+@pytest.mark.parametrize("number", representative(range(16), lambda number: number < 6))
 def test_any_shape_by_some_samples_at_a_time(number, monkeypatch):
     """Triton's kernels (not for three dimensions), and batched products over an unfolded input."""
     last, own, some = number % 2 == 0, number // 2 % 2 == 0, 1 + number % 3  # one to all three samples at a time
@@ -86,8 +91,7 @@ def test_any_shape_by_some_samples_at_a_time(number, monkeypatch):
             torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("number", [1, 4, 6])
+@pytest.mark.parametrize("number, dtype", paired([1, 4, 6], [torch.float32, torch.bfloat16, torch.float16]))
 def test_triton_sums_in_float32_whatever_comes_in(number, dtype):
     """Against float64 of the same rounded numbers: off by what rounding the result costs, and no more."""
     *tensors, geometry = case(number, last=True, dtype=dtype)
@@ -105,16 +109,16 @@ def test_what_an_implementation_writes_has_the_layout_of_its_input(name):
     geometry = Geometry((9, 2, 2), (3, 3), (1, 1), (1, 1), (1, 1))
     weights, basis = torch.randn(2, 36, 5), torch.randn(5, 4, 3)
     x = torch.randn(2, 6, 5, 7)
-    for given in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
-        given = given.detach().requires_grad_()
-        out = IMPLEMENTATIONS[name](given, weights, basis, geometry)
-        (grad,) = torch.autograd.grad(out.square().sum(), given)
-        last = given.stride(1) == 1
+    for source in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
+        source = source.detach().requires_grad_()
+        out = IMPLEMENTATIONS[name](source, weights, basis, geometry)
+        (grad,) = torch.autograd.grad(out.square().sum(), source)
+        last = source.stride(1) == 1
         for made in (out, grad):
             assert made.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        expected = IMPLEMENTATIONS["grouped"](given, weights, basis, geometry)
+        expected = IMPLEMENTATIONS["grouped"](source, weights, basis, geometry)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), given)[0], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), source)[0], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -166,7 +170,7 @@ class Shared(nn.Module):
 @pytest.fixture
 def shared():
     torch.manual_seed(0)
-    return Shared().double(), torch.randn(4, 6, 5, 5, dtype=torch.float64)
+    return Shared().double(), torch.randn(2, 6, 5, 5, dtype=torch.float64)
 
 
 def grads_of(model, x, choice="blocks"):
@@ -289,9 +293,12 @@ def test_a_moved_model_does_not_hold_its_old_memory(shared):
     assert old() is None
 
 
-@pytest.mark.parametrize("choice", ["auto", pytest.param("blocks", marks=pytest.mark.slow), "triton folded"])
+# What compiling asks of Triton's operator is also in `test_torch_accepts_the_operator`, where it takes less time.
+@pytest.mark.parametrize(
+    "choice", representative(["auto", "blocks", "triton folded"], lambda choice: choice == "blocks")
+)
 def test_a_compiled_model_trains_on_batches_of_several_sizes(shared, choice):
-    model, x = shared
+    model, x = shared[0], torch.randn(4, 6, 5, 5, dtype=torch.float64)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for batch in (4, 3, 2) if "triton" not in choice else (3, 2):  # its interpreter is slow
@@ -319,8 +326,10 @@ def test_an_input_too_small_for_the_kernel_is_refused_whatever_the_choice(choice
         model.eval()(torch.randn(2, 4, 5, 2))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("choice", REMADE)
+OFTEN = {("blocks", False), ("blocks folded", True), ("triton", True)}
+
+
+@pytest.mark.parametrize("choice, reentrant", representative(product(REMADE, [False, True]), lambda *of: of in OFTEN))
 def test_checkpointed_parts_have_the_same_sum(shared, choice, reentrant):
     """A reentrant checkpoint is a backward pass within a backward pass."""
     model, x = shared
@@ -339,8 +348,11 @@ def checkpointed(model, x, reentrant=False):
     return out
 
 
-@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("choice", OTHERS)
+WITHOUT_TRITON = representative(OTHERS, lambda choice: "triton" not in choice)  # whose interpreter is slow
+
+
+@pytest.mark.parametrize("reentrant", representative([False, True], lambda reentrant: not reentrant))
+@pytest.mark.parametrize("choice", WITHOUT_TRITON)
 def test_a_backward_pass_after_the_block_repeats_what_the_forward_pass_did(shared, choice, reentrant):
     """Activation checkpointing computes layers again, outside of the `with` block: by the choice of the first time. A
     pass without gradients in between, by another choice, does not change that."""
@@ -432,10 +444,9 @@ def test_a_gradient_of_a_gradient_is_refused_or_taken_by_the_plain_choice(shared
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("batch", [0, 1, 3])
-@pytest.mark.parametrize("groups", [1, 2, 8], ids=["dense", "grouped", "depthwise"])
-@pytest.mark.parametrize("choice", OTHERS)
-def test_gradients_of_any_batch_and_groups(choice, groups, batch):
+@pytest.mark.parametrize("choice, of", paired(OTHERS, product([0, 1, 3], [1, 2, 8])))
+def test_gradients_of_any_batch_and_groups(choice, of):
+    batch, groups = of
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=groups))
     kw.convert(model, {"0": "w"}, KWConfig(n=2, attention_norm="layer")).double()
     x = torch.randn(batch, 8, 5, 6, dtype=torch.float64, requires_grad=True)

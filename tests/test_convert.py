@@ -111,7 +111,7 @@ def test_arguments_of_a_layer_are_kept(layer):
     static = copy.deepcopy(layer)
     model = kw.convert(nn.Sequential(layer), {"0": "a"}, KWConfig(attention_norm="layer"))
     x = torch.randn(2, 4) if isinstance(layer, nn.Linear) else torch.randn(2, 4, *[9] * (static.weight.dim() - 2))
-    # At temperature 1 every sample has the kernel that the cells make, which torch's layer can be given.
+    # At temperature 1 every sample has the kernel that the cells make, which torch's layer can have.
     kw.set_temperature(model, 1)
     with torch.no_grad():
         shape = static.weight.shape  # n = 1: one whole cell per position

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from helpers.selection import paired, representative
 from torch import nn
 
 import kw
@@ -29,8 +30,7 @@ def dynamic_layers(model):
     return [module for module in model.modules() if isinstance(module, kw.layers.DynamicLayer)]
 
 
-@pytest.mark.parametrize("dynamic", METHODS)
-@pytest.mark.parametrize("name", [REGISTERED, "regnety_002"])
+@pytest.mark.parametrize("name, dynamic", paired([REGISTERED, "regnety_002"], METHODS))
 def test_every_method_builds_registered_and_other_models(name, dynamic):
     model = meta(name, n=2, dynamic=dynamic, num_classes=7)
     kinds = {KW: KWLayer} | {method: BASELINES[method].layer for method in BASELINES}
@@ -39,7 +39,7 @@ def test_every_method_builds_registered_and_other_models(name, dynamic):
     assert model.eval()(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", representative(BACKBONES, ("resnet18", "deit_tiny_patch16_224").__contains__))
 def test_registered_models_have_the_published_warehouses_with_and_without_the_prefix(name):
     with torch.device("meta"):
         published = timm.create_model(f"kw_{name}", n="1/2")
@@ -69,9 +69,10 @@ def test_settings_reach_every_warehouse_and_the_rest_goes_to_timm(name):
     assert model.eval()(torch.empty(2, 1, 64, 64, device="meta")).shape == (2, 5)
 
 
-@pytest.mark.parametrize("dynamic", [KW, STATIC, "odconv"])
-@pytest.mark.parametrize("out_indices", [None, (1, 2)], ids=["default", "chosen"])
-@pytest.mark.parametrize("name", [REGISTERED, "regnety_002", "efficientnet_b0", "vgg11_bn"])
+@pytest.mark.parametrize(
+    "name, out_indices, dynamic",
+    paired([REGISTERED, "regnety_002", "efficientnet_b0", "vgg11_bn"], [None, (1, 2)], [KW, STATIC, "odconv"]),
+)
 def test_features_are_timms_for_every_model_and_method(name, out_indices, dynamic):
     options = {"features_only": True, **({} if out_indices is None else {"out_indices": out_indices})}
     ours = meta(name, n=1, dynamic=dynamic, **options).eval()

@@ -1,5 +1,7 @@
 """`python -m detection`: its settings, errors in data, and real runs, shrunk, on real digits."""
 
+import copy
+import functools
 import json
 import os
 import pickle
@@ -13,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import wandb_files
 from helpers.programs import ROOT, environment
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
-from test_services import whole_wandb_run
 
 import detection.__main__ as entry
 from detection import loading
@@ -55,6 +58,15 @@ def digits(tmp_path_factory):
     return folder
 
 
+_from_file = functools.cache(Config.fromfile)
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch):
+    """MMEngine looks through an index of 300 files for those of MMDetection: each configuration is read once."""
+    monkeypatch.setattr(Config, "fromfile", lambda *of, **more: copy.deepcopy(_from_file(*of, **more)))
+
+
 def validated(*overrides):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         composed = hydra_compose("detection", open_up(overrides))
@@ -74,15 +86,25 @@ def safe_loading(monkeypatch):
 
 
 @pytest.fixture
-def refused(digits, monkeypatch, capsys, safe_loading):
-    """`python -m detection` in this process, which fails: what it says on stderr."""
+def in_this_process(digits, monkeypatch, capsys, safe_loading):
+    """`python -m detection` without a process of its own, which takes seconds to start: runs it to its end."""
 
     def run(*words):
         jobs = Jobs()
         monkeypatch.setattr(entry, "jobs", jobs)
         monkeypatch.setattr(sys, "argv", ["detection", *open_up([*SMALL, f"data.root={digits}", *words])])
+        jobs.run(entry.main)
+
+    return run
+
+
+@pytest.fixture
+def refused(in_this_process, capsys):
+    """`python -m detection`, which fails: what it says on stderr."""
+
+    def run(*words):
         with pytest.raises(SystemExit):
-            jobs.run(entry.main)
+            in_this_process(*words)
         return capsys.readouterr().err
 
     return run
@@ -92,7 +114,7 @@ def refused(digits, monkeypatch, capsys, safe_loading):
 
 
 def test_a_row_is_composed_and_any_key_of_its_file_can_be_set():
-    given, cfg = config(
+    settings, cfg = config(
         "config=mask_rcnn_kw1x_resnet50_1x_coco",
         "n=4",
         "data.root=somewhere",
@@ -103,7 +125,7 @@ def test_a_row_is_composed_and_any_key_of_its_file_can_be_set():
         "+model.backbone.drop_path=0.1",
         "runtime.workers=0",
     )
-    assert given.n == cfg.model.backbone.n == "4"
+    assert settings.n == cfg.model.backbone.n == "4"
     assert cfg.model.backbone.init_cfg == {"type": "Pretrained", "checkpoint": "weights.pt"}
     assert cfg.optim_wrapper.optimizer.lr == 1e-3 and cfg.param_scheduler[1].milestones == [3, 4]
     assert cfg.model.backbone.drop_path == 0.1
@@ -370,7 +392,7 @@ def launch(*words, cwd, digits, check=True):
     return done
 
 
-def test_a_run_is_watched_goes_on_and_is_evaluated(digits, refused, tmp_path, monkeypatch):
+def test_a_run_is_watched_goes_on_and_is_evaluated(digits, in_this_process, refused, tmp_path, monkeypatch, capsys):
     """Its checkpoint has what summary.json tells, and the same command again tells it too."""
     place = f"hydra.run.dir={tmp_path}/run"
     done = launch(place, "logger=both", cwd=tmp_path, digits=digits)
@@ -383,18 +405,18 @@ def test_a_run_is_watched_goes_on_and_is_evaluated(digits, refused, tmp_path, mo
     assert "no init=CHECKPOINT" in done.stderr and "scratch=true" in done.stderr
     assert list(run.glob("tensorboard/events*"))
     (record,) = run.glob("wandb/**/*.wandb")
-    assert any(item.HasField("history") for item in whole_wandb_run(record))
-    # a run that is done tells its figures again
-    done = launch(place, cwd=tmp_path, digits=digits)
-    assert "Resumed from" in done.stdout
+    assert any(item.HasField("history") for item in wandb_files.whole_run(record))
+    # a run that is done prints its figures again
+    in_this_process(place)
+    assert "Resumed from" in capsys.readouterr().out
     assert json.loads((run / "summary.json").read_text())["box_ap"] == summary["box_ap"]
     assert "other settings: optim_wrapper.optimizer.lr" in refused(place, "optim_wrapper.optimizer.lr=1")
     assert "resume=never" in refused(place, "resume=never")
     monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.2)
     with run_folder.lock(run):
         assert "Another job is running" in refused(place)
-    done = launch(f"evaluate={run}", cwd=tmp_path, digits=digits)
-    found = json.loads(done.stdout)
+    in_this_process(f"evaluate={run}", f"hydra.run.dir={tmp_path}/evaluated")
+    found = json.loads(capsys.readouterr().out)
     assert {key: summary[key] for key in ("box_ap", "mask_ap")} == {key: found[key] for key in ("box_ap", "mask_ap")}
     other = refused(f"evaluate={run}", "n=static", f"hydra.run.dir={tmp_path}/other")
     assert "does not fit" in other and "warehouses" in other

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from helpers.selection import paired, representative
 from mmdet.registry import MODELS
 from safetensors.torch import save_file
 from torch import nn
@@ -31,19 +32,19 @@ def backbone(n="1", **settings):
     return KWBackbone(**{"name": "resnet18", "n": n, "kwargs": SMALL, **settings})
 
 
-@pytest.mark.parametrize("n", ["static", None, "1", "1/2"])
-@pytest.mark.parametrize(
-    ("name", "out_indices", "kwargs"),
-    [
-        ("resnet18", (1, 2, 3, 4), SMALL),
-        ("resnet18", (2, 3), SMALL),
-        ("mobilenetv2_050", (1, 2, 3, 5), {}),
-        ("mobilenetv2_050", (0, 2), {}),
-        ("regnety_002", (1, 2, 3, 4), {}),
-        ("deit_tiny_patch16_224", (2, 5), {"depth": 6, "dynamic_img_size": True, "dynamic_img_pad": True}),
-    ],
-)
-def test_maps_have_the_channels_and_strides_that_it_states(name, out_indices, kwargs, n):
+MAPS = [
+    ("resnet18", (1, 2, 3, 4), SMALL),
+    ("resnet18", (2, 3), SMALL),
+    ("mobilenetv2_050", (1, 2, 3, 5), {}),
+    ("mobilenetv2_050", (0, 2), {}),
+    ("regnety_002", (1, 2, 3, 4), {}),
+    ("deit_tiny_patch16_224", (2, 5), {"depth": 6, "dynamic_img_size": True, "dynamic_img_pad": True}),
+]
+
+
+@pytest.mark.parametrize("maps, n", paired(MAPS, ["static", None, "1", "1/2"]))
+def test_maps_have_the_channels_and_strides_that_it_states(maps, n):
+    name, out_indices, kwargs = maps
     model = MODELS.build({"type": "KWBackbone", "name": name, "n": n, "out_indices": out_indices, "kwargs": kwargs})
     maps = model(torch.randn(2, 3, 64, 96))
     assert [m.shape[1] for m in maps] == model.channels == feature_channels(name, out_indices, kwargs)
@@ -82,8 +83,7 @@ def test_settings_of_warehouses_and_drop_path_arrive():
     assert {m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"} == {0.2}
 
 
-@pytest.mark.parametrize("n", ["static", "1", "4"])
-@pytest.mark.parametrize("stages", [-1, 0, 1, 2])
+@pytest.mark.parametrize("stages, n", paired([-1, 0, 1, 2], ["static", "1", "4"]))
 def test_frozen_stages_stand_still(n, stages):
     """After steps of training: no gradient, and neither weights nor running statistics have moved, nor the maps."""
     model = backbone(n, frozen_stages=stages).train()
@@ -193,7 +193,10 @@ def test_a_checkpoint_of_ours_fills_it_and_the_temperature_is_zero(n, tmp_path):
     assert_same_body(filled(tmp_path / "last.pt", n=n, frozen_stages=1), whole)
 
 
-@pytest.mark.parametrize(("name", "n"), [("mobilenetv2_050", "1/2"), ("mobilenetv2_050", "1"), ("convnext_tiny", "1")])
+RELEASED = [("mobilenetv2_050", "1/2"), ("mobilenetv2_050", "1"), ("convnext_tiny", "1")]
+
+
+@pytest.mark.parametrize("name, n", representative(RELEASED, lambda name, n: name == "mobilenetv2_050"))
 def test_a_released_checkpoint_fills_it(name, n, tmp_path):
     """Also where the classifier is dynamic, and has a warehouse of its own (MobileNetV2 at n = 1/2)."""
     whole = classifier(name, n)

@@ -1,5 +1,7 @@
 """The configurations of detection/: their settings beside the published ones, and each of them at work, shrunk."""
 
+import copy
+import functools
 from pathlib import Path
 
 import mmdet
@@ -7,6 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers.programs import ROOT
+from helpers.selection import representative
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
@@ -32,8 +35,14 @@ def scope():
     init_default_scope("mmdet")
 
 
-def load(name):
+@functools.cache
+def read(name):
     return Config.fromfile(CONFIGS / f"{name}.py")
+
+
+def load(name):
+    """MMEngine looks through an index of 300 files for those of MMDetection, so that each is read once."""
+    return copy.deepcopy(read(name))
 
 
 def config_name(detector, row):
@@ -104,12 +113,13 @@ def inputs(model, training, batch=2, masks=True):
     return model.data_preprocessor(data, training)
 
 
-def slow_if(name):
-    """Faster R-CNN is Mask R-CNN without its masks: of large backbones, one of them is tried at every run."""
-    return [pytest.mark.slow] if name.startswith("faster") and "resnet18" not in name else []
+def often(name):
+    """Each backbone with a warehouse and both detectors; static ones and Faster R-CNN, which is Mask R-CNN without its
+    masks, with the smallest backbone alone."""
+    return "resnet18" in name or name.startswith("mask_rcnn_kw1x")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if(name)) for name in NAMES])
+@pytest.mark.parametrize("name", representative(NAMES, often))
 def test_it_is_built_and_gives_losses_gradients_and_detections(name):
     cfg = load(name)
     model, masks = MODELS.build(shrunk(cfg)), "mask_rcnn" in name
@@ -168,15 +178,17 @@ def test_the_learning_rate_decays_towards_the_stem(n):
     cfg.model.backbone.n = n
     model = MODELS.build(shrunk(cfg))
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
-    given = {p: group for group in groups for p in group["params"]}
-    assert given.keys() == set(model.parameters()) and len(given) == sum(len(group["params"]) for group in groups)
+    groups_of = {p: group for group in groups for p in group["params"]}
+    assert groups_of.keys() == set(model.parameters()) and len(groups_of) == sum(
+        len(group["params"]) for group in groups
+    )
     for name, p in model.named_parameters():
         expected = group_of(name, 6)
         if ".warehouses." in name:
             layers = {x: m for x, m in model.named_modules() if isinstance(m, KWLayer) and m.warehouse.cells is p}
             expected = max(group_of(f"{layer}.", 6) for layer in layers)
-        assert given[p]["lr"] == pytest.approx(1e-4 * 0.95 ** (7 - expected)), name
-        assert given[p]["weight_decay"] == (0.05 if p.dim() > 1 else 0.0), name
+        assert groups_of[p]["lr"] == pytest.approx(1e-4 * 0.95 ** (7 - expected)), name
+        assert groups_of[p]["weight_decay"] == (0.05 if p.dim() > 1 else 0.0), name
     assert {round(group["lr"] / 1e-4, 6) for group in groups} == {round(0.95**k, 6) for k in range(8)}
 
 
@@ -199,7 +211,10 @@ THEIRS = [
 ]
 
 
-@pytest.mark.parametrize("name", THEIRS)
+WITH_AND_WITHOUT_MASKS = ("cascade_rcnn/cascade-mask", "retinanet")
+
+
+@pytest.mark.parametrize("name", representative(THEIRS, lambda name: name.startswith(WITH_AND_WITHOUT_MASKS)))
 def test_mmdetections_own_detectors_run_on_torchvisions_operators(name):
     model = Config.fromfile(Path(mmdet.__file__).parent / f".mim/configs/{name}.py").model
     model.backbone.update(depth=18, init_cfg=None)

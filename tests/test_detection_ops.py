@@ -159,10 +159,10 @@ def test_focal_loss_and_its_gradient_are_the_definition(weighted):
     weight = torch.rand(5, dtype=torch.float64) if weighted else None
     expected = focal_loss(logits, targets, weight)
     (gradient,) = torch.autograd.grad(expected.sum(), logits)
-    given = (logits.detach(), targets, logits.new_zeros(0) if weight is None else weight)
+    inputs = (logits.detach(), targets, logits.new_zeros(0) if weight is None else weight)
     loss, slope = torch.zeros(2, 12, 5, dtype=torch.float64)
-    ops.sigmoid_focal_loss_forward(*given, loss, gamma=2.0, alpha=0.25)
-    ops.sigmoid_focal_loss_backward(*given, slope, gamma=2.0, alpha=0.25)
+    ops.sigmoid_focal_loss_forward(*inputs, loss, gamma=2.0, alpha=0.25)
+    ops.sigmoid_focal_loss_backward(*inputs, slope, gamma=2.0, alpha=0.25)
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(slope, gradient)
 

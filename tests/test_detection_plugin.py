@@ -35,9 +35,7 @@ def test_the_plugin_stands_on_kw_and_mmdetection(source):
         assert name.startswith("detection.plugin.") or name.partition(".")[0] in known, name
 
 
-def test_importing_it_registers_and_changes_nothing_else():
-    python(
-        """
+IMPORTED = """
 import sys
 import kw, mmcv, mmdet.apis, mmdet.evaluation, mmdet.structures, mmdet.utils, mmengine.runner
 from mmdet import registry
@@ -71,8 +69,30 @@ assert {key for _, key in registered() - known} == {
 new = set(sys.modules) - modules
 assert not any(name.startswith(("mmcv._ext", "mmcv.ops")) for name in new), new
 assert not {name.partition(".")[0] for name in new} & {"train", "hydra", "omegaconf"}
-""",
-    )
+"""
+
+# mmcv has no compiled operators here: modules of MMDetection that looked for them before get torchvision's too.
+OPERATORS = """
+from mmdet.structures.mask import structures
+theirs = [sys.modules[f"mmdet.{place}.bbox_overlaps"] for place in ("structures.bbox", "evaluation.functional")]
+overlaps = [module.bbox_overlaps for module in theirs]  # which mmcv has one of, too
+try:
+    import mmdet.models  # fails half-way, after some modules have put functions that raise in place of the operators
+except ImportError:
+    pass
+raises = structures.roi_align
+import detection.torchvision_ops, mmcv.ops
+from mmdet.models.dense_heads import rpn_head
+from mmdet.models.losses import focal_loss
+assert structures.roi_align is mmcv.ops.roi_align is not raises
+assert rpn_head.batched_nms is mmcv.ops.batched_nms
+assert focal_loss._sigmoid_focal_loss is mmcv.ops.sigmoid_focal_loss
+assert [module.bbox_overlaps for module in theirs] == overlaps
+"""
+
+
+def test_importing_it_registers_and_changes_nothing_else_until_operators_are_asked_for():
+    python(IMPORTED + (OPERATORS if torchvision_ops.in_use() else ""))
 
 
 def test_the_configurations_serve_mmdetections_own_runner(tmp_path):
@@ -122,29 +142,5 @@ from detection import torchvision_ops
 assert not torchvision_ops.in_use() and "mmcv.ops" not in sys.modules
 import mmcv._ext
 assert mmcv._ext.built
-"""
-    python(code)
-
-
-@pytest.mark.skipif(not torchvision_ops.in_use(), reason="mmcv is compiled here")
-def test_modules_that_looked_for_the_operators_before_get_them_too():
-    code = """
-import sys
-import mmdet.evaluation
-from mmdet.structures.mask import structures
-theirs = [sys.modules[f"mmdet.{place}.bbox_overlaps"] for place in ("structures.bbox", "evaluation.functional")]
-overlaps = [module.bbox_overlaps for module in theirs]  # which mmcv has one of, too
-try:
-    import mmdet.models  # fails half-way, after some modules have put functions that raise in place of the operators
-except ImportError:
-    pass
-raises = structures.roi_align
-import detection.torchvision_ops, mmcv.ops
-from mmdet.models.dense_heads import rpn_head
-from mmdet.models.losses import focal_loss
-assert structures.roi_align is mmcv.ops.roi_align is not raises
-assert rpn_head.batched_nms is mmcv.ops.batched_nms
-assert focal_loss._sigmoid_focal_loss is mmcv.ops.sigmoid_focal_loss
-assert [module.bbox_overlaps for module in theirs] == overlaps
 """
     python(code)

@@ -52,9 +52,9 @@ def metrics(folder):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """The folder of one process that works off each batch in two micro-batches."""
+    """The folder of a short run of one process."""
     folder = tmp_path_factory.mktemp("one")
-    run(folder, "n=1/2", "runtime.micro_batch=16")
+    run(folder, "n=1/2", "recipe.epochs=1", "data.train_images=64")
     return folder
 
 

@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.distributed as dist
 from helpers.implementations import FOLDED, OTHERS, PLAIN, SETTINGS, force
+from helpers.selection import paired, representative
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,26 +71,34 @@ def assert_same(actual, expected, tolerance):
         assert (actual[name] - value).abs().max() <= tolerance * max(value.abs().max(), 1e-6 * largest), name
 
 
-# Triton's interpreter is slow: for it, one budget and batch each.
+BATCHES = [("1/2", 2), (1, 9), (4, 2), (4, 9)]  # budgets and samples
+OF_TRITON = {"triton": ("1/2", 2), "triton folded": (4, 3)}  # one each, since its interpreter is slow
 CASES = [
-    (choice, n, batch)
+    (choice, name, of)
     for choice in OTHERS
-    for n, batch in (
-        [("1/2", 2)] if choice == "triton" else [(4, 3)] if "triton" in choice else [("1/2", 2), (1, 9), (4, 2), (4, 9)]
-    )
+    for name in LAYERS
+    for of in ([OF_TRITON[choice]] if choice in OF_TRITON else BATCHES)
 ]
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize(("choice", "n", "batch"), CASES)
-def test_every_choice_agrees_with_the_plain_one_in_output_and_gradients(choice, name, n, batch):
+def each_choice_of_each_layer(choice, name, of):
+    """Once, with budgets and batches in turn. Triton on every second layer, since folding is not its kernels' work, and
+    on one of the wide ones, which take seconds."""
+    turn = list(LAYERS).index(name) + OTHERS.index(choice)
+    if choice in OF_TRITON:
+        return turn % 2 == 0 and ("wide" not in name or (choice, name) == ("triton", "3x3, wide"))
+    return of == BATCHES[turn % len(BATCHES)]
+
+
+@pytest.mark.parametrize("choice, name, of", representative(CASES, each_choice_of_each_layer))
+def test_every_choice_agrees_with_the_plain_one_in_output_and_gradients(choice, name, of):
+    n, batch = of
     model, size = dynamic(name, n)
     x = torch.randn(batch, *size, dtype=torch.float64)
     assert_same(computed(choice, model, x), computed("grouped", model, x), 1e-9)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("choice", [choice for choice in SETTINGS if choice != "triton folded"])
+@pytest.mark.parametrize("name, choice", paired(LAYERS, [choice for choice in SETTINGS if choice != "triton folded"]))
 @torch.no_grad()
 def test_every_choice_serves_evaluation_of_one_sample_and_of_none(choice, name):
     model, size = dynamic(name, 1)
@@ -102,14 +111,10 @@ def test_every_choice_serves_evaluation_of_one_sample_and_of_none(choice, name):
         assert model(x[:0]).shape == plain[:0].shape
 
 
-@pytest.mark.parametrize(
-    ("backbone", "n"),
-    [
-        pytest.param("resnet18", "1/4", marks=pytest.mark.slow),
-        ("mobilenetv2_050", "1/2"),
-        pytest.param("deit_tiny_patch16_224", 2, marks=pytest.mark.slow),
-    ],
-)
+WHOLE = [("resnet18", "1/4"), ("mobilenetv2_050", "1/2"), ("deit_tiny_patch16_224", 2)]
+
+
+@pytest.mark.parametrize("backbone, n", representative(WHOLE, lambda backbone, n: backbone == "mobilenetv2_050"))
 def test_every_choice_agrees_on_a_whole_backbone(backbone, n):
     size = {"img_size": 64} if "deit" in backbone else {}
     model = timm.create_model(f"kw_{backbone}", n=n, num_classes=10, **size).double()
@@ -121,7 +126,8 @@ def test_every_choice_agrees_on_a_whole_backbone(backbone, n):
             assert_same(computed(choice, model, x), plain, 1e-9)
 
 
-@pytest.mark.parametrize("choice", ["triton", pytest.param("triton folded", marks=pytest.mark.slow)])
+@pytest.mark.slow  # CI has a backbone by Triton in `make gpu DRY=1`
+@pytest.mark.parametrize("choice", ["triton", "triton folded"])
 def test_triton_agrees_on_a_narrow_backbone(choice):
     """With the strides, pointwise shortcuts and shared warehouses of ResNet18."""
     model = timm.create_model("kw_resnet18", n="1/2", num_classes=10, channels=(8, 8, 16, 16), layers=(1, 1, 1, 1))
@@ -245,7 +251,10 @@ def test_attentions_that_are_not_affine_are_made_of_cells(function):
         assert_same(computed(choice, model, x), computed(PLAIN, model, x), 1e-9)
 
 
-@pytest.mark.parametrize("choice", SETTINGS)
+WITHOUT_TRITON = representative(SETTINGS, lambda choice: "triton" not in choice)  # whose interpreter is slow
+
+
+@pytest.mark.parametrize("choice", WITHOUT_TRITON)
 def test_data_parallel_training_has_the_same_gradients(choice, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
@@ -263,7 +272,7 @@ def test_data_parallel_training_has_the_same_gradients(choice, tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("choice", SETTINGS)
+@pytest.mark.parametrize("choice", WITHOUT_TRITON)
 def test_half_precision_gradients_are_near_those_of_float32(choice):
     model, size = dynamic("3x3", 1)
     model, x = model.float(), torch.randn(4, *size)

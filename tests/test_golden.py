@@ -1,5 +1,7 @@
 """Every golden case: the released configurations on hashed weights, in float64 (tests/helpers/golden_recipe.py)."""
 
+import copy
+
 import numpy as np
 import pytest
 import timm
@@ -81,13 +83,11 @@ def test_eval_logits_and_attentions(loaded, each_choice):
 
 @in_each([choice for choice in SETTINGS if "triton" not in choice], ["auto"])
 def test_training_logits_and_gradients(loaded, each_choice):
-    name, case, _ = loaded
+    name, case, model = loaded
     if "folded" in each_choice and not name.startswith(("resnet18", "mobilenetv2")):
         pytest.skip("its hidden layers are wide: folded kernels of float64 would take many gigabytes")
-    model = build(name)
-    kw.load_released(model, {key: torch.from_numpy(v) for key, v in recipe.state_dict(case).items()})
+    model = copy.deepcopy(model).train()
     kw.set_temperature(model, 0.5)
-    model.train()
     logits = model(torch.from_numpy(recipe.image(case)))
     close(logits.detach().numpy(), EXPECTED[f"{name}/train_logits"])
 

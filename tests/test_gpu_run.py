@@ -24,10 +24,10 @@ def go(monkeypatch, tmp_path):
     """Run these parts in place of the real ones; the exit status and the summary's parts by name."""
     out = tmp_path / "report"
 
-    def run(*parts, **given):
+    def run(*parts, **options):
         monkeypatch.setattr(entry, "parts_of", lambda run: list(parts))
         monkeypatch.setattr(entry, "install_wheels", lambda folder: None)
-        words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         status = entry.main(["--dry", "--out", str(out), *words])
         parts = json.loads((out / "summary.json").read_text())["parts"]
         return status, {part["part"]: part for part in parts}, out
@@ -144,13 +144,13 @@ def test_without_a_gpu_the_remedy_is_named(capsys, monkeypatch):
 
 
 def test_an_unknown_part_or_missing_data_is_refused_by_name(capsys, tmp_path):
-    for words, told in (
+    for words, named in (
         (["--only", "speed"], "exactness"),
         (["--data", str(tmp_path / "none")], "none does not exist"),
     ):
         with pytest.raises(SystemExit):
             entry.parse(["--dry", *words])
-        assert told in capsys.readouterr().err
+        assert named in capsys.readouterr().err
 
 
 def test_wheels_that_do_not_install_are_reported_and_stop_nothing(monkeypatch, capsys, tmp_path):

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from helpers import reference
+from helpers.selection import paired, representative
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -82,8 +83,7 @@ def expected(static, layer, x, tau):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("n", BUDGETS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, n", paired(CASES, BUDGETS))
 @torch.no_grad()
 def test_output_is_that_of_the_definition(case, n):
     static, layer, size = build(case, n)
@@ -94,8 +94,7 @@ def test_output_is_that_of_the_definition(case, n):
         torch.testing.assert_close(layer(x), expected(static, layer, x, 0.3), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("batch", [0, 1])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, batch", paired(CASES, [0, 1]))
 @torch.no_grad()
 def test_batch_of_one_or_none_is_served_in_evaluation(case, batch):
     static, layer, size = build(case)
@@ -120,8 +119,7 @@ def test_a_sample_does_not_depend_on_its_batch_in_evaluation(case):
 GRADCHECKED = ["stride", "depthwise", "pointwise", "circular", "1d", "3d, pointwise", "linear", "linear on tokens"]
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("case", GRADCHECKED)
+@pytest.mark.parametrize("case, training", paired(GRADCHECKED, [False, True]))
 def test_gradients_are_those_of_the_output(case, training):
     _, layer, size = build(case, n="1/2")
     layer.train(training)
@@ -246,7 +244,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
 
 
 @pytest.mark.usefixtures("each_choice")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", representative(["eager", "aot_eager"], "aot_eager".__eq__))  # which does more
 def test_compiled_layer_gives_the_same(backend):
     torch.compiler.reset()
     model = pair()

@@ -2,12 +2,11 @@
 
 import errno
 import os
-import resource
-import sys
 
 import pytest
 import torch
-from helpers.programs import command
+from helpers import programs
+from helpers.selection import paired
 from helpers.training import ALONE, NARROW, TINY, config
 from timm.layers import DropPath
 from torch import nn
@@ -36,8 +35,7 @@ def train(folder, *settings):
     return trainer, line
 
 
-@pytest.mark.parametrize("clip", ["null", "1.0"])
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision, clip", paired(["bfloat16", "float16"], ["null", "1.0"]))
 def test_half_precision_learns_what_float32_does(precision, clip, tmp_path):
     losses = []
     for name in ("float32", precision):
@@ -58,7 +56,8 @@ def test_float16_passes_over_steps_that_overflow_and_scales_back(clip, tmp_path)
 
 
 def test_float16_refuses_gradients_that_no_scale_makes_finite(tmp_path):
-    trainer = Trainer(config(*TINY, *NARROW, "runtime.precision=float16", "recipe.epochs=9"), tmp_path, ALONE)
+    settings = ("runtime.precision=float16", "recipe.batch_size=8")  # 40 steps
+    trainer = Trainer(config(*TINY, *NARROW, *settings), tmp_path, ALONE)
     weight = next(trainer.model.parameters())
     weight.register_hook(lambda gradient: gradient * torch.nan)
     before = weight.clone()
@@ -107,7 +106,8 @@ def test_sync_norm_on_a_cpu_is_refused(tmp_path):
 
 
 def drop_rates(*settings):
-    model = build_model(config("data=imagenet", "data.root=x", *settings), 10)
+    with torch.device("meta"):
+        model = build_model(config("data=imagenet", "data.root=x", *settings), 10)
     return [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
 
 
@@ -120,9 +120,9 @@ def test_drop_path_is_constant_in_resnets_and_rises_in_others(n):
 
 @pytest.mark.parametrize("backbone", ["resnet18", "convnext_tiny", "deit_tiny_patch16_224", "mobilenetv2_050"])
 def test_the_rule_of_drop_path_can_be_set(backbone):
-    given = (f"backbone={backbone}", "n=1", "recipe.drop_path=0.2")
-    assert set(drop_rates(*given, "recipe.drop_path_rule=constant")) == {0.2}
-    rising = drop_rates(*given, "recipe.drop_path_rule=linear")
+    settings = (f"backbone={backbone}", "n=1", "recipe.drop_path=0.2")
+    assert set(drop_rates(*settings, "recipe.drop_path_rule=constant")) == {0.2}
+    rising = drop_rates(*settings, "recipe.drop_path_rule=linear")
     assert rising == sorted(rising) and (rising[0], rising[-1]) == (0, 0.2) and len(set(rising)) > 7
     with pytest.raises(ConfigError, match=r"recipe\.drop_path_rule"):
         config("recipe.drop_path_rule=steep")
@@ -136,14 +136,14 @@ def test_under_layer_decay_cells_learn_as_fast_as_the_deepest_layer_that_uses_th
     scale = {p: group["lr_scale"] for group in groups for p in group["params"]}
     assert scale.keys() == set(model.parameters())
     assert sum(len(group["params"]) for group in groups) == len(scale)  # none twice
-    drawing = {}
+    by_cells = {}
     for layer in model.modules():
         if isinstance(layer, KWLayer):
-            drawing.setdefault(layer.warehouse.cells, []).append(scale[layer.attention.fc1.weight])
-    assert all(scale[cells] == max(scales) for cells, scales in drawing.items())
-    assert len({scale[cells] for cells in drawing}) > 1
+            by_cells.setdefault(layer.warehouse.cells, []).append(scale[layer.attention.fc1.weight])
+    assert all(scale[cells] == max(scales) for cells, scales in by_cells.items())
+    assert len({scale[cells] for cells in by_cells}) > 1
     decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
-    assert all(decays[cells] == made.recipe.weight_decay for cells in drawing)
+    assert all(decays[cells] == made.recipe.weight_decay for cells in by_cells)
 
 
 def test_layer_decay_reaches_the_steps(tmp_path):
@@ -162,12 +162,8 @@ def test_the_last_and_the_best_few_are_kept(keep, kept, tmp_path):
 
 
 def start(folder, *settings, limit=None):
-    def bound():
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    words = ("-m", "train", *TINY, *NARROW, *settings, f"hydra.run.dir={folder}")
-    return command(sys.executable, *words, check=False, preexec_fn=bound)
+    words = (*TINY, *NARROW, *settings, f"hydra.run.dir={folder}")
+    return programs.run("train", *words, code=None, largest_file=limit)
 
 
 def test_a_disk_that_is_full_is_reported_and_loses_nothing(tmp_path):

@@ -5,6 +5,7 @@ import re
 import pytest
 import timm
 import torch
+from helpers.selection import paired, representative
 from PIL import Image
 from torch import nn
 
@@ -18,14 +19,15 @@ def profile(name, n, **kwargs):
         return kw.profile(timm.create_model(f"kw_{name}", n=n), **kwargs)
 
 
-@pytest.mark.parametrize("n", [STATIC, "1/2", 1, 4])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenetv2_050", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "name, n", paired(["resnet18", "resnet50", "mobilenetv2_050", "convnext_tiny"], [STATIC, "1/2", 1, 4])
+)
 def test_parts_add_up_to_the_totals(name, n):
     result = profile(name, n)
     assert result.other_macs == 0  # convolutional backbones have no products outside their layers
     assert sum(layer.macs for layer in result.layers) == result.macs
-    drawing = {layer.name: layer.warehouse for layer in result.layers if layer.warehouse}
-    assert drawing == {layer: warehouse.name for warehouse in result.warehouses for layer in warehouse.layers}
+    sharing = {layer.name: layer.warehouse for layer in result.layers if layer.warehouse}
+    assert sharing == {layer: warehouse.name for warehouse in result.warehouses for layer in warehouse.layers}
     assert all(layer.assembly == layer.attention == 0 for layer in result.layers if not layer.warehouse)
 
 
@@ -135,10 +137,10 @@ def test_the_table_tells_which_cells_are_whose():
     assert re.search(r"  layer1.0.conv2 +9 to 17 +36 +9 +9,216", text)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [["backbone=resnet18", "n=1/4"], ["experiment=deit_tiny"], ["backbone=timm", "backbone.name=regnetx_002"]],
-)
+DRAWN = [["backbone=resnet18", "n=1/4"], ["experiment=deit_tiny"], ["backbone=timm", "backbone.name=regnetx_002"]]
+
+
+@pytest.mark.parametrize("settings", representative(DRAWN, lambda *words: "backbone=timm" in words[0]))
 def test_the_sharing_is_drawn_for_any_model(settings, tmp_path):
     config = composed(settings)
     draw(profile_of(config), "a model", tmp_path / "sharing.png")

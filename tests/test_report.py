@@ -196,7 +196,7 @@ BROKEN = {
 
 @pytest.fixture
 def fifty(tmp_path):
-    """Twenty-six good runs, four unfinished ones, and twenty that are broken, each in its own way."""
+    """Twenty-six good runs, four unfinished ones, and twenty that are broken, each in another manner."""
     for number in range(24):
         row = list(PUBLISHED)[number % 20]
         of_row(tmp_path / f"good{number}", row, number // 20, 70 + number / 10)
@@ -222,9 +222,9 @@ def test_fifty_folders_some_broken_are_all_reported(fifty):
     assert len(list(fifty.iterdir())) == 50
     assert len([run for run in runs if run.finished]) == 26 and len(runs) == 29
     for folder in fifty.iterdir():
-        told = [remark for remark in remarks if remark.startswith(f"{folder}: ")]
+        said = [remark for remark in remarks if remark.startswith(f"{folder}: ")]
         kind = {"b": "broken (", "u": "not finished ("}.get(folder.name[0])
-        assert len(told) == (kind is not None) and all(kind in remark for remark in told), folder
+        assert len(said) == (kind is not None) and all(kind in remark for remark in said), folder
 
 
 def test_all_files_hold_the_same_rows_whatever_their_names_are(fifty, tmp_path):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import wandb_files
 from helpers.programs import ROOT, environment
 from helpers.training import NARROW, TINY, config, launch
 from hydra import compose, initialize_config_dir
@@ -78,43 +78,16 @@ def test_tensorboard_goes_on_after_a_resume_without_doubled_points(tmp_path):
 def test_tensorboard_turned_on_late_shows_the_whole_run(tmp_path):
     with pytest.raises(Stop):
         train(tmp_path, stop_after=10)
-    assert not (tmp_path / "tensorboard").exists()
+    assert not (tmp_path / "tensorboard").exists() and not (tmp_path / "profile").exists()
     train(tmp_path, "logger=tensorboard")
     assert_curves_are_the_metrics(tmp_path)
-
-
-def wandb_records(file):
-    """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB, a header of 7 bytes before each part."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, whole = file.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # the rest of a block
-            at += 32768 - at % 32768
-            continue
-        size, kind = struct.unpack_from("<HB", data, at + 4)
-        whole += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(whole)
-            whole = b""
-
-
-def whole_wandb_run(file):
-    """wandb writes in a process of its own, and may not be done when `finish` returns: the last record is an exit."""
-    for _ in range(300):
-        records = list(wandb_records(file))
-        if records and records[-1].HasField("exit"):
-            return records
-        time.sleep(0.1)
-    raise AssertionError(f"{file} has no end.")
 
 
 def wandb_run(folder):
     """A run folder's wandb runs, and what they hold of top1: ({id}, {group}, {step: top1})."""
     ids, groups, history = set(), set(), {}
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in whole_wandb_run(file):
+        for record in wandb_files.whole_run(file):
             if record.HasField("run"):
                 ids.add(record.run.run_id)
                 groups.add(record.run.run_group)
@@ -169,15 +142,12 @@ def test_the_logger_is_checked_and_decides_nothing_that_is_learnt():
             config(override)
 
 
-@pytest.mark.parametrize("steps", [0, 3])
-def test_profiling_leaves_a_trace_and_a_table(tmp_path, steps):
-    train(tmp_path, f"runtime.profile_steps={steps}")
-    assert (tmp_path / "profile").exists() == bool(steps)
-    if steps:
-        events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
-        seen = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")}
-        assert seen == {"ProfilerStep#5", "ProfilerStep#6", "ProfilerStep#7"}
-        assert "aten::convolution" in (tmp_path / "profile" / "operations.txt").read_text()
+def test_profiling_leaves_a_trace_and_a_table(tmp_path):
+    train(tmp_path, "runtime.profile_steps=3", "recipe.epochs=2")
+    events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    seen = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")}
+    assert seen == {"ProfilerStep#5", "ProfilerStep#6", "ProfilerStep#7"}
+    assert "aten::convolution" in (tmp_path / "profile" / "operations.txt").read_text()
 
 
 # ---- elsewhere --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from helpers.implementations import force
+from helpers.selection import representative
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -68,7 +69,7 @@ ON_FAKES = [
 ]
 
 
-@pytest.mark.parametrize(("backbone", "choice", "train"), ON_FAKES)
+@pytest.mark.parametrize("backbone, choice, train", representative(ON_FAKES, lambda _, choice, train: train))
 def test_models_run_on_fake_tensors_of_a_gpu(backbone, choice, train):
     model = timm.create_model(f"kw_{backbone}", n=1, num_classes=10).train(train).bfloat16()
     kw.set_temperature(model, 0.5)

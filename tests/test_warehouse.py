@@ -1,4 +1,4 @@
-"""Warehouses: how kernels are cut, which cell each mixture is anchored to, and that every cell is given out once."""
+"""Warehouses: how kernels are cut, which cell each mixture is anchored to, and that every cell is owned once."""
 
 import math
 from fractions import Fraction
@@ -14,7 +14,7 @@ BUDGETS = [Fraction(1, 8), Fraction(1, 4), Fraction(1, 3), Fraction(1, 2), 1, 2,
 
 
 def one_cell_per_position(mixtures, budget):
-    """A warehouse whose layers have exactly the given numbers of mixtures."""
+    """A warehouse whose layers have exactly these numbers of mixtures."""
     kernels = [KernelShape(f"layer{k}", (1, 1, m)) for k, m in enumerate(mixtures)]
     return Warehouse(kernels, KWConfig(n=budget, cell_in=1, cell_out=1), name="house")
 

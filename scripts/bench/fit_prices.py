@@ -10,11 +10,8 @@ choice with many times the plain one's multiply-adds is not timed: it would neve
 
 The table contains where and how it was measured, and how well it fits: expected over measured time of each
 implementation; the time of all layers, each by the chosen implementation, over that of the best one for each layer
-("auto"); and the same with one choice for all layers. `--compare FILE` prints "auto" of another table too.
-
-On a machine that others use, `--cpu-time --threads 1` measures CPU time in place of wall time. `--add-to FILE` keeps
-the prices of a table that was measured on a quieter machine, and adds those of folded kernels that it lacks, scaled to
-that machine: the same layer with kernels of cells is timed too, and its time over the table's gives the factor.
+("auto"); and the same with one choice for all layers. On a machine that others use, `--cpu-time --threads 1` measures
+CPU time in place of wall time.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ import torch
 from scipy.optimize import nnls
 
 import kw.compute
-from kw.compute import IMPLEMENTATIONS, MAKES
+from kw.compute import IMPLEMENTATIONS
 from kw.compute.cost import Choice, Quantities, cost
 from kw.compute.prices import Prices, Table, device_kind, file_name
 from scripts.arguments import argument_parser
@@ -96,16 +93,12 @@ def _best(times: dict[Choice, tuple[float, float]]) -> str:
     return ", ".join(f"{name_of(choice)} {1e3 * times[choice][k]:.2f} ms" for k, choice in enumerate(best))
 
 
-def fit(samples: list[Timed], shares: np.ndarray | None = None) -> tuple[dict[str, float], np.ndarray]:
-    """Prices of one implementation, and the ratio of expected to measured time of each sample.
-
-    Args:
-        shares: the part of each sample's time that the prices are to explain; None: all.
-    """
+def fit(samples: list[Timed]) -> tuple[dict[str, float], np.ndarray]:
+    """Prices of one implementation, and the ratio of expected to measured time of each sample."""
     names = sorted({name for work, _ in samples for name in work})
     matrix = np.array([[work.get(name, 0.0) / time for name in names] for work, time in samples])
     scale = np.maximum(matrix.max(axis=0), 1e-30)
-    prices, _ = nnls(matrix / scale, np.ones(len(samples)) if shares is None else shares)
+    prices, _ = nnls(matrix / scale, np.ones(len(samples)))
     return dict(zip(names, prices / scale, strict=True)), matrix @ (prices / scale)
 
 
@@ -120,27 +113,6 @@ def fit_all(layers: Layers) -> tuple[Prices, dict[str, list[float]]]:
             prices[name] = rounded(fitted)
             spread[name] = [round(float(ratio), 2) for ratio in np.quantile(ratios, (0.1, 0.5, 0.9))]
     return prices, spread
-
-
-def add(layers: Layers, prices: Prices) -> Prices:
-    """The prices, with those of folded kernels that they lack, scaled to the machine of the prices: a layer's time for
-    kernels of cells over what the prices expect is the factor by which that machine is faster."""
-    added: Prices = {}
-    for name, known in prices.items():
-        rest, explained = [], []
-        for layer in layers:
-            cells, folded = (layer.get(Choice(make, name)) for make in MAKES)
-            if cells is None or folded is None or set(folded.work) <= set(known):
-                continue
-            theirs = folded.time * expected(cells.work, known) / cells.time
-            rest.append(Timed({q: v for q, v in folded.work.items() if q not in known}, theirs))
-            explained.append(expected(folded.work, known) / theirs)  # the new prices explain the rest
-        added[name] = known | (rounded(fit(rest, 1 - np.array(explained))[0]) if rest else {})
-    return added
-
-
-def expected(work: Quantities, prices: dict[str, float]) -> float:
-    return sum(prices.get(quantity, 0.0) * value for quantity, value in work.items())
 
 
 def rounded(prices: dict[str, float]) -> dict[str, float]:
@@ -178,22 +150,6 @@ def table_of(forward: Layers, step: Layers, measured: dict[str, Any]) -> Table:
     return table._replace(measured=measured | fits)
 
 
-def extended(table: Table, forward: Layers, step: Layers, measured: dict[str, Any]) -> Table:
-    """The table with the prices that it lacks."""
-    larger = Table(table.measured, add(forward, table.forward), add(step, table.step))
-    fits = {
-        "layers": len(forward),
-        "time over the best": {
-            "forward": over_best(forward, larger, step=False),
-            "step": over_best(step, larger, step=True),
-        },
-    }
-    added = {quantity for prices in (larger.forward, larger.step) for known in prices.values() for quantity in known}
-    added -= {quantity for prices in (table.forward, table.step) for known in prices.values() for quantity in known}
-    note = {"added later": {"prices": sorted(added), **measured, **fits}}
-    return larger._replace(measured=table.measured | note)
-
-
 def provenance_of(settings: Settings, clock: Clock) -> dict[str, Any]:
     """Where and how the table was measured."""
     origin = provenance(*([kw.compute.implicit.triton] if kw.compute.implicit.triton else []))
@@ -216,10 +172,6 @@ def write(table: Table, path: Path) -> None:
     path.write_text(json.dumps(table._asdict(), indent=2) + "\n", encoding="utf-8")
 
 
-def read(path: Path) -> Table:
-    return Table(**json.loads(path.read_text(encoding="utf-8")))
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argument_parser("bench.fit_prices", __doc__)
     add = parser.add_argument
@@ -227,10 +179,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--repeats", type=int, default=3, help="rounds at most, after one to warm up")
     add("--seconds", type=float, default=float("inf"), help="after which no layer begins")
     add("--out", type=Path, help="default: where kw reads it, in kw/compute/price_tables")
-    add("--compare", type=Path, metavar="FILE", help="another table: print what choosing by it would take")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: as PyTorch has it)")
     add("--cpu-time", action="store_true", help="measure CPU time in place of wall time")
-    add("--add-to", type=Path, metavar="FILE", help="keep this table's prices; fit those of folded kernels")
     add_options(parser)
     options = parser.parse_args(arguments)
     settings = Settings(options.device, options.dtype, options.channels_last, options.threads)
@@ -242,17 +192,11 @@ def main(arguments: list[str] | None = None) -> None:
     if not forward:
         sys.exit("No layer was timed: raise --seconds.")
     table = table_of(forward, step, origin)
-    if options.add_to:
-        table = extended(read(options.add_to), forward, step, origin)
     out = options.out or Path(kw.compute.__file__).parent / "price_tables" / file_name(
         device_kind(torch.device(options.device))
     )
     write(table, out)
     print(out.read_text())
-    if options.compare:
-        other = read(options.compare)
-        for title, layers, is_step in (("forward", forward, False), ("step", step, True)):
-            print(f"auto by {options.compare}, {title}: {over_best(layers, other, is_step)['auto']} times the best")
     print(f"Written to {out}")
 
 

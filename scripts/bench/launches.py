@@ -2,7 +2,6 @@
 
     python -m scripts.bench.launches resnet18 4                        counted on the CPU, as a GPU would compute it
     python -m scripts.bench.launches resnet18 4 --tau 0.5 --operators layer1.0.conv1
-    python -m scripts.bench.launches resnet18 4 --fake --size 224      a forward pass as on a GPU, without one
     python -m scripts.bench.launches resnet18 4 --device cuda --dtype bfloat16 --batch 128 --size 224
 
 Without a GPU, each operator of torch counts as one kernel, unless it only makes a view or reserves memory; some take
@@ -23,12 +22,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,7 +36,8 @@ from kw.compute import implicit, operator
 from kw.config import STATIC
 from kw.layers import DynamicLayer, KWLayer
 from scripts.arguments import argument_parser
-from scripts.bench.cases import DTYPES, add_options, parse_budget_word
+from scripts.bench.cases import DTYPES, Case, Settings, add_options, create, images_of, parse_budget_word
+from scripts.bench.machine import machine_name
 
 REST = "rest"
 RANGE = "layer: "  # names of the profiler's ranges begin so
@@ -126,7 +124,8 @@ class Operators(TorchDispatchMode):
                 result = func.decompose(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
-        if _waits(func, args, kwargs or {}):
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+            # The host has to know a value, or the size of a result.
             self.count.syncs[self._key()] += 1
         if func.namespace == "aten" and not func.is_view and func.overloadpacket.__name__ not in MEMORY:
             self.note(str(func).removeprefix("aten."))
@@ -145,15 +144,6 @@ _INSIDE = {
     torch.ops.kw.convolve.default: operator._forward._init_fn,
     torch.ops.kw.convolve_backward.default: operator._backward._init_fn,
 }
-
-
-def _waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the host has to wait for the device: for a value, the size of a result, or a copy."""
-    if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
-        return True
-    if func.overloadpacket.__name__ == "_to_copy":
-        return bool(args[0].is_cuda) and torch.device(kwargs.get("device") or "cuda").type == "cpu"
-    return func.overloadpacket.__name__ == "copy_" and bool(args[1].is_cuda) and not args[0].is_cuda
 
 
 def _part(phase: str) -> str:
@@ -218,7 +208,7 @@ def step(model: nn.Module, image: Tensor, labels: Labels, train: bool, dtype: st
 
 
 def count_operators(model: nn.Module, image: Tensor, train: bool, dtype: str = "float32") -> Count:
-    """On the CPU, or on fake tensors."""
+    """As a GPU would compute it, counted on the CPU."""
     labels, count = Labels(model), Count()
     mode = Operators(labels, count)
     try:
@@ -269,11 +259,9 @@ def attribute(events: Any, count: Count) -> None:
 
 
 def table(counts: dict[str, Count], names: list[str], phases: bool) -> Table:
-    """Kernels by layer. `counts` has "train" (a training step), "eval" (an evaluation), or both."""
+    """Kernels by layer: of an evaluation ("eval"), and of a training step ("train")."""
     columns: list[tuple[str, Callable[[Count, str], int], str]] = []
     for what, title in (("eval", "evaluation"), ("train", "training step")):
-        if what not in counts:
-            continue
         if phases and what == "eval":
             for part in PARTS:
                 columns.append((part, lambda c, name, part=part: c.total(c.kernels, name, "forward", part), what))
@@ -295,44 +283,16 @@ def table(counts: dict[str, Count], names: list[str], phases: bool) -> Table:
 
 def counts_of(options: argparse.Namespace, n: str) -> tuple[dict[str, Count], list[str]]:
     """Counts of a training step and of an evaluation, and the names of the dynamic layers."""
-    device = "cuda" if options.fake else options.device
     counting = count_launches if options.device == "cuda" else count_operators
-    layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    model = timm.create_model(f"kw_{options.backbone}", n=n)
+    case = Case(options.backbone, n, options.batch)
+    settings = Settings(options.device, options.dtype, options.channels_last, size=options.size)
+    model, image = create(case, n, settings), images_of(case, options.batch, settings)
     if n != STATIC:
         kw.set_temperature(model, options.tau)
     names = [name for name, layer in model.named_modules() if isinstance(layer, KWLayer)]
-    with ExitStack() as stack:
-        stack.enter_context(kw.functional.use(*options.choice.split("+")))
-        if options.fake:
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            _pretend(model, DTYPES[options.dtype])
-            if n != STATIC:
-                kw.set_temperature(model, options.tau)  # the fake tensor's value is unknown
-        else:
-            model.to(device, memory_format=layout)
-        image = torch.randn(options.batch, 3, options.size, options.size, device=device).to(memory_format=layout)
-        if options.fake:
-            counts = {"eval": counting(model, image.to(DTYPES[options.dtype]), False)}
-        else:
-            counts = {what: counting(model, image, what == "train", options.dtype) for what in ("eval", "train")}
+    with kw.functional.use(*options.choice.split("+")):
+        counts = {what: counting(model, image, what == "train", options.dtype) for what in ("eval", "train")}
     return counts, names
-
-
-def _pretend(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace parameters and buffers by fakes on a GPU, in place: `.to` refuses to change the kind of parameters. They
-    get the dtype themselves, since autocast for a GPU needs one."""
-    done: dict[int, Tensor] = {}
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    made = torch.empty_like(
-                        tensor.detach(), device="cuda", dtype=dtype if tensor.is_floating_point() else None
-                    )
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    done.setdefault(id(tensor), nn.Parameter(made) if is_parameter else made)
-                    held[name] = done[id(tensor)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -343,26 +303,20 @@ def main(arguments: list[str] | None = None) -> None:
     add("--batch", type=int, default=2)
     add("--size", type=int, default=64)
     add("--tau", type=float, default=0.0, help="temperature (default: 0)")
-    add(
-        "--choice",
-        help="of kw.functional.use: triton, triton+folded (default: triton; with a GPU or --fake: auto)",
-    )
+    add("--choice", help="of kw.functional.use: triton, triton+folded (default: triton; on a GPU: auto)")
     add("--operators", metavar="LAYER", help="list this layer's operators, in order")
-    add("--fake", action="store_true", help="a forward pass of fake tensors on a GPU, all of them of the dtype")
     add_options(parser)
     options = parser.parse_args(arguments)
-    gpu = options.device == "cuda" or options.fake
+    gpu = options.device == "cuda"
     options.choice = options.choice or ("auto" if gpu else "triton")
-    options.channels_last = gpu if options.channels_last is None else options.channels_last
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    where = "fake GPU" if options.fake else torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     console.print(
         f"{options.backbone} n={options.n}, choice {options.choice}, temperature {options.tau:g}, "
-        f"batch {options.batch}, {options.size} pixels, {options.dtype}, {where}: "
-        f"{'launches' if options.device == 'cuda' else 'operators, each as one kernel'}, and waits for the GPU."
+        f"batch {options.batch}, {options.size} pixels, {options.dtype}, {machine_name(options.device)}: "
+        f"{'launches' if gpu else 'operators, each as one kernel'}, and waits for the GPU."
     )
     counts, names = counts_of(options, options.n)
-    console.print(table(counts, names, phases=options.device != "cuda"))
+    console.print(table(counts, names, phases=not gpu))
     static, _ = counts_of(argparse.Namespace(**vars(options) | {"choice": "auto"}), STATIC)
     texts = [f"{w} {count.total(count.kernels)} and {count.total(count.syncs)}" for w, count in static.items()]
     console.print(f"The static backbone, kernels and waits: {', '.join(texts)}.")

@@ -17,7 +17,7 @@ import csv
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,7 +38,7 @@ from scripts.bench.timing import in_turns
 
 BACKBONES = ("resnet18", "resnet50")
 BATCH = 128
-COMPILING = 0.6  # share of the seconds
+COMPILING, PROCESSES = 0.6, 12  # share of the seconds, and how many compile
 FLOAT32_LAYERS = 2  # this many of the costliest layers are timed in float32, too
 PASSES = ("forward", "grad_input", "grad_kernels")
 COLUMNS = ("layer", "dtype", "pass", "rows", "columns", "depth", "warps", "stages", "chosen", "microseconds", "tflops",
@@ -174,19 +174,13 @@ def compile_task(task: Task) -> None:
     torch.cuda.synchronize()
 
 
-def compiled(tasks: list[Task], seconds: float, processes: int) -> list[Task]:
+def compiled(tasks: list[Task], seconds: float) -> list[Task]:
     """Tasks that were compiled in time, and fit into a multiprocessor's memory."""
-    pool = ProcessPoolExecutor(processes, get_context("spawn"))
-    deadline = time.monotonic() + seconds
-    futures: list[Future[None]] = [pool.submit(compile_task, task) for task in tasks]
-    while time.monotonic() < deadline and not all(future.done() for future in futures):
-        time.sleep(0.1)
-    pool.shutdown(wait=True, cancel_futures=True)
-    return [
-        task
-        for task, future in zip(tasks, futures, strict=True)
-        if future.done() and not future.cancelled() and future.exception() is None
-    ]
+    pool = ProcessPoolExecutor(PROCESSES, get_context("spawn"))
+    futures = {pool.submit(compile_task, task): task for task in tasks}
+    wait(futures, timeout=seconds)
+    pool.shutdown(cancel_futures=True)
+    return [task for future, task in futures.items() if not future.cancelled() and future.exception() is None]
 
 
 def microseconds(run: Callable[[], object]) -> float:
@@ -240,17 +234,15 @@ def line(task: Task, spent: float, usual: float, batch: int) -> Line:
 def show(layer: Layer, direction: str, lines: list[Line]) -> None:
     """The chosen block, the fastest, and the static convolution."""
     fastest = min(lines, key=lambda each: each["microseconds"])
-    parts = [f"{layer.name} {layer.space} {lines[0]['dtype']} {direction}"]
+    print(f"{layer.name} {layer.space} {lines[0]['dtype']} {direction}, static {lines[0]['static_microseconds']} us")
     for title, each in (*(("chosen", each) for each in lines if each["chosen"]), (f"best of {len(lines)}", fastest)):
-        block = f"{each['rows']}x{each['columns']}x{each['depth']}, {each['warps']} warps, {each['stages']} stages"
-        parts.append(f"{title} {block}: {each['microseconds']} us, {each['tflops']} TFLOP/s")
-    print(*parts, f"static {lines[0]['static_microseconds']} us", sep="; ", flush=True)
+        block = "{rows}x{columns}x{depth}, {warps} warps, {stages} stages: {microseconds} us, {tflops} TFLOP/s"
+        print(f"  {title} {block.format(**each)}", flush=True)
 
 
 def main() -> None:
     parser = argument_parser("gpu.blocks", __doc__)
     parser.add_argument("--seconds", type=float, default=50.0, help="in total (default: 50)")
-    parser.add_argument("--processes", type=int, default=12, help="compiler processes (default: 12)")
     parser.add_argument("--out", type=Path, default=Path("report/gpu/blocks/blocks.csv"))
     parser.add_argument("--dry", action="store_true", help="two small layers on the CPU, with TRITON_INTERPRET=1")
     options = parser.parse_args()
@@ -268,7 +260,7 @@ def main() -> None:
     layers = sorted((layer for name in BACKBONES for layer in layers_of(name)), key=lambda layer: -layer.multiply_adds)
     layers += [replace(layer, dtype=torch.float32) for layer in layers[:FLOAT32_LAYERS]]
     tasks = tasks_of(layers)
-    ready = compiled(tasks, COMPILING * options.seconds - (time.monotonic() - began), options.processes)
+    ready = compiled(tasks, COMPILING * options.seconds - (time.monotonic() - began))
     print(f"{len(ready)} of {len(tasks)} blocks were compiled in time.", flush=True)
     measure(ready, BATCH, options.seconds - (time.monotonic() - began), options.out)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import runpy
 import socket
 import subprocess
@@ -41,7 +42,8 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def _run(module: str, words: list[str], cwd: str, env: dict[str, str], out: str, errors: str, own_group: bool) -> None:
+def _run(module: str, words: list[str], cwd: str, env: dict[str, str], out: str, errors: str, own_group: bool,
+         largest_file: int | None) -> None:  # fmt: skip
     """In the fork: what `python -m MODULE WORDS` does."""
     # A process of the forkserver starts its own by it too. A program's DataLoader forks: its workers then have the
     # program's signal handlers.
@@ -56,23 +58,29 @@ def _run(module: str, words: list[str], cwd: str, env: dict[str, str], out: str,
         os.dup2(file, number)
         os.close(file)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.path[:0] = ["", str(ROOT)]
     sys.argv = [module, *words]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 class Program:
-    """A running `python -m MODULE WORDS`, with the methods of subprocess.Popen."""
+    """A running `python -m MODULE WORDS`, with the methods of subprocess.Popen.
+
+    `largest_file`: bytes that no file it writes may exceed, its output neither.
+    """
 
     def __init__(self, module: str, *words: object, cwd: object = None, env: dict[str, str] | None = None,
-                 start_new_session: bool = False):  # fmt: skip
+                 start_new_session: bool = False, largest_file: int | None = None):  # fmt: skip
         self._folder = tempfile.TemporaryDirectory(prefix="program-")
         self._texts = [Path(self._folder.name) / name for name in ("out", "errors")]
         for path in self._texts:
             path.touch()
         arguments = (module, [*map(str, words)], str(cwd or Path.cwd()), env or environment(), *map(str, self._texts))
         _start_server()
-        self._process = _forks.Process(target=_run, args=(*arguments, start_new_session), daemon=False)
+        limits = (start_new_session, largest_file)
+        self._process = _forks.Process(target=_run, args=(*arguments, *limits), daemon=False)
         self._process.start()
         self.pid = self._process.pid
 

@@ -10,9 +10,9 @@ import torch
 
 def hand_out(mixtures, budget):
     """The anchoring rule. Gives the number of cells; per layer, each mixture's cell, None for the zero cell; and
-    whether every cell was given out exactly once."""
+    whether every cell was handed out exactly once."""
     cells = max(int(sum(mixtures) * budget), 1)
-    start, layers, given = 0, [], []
+    start, layers, handed = 0, [], []
     for m in mixtures:
         own, taken = [], []
         for t in range(m):
@@ -28,9 +28,9 @@ def hand_out(mixtures, budget):
                 else:
                     own.append(None)
         layers.append(own)
-        given += taken
+        handed += taken
         start += len(taken)
-    return cells, layers, sorted(given) == list(range(cells))
+    return cells, layers, sorted(handed) == list(range(cells))
 
 
 def normalize(norm, hidden, training):
@@ -79,7 +79,7 @@ def squash(row, function):
 
 
 def contrast(z, anchors, tau, function="caf"):
-    """CAF, or what takes its place: z (B, m, n + 1) to alpha (B, m, n); `anchors` as given by `hand_out`."""
+    """CAF, or what takes its place: z (B, m, n + 1) to alpha (B, m, n); `anchors` those of `hand_out`."""
     samples = []
     for sample in z.tolist():
         rows = []
