@@ -17,6 +17,7 @@ from kw.compute import blocks, samples
 from kw.compute.gathering import sum_of
 from kw.compute.geometry import Geometry, empty_like
 from kw.compute.mixing import is_shared
+from kw.compute.tracing import is_observed, is_recorded
 
 REMADE: dict[str, ModuleType] = {"blocks": blocks, "triton": samples}
 
@@ -28,6 +29,8 @@ def remade(name: str) -> Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]:
         eager = (
             not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not is_recorded(x.shape)
+            and not is_observed()
             and type(x) in (Tensor, torch.nn.Parameter)
         )
         if eager:  # the operator's overhead is as much as a small layer
@@ -111,7 +114,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         )
     needed = ctx.needs_input_grad[:3]
     x, weights, basis = ctx.saved_tensors
-    total = sum_of(basis) if needed[2] and is_shared(basis) else None
+    total = sum_of(basis) if needed[2] and is_shared(basis) and not is_observed() else None
     if total is None:
         grads = _backward(grad, x, weights, basis, needed, *ctx.how)
     else:
