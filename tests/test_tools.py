@@ -219,3 +219,22 @@ def test_channels_stay_last_in_memory(name, choice):
         out, expected = model(x.contiguous(memory_format=layout)), model(x)
     assert out.is_contiguous(memory_format=layout) and expected.is_contiguous()
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("choice", ["auto", "blocks", "blocks folded", "batched", "triton"])
+def test_torchs_counter_sees_the_products_of_every_implementation(choice):
+    """As many as the plain implementation takes, if kernels are made of cells; the operators count as their products."""
+    model, size, _ = dynamic("strided")
+    x = torch.randn(2, *size, dtype=torch.float64, requires_grad=True)
+
+    def counted(choice):
+        totals = []
+        for needs_grad in (False, True):
+            with torch.set_grad_enabled(needs_grad), force(choice), FlopCounterMode(display=False) as counter:
+                out = model(x)
+                if needs_grad:
+                    out.sum().backward()
+            totals.append(counter.get_total_flops())
+        return totals
+
+    assert counted(choice) == counted("grouped folded" if "folded" in choice else "grouped")
