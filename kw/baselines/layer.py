@@ -45,9 +45,7 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
     @property
     def geometry(self) -> Geometry:
         """With a kernel that is one cell at each position."""
-        return Geometry(
-            (self.positions, 1, 1), self.kernel_size, self.stride, self.zeros, self.dilation, self.groups
-        )
+        return Geometry((self.positions, 1, 1), self.kernel_size, self.stride, self.zeros, self.dilation, self.groups)
 
     @property
     def is_depthwise(self) -> bool:
