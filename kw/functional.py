@@ -145,8 +145,8 @@ def choose(
 
 
 def _for_tools(setting: Setting, x: Tensor, geometry: Geometry, makes: tuple[str, ...]) -> Choice:
-    """The choice where operations are recorded or transformed (kw/compute/tracing.py): as forced if that can be, or else
-    "batched". Custom operators can be recorded, and are then needed to run it."""
+    """The choice where operations are recorded or transformed (kw/compute/tracing.py): as forced if that can be, or
+    else "batched". Custom operators can be recorded, and are then needed to run it."""
     make = setting.make if setting.make in makes else makes[0]
     possible = ("blocks", "triton") if is_recorded(x.shape) else ("grouped", "inputs")
     kept = setting.apply in possible and applies(setting.apply, make, x, geometry)

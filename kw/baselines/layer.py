@@ -64,7 +64,8 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
         if kernels.dim() == 4:
             return F.conv2d(x, kernels, None, self.stride, self.zeros, self.dilation, self.groups)
         apply = batched if is_recorded(x.shape) or is_transformed() else grouped
-        return apply.per_sample(x, kernels, self.geometry)
+        out: Tensor = apply.per_sample(x, kernels, self.geometry)
+        return out
 
     def _padded(self, x: Tensor) -> Tensor:
         """The input after padding that is not zeros, or not the same on both sides."""

@@ -128,7 +128,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_gradients, setup_context=_setup)
 
 
-@register_flop_formula(torch.ops.kw.convolve)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.kw.convolve)
 def _flops(
     x_shape: Sequence[int], weights_shape: Sequence[int], basis_shape: Sequence[int], *args: Any, **kwargs: Any
 ) -> int:
@@ -137,7 +137,7 @@ def _flops(
     return 2 * (make + apply)
 
 
-@register_flop_formula(torch.ops.kw.convolve_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.kw.convolve_backward)
 def _flops_backward(
     grad_shape: Sequence[int],
     x_shape: Sequence[int],

@@ -51,8 +51,9 @@ def leaf(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Te
     @wraps(forward)
     def wrapped(self: Any, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
-            called: Any = x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
-            return called  # type: ignore[no-any-return]
+            tracer: Any = x.tracer
+            called: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+            return called
         return forward(self, x)
 
     return wrapped
