@@ -221,7 +221,7 @@ def test_channels_stay_last_in_memory(name, choice):
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("choice", ["auto", "blocks", "blocks folded", "batched", "triton"])
+@pytest.mark.parametrize("choice", ["blocks", "blocks folded", "batched", "triton"])
 def test_torchs_counter_sees_the_products_of_every_implementation(choice):
     """The operators count as their products. (For gradients of convolutions in groups, torch counts more.)"""
     model, size, _ = dynamic("strided")
