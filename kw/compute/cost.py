@@ -94,11 +94,12 @@ def work(
         "fixed": 1,
     }
     if choice.make == "cells":
-        done |= {"mix": kernels * n, "cell": n * o * i}
+        done = {**done, "mix": kernels * n, "cell": n * o * i}
     else:
         folds = len(cells_shape) == 3
         terms = features + 1 if folds else n
-        done |= {"mix folded": kernels * terms, "fold": weight * n * terms if folds else 0, "cell": weight * terms}
+        fold = weight * n * terms if folds else 0
+        done = {**done, "mix folded": kernels * terms, "fold": fold, "cell": weight * terms}
     if choice.apply == "grouped":
         done["new"] = kernels if kernels > HELD else 0
     if choice.apply == "batched":
