@@ -144,7 +144,7 @@ class Attention(Tempered):
 
     def hidden(self, pooled: Tensor) -> Tensor:
         """The features that the scores are affine in: `(B, C)` to `(B, H)`."""
-        if len(pooled) == 1 and self.norm.training and isinstance(self.norm, nn.BatchNorm1d):
+        if self.norm.training and isinstance(self.norm, nn.BatchNorm1d) and pooled.shape[0] == 1:
             raise ValueError(
                 f"Layer {self.layer_name!r}: BatchNorm in the attention cannot train on a batch of one. "
                 f"Use at least two samples per device, model.eval(), or attention_norm='layer' in KWConfig."
@@ -159,13 +159,13 @@ class Attention(Tempered):
         """The scores from `hidden`, an affine map: `(B, H)` to `(B, m, n + 1)`."""
         z: Tensor = self.fc2(hidden)
         if self.fc3 is None:
-            return z.view(len(hidden), self.mixtures, self.cells + 1)
+            return z.view(hidden.shape[0], self.mixtures, self.cells + 1)
         return self._spread(z) + self.basis_bias.view(self.mixtures, self.cells + 1)
 
     def _spread(self, z: Tensor) -> Tensor:
         """With a non-local basis, the linear map from the output of `fc2` to scores without bias, `(B, m, n + 1)`."""
         assert self.fc3 is not None
-        z = z.view(len(z), self.mixtures, -1)
+        z = z.view(z.shape[0], self.mixtures, -1)
         own, basis, zero = torch.split(z, [self.local, z.shape[2] - self.local - 1, 1], dim=2)
         others = self.fc3(basis)
         return torch.cat([others[..., : self.start], own, others[..., self.start :], zero], dim=2)

@@ -23,6 +23,7 @@ from kw.compute import IMPLEMENTATIONS, MAKES, Geometry, assemble
 from kw.compute.cost import Choice, applies, best
 from kw.compute.gathering import in_backward
 from kw.compute.prices import device_kind
+from kw.compute.tracing import is_recorded, is_transformed
 
 __all__ = ["CHOICES", "Choice", "Setting", "assemble", "choose", "compute", "set_default", "setting_of", "use"]
 
@@ -126,18 +127,30 @@ def choose(
     """
     if features is None:
         makes = makes[:1]
-    if torch.jit.is_tracing() and setting.apply == AUTO:  # type: ignore[attr-defined, no-untyped-call]
-        return Choice(makes[0], "grouped")  # a trace records no custom operators, and unrolls loops for one batch size
+    if is_recorded(x.shape) or is_transformed():
+        return _for_tools(setting, x, geometry, makes)
     if setting.apply != AUTO and setting.make != AUTO:
         make = setting.make if setting.make in makes else makes[0]
         return Choice(make, setting.apply) if applies(setting.apply, make, x, geometry) else Choice(makes[0], "grouped")
     step = torch.is_grad_enabled() and (needs_grad or x.requires_grad or cells.requires_grad)
-    names = tuple(IMPLEMENTATIONS) if setting.apply == AUTO else (setting.apply,)
+    names, plain = tuple(IMPLEMENTATIONS) if setting.apply == AUTO else (setting.apply,), "grouped"
+    if torch.compiler.is_compiling() and setting.apply == AUTO:
+        # Where sizes vary, torch's compiler fails to lay out a convolution with a number of groups that varies.
+        names, plain = tuple(name for name in names if name != plain), "batched"
     makes = makes if setting.make == AUTO else tuple(make for make in makes if make == setting.make) or makes[:1]
     possible = tuple(Choice(make, name) for make in makes for name in names if applies(name, make, x, geometry))
-    possible = possible or tuple(Choice(make, "grouped") for make in makes)
+    possible = possible or tuple(Choice(make, plain) for make in makes)
     pick = best if torch.compiler.is_compiling() else _remembered  # torch.compile cannot look into caches
     return pick(possible, tuple(x.shape), tuple(cells.shape), geometry, features or 0, step, device_kind(x.device))
+
+
+def _for_tools(setting: Setting, x: Tensor, geometry: Geometry, makes: tuple[str, ...]) -> Choice:
+    """The choice where operations are recorded or transformed (kw/compute/tracing.py): as forced if that can be, or
+    else "batched". Custom operators can be recorded, and are then needed to run it."""
+    make = setting.make if setting.make in makes else makes[0]
+    possible = ("blocks", "triton") if is_recorded(x.shape) else ("grouped", "inputs")
+    kept = setting.apply in possible and applies(setting.apply, make, x, geometry)
+    return Choice(make, setting.apply if kept else "batched")
 
 
 _remembered = lru_cache(maxsize=4096)(best)  # comparing the choices of a small layer takes as long as computing it
@@ -167,4 +180,5 @@ def compute(
         return out
     bias = bias.to(out.dtype).view(-1, *(1,) * (out.dim() - 2))
     # In place saves an allocation, but where `out` is a view that needs a gradient, autograd would copy the gradient.
-    return out.add_(bias) if remade or not out.requires_grad else out + bias
+    in_place = (remade or not out.requires_grad) and not is_transformed()  # vmap may have only the bias in its batch
+    return out.add_(bias) if in_place else out + bias

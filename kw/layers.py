@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from kw import functional
 from kw.attention import Attention
 from kw.compute import Geometry
+from kw.compute.tracing import leaf
 from kw.warehouse import Share, Warehouse
 
 Size = int | tuple[int, ...]
@@ -104,6 +105,7 @@ class OnTokens:
     out_features: int
     _compute: Callable[[Tensor, Tensor], Tensor]
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # (B, S, C_in)
         pooled = x.mean(dim=tuple(range(1, x.dim() - 1))) if x.dim() > 2 else x
@@ -125,6 +127,7 @@ class OnPositions:
     extra_padding: list[int] | None
     _compute: Callable[[Tensor, Tensor], Tensor]
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != self.dims + 2:
             raise ValueError(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from kw.baselines.layer import MIN_HIDDEN, DynamicConv2d, he_normal, pool
 from kw.baselines.registry import register
+from kw.compute.tracing import leaf
 
 REDUCTION = 16
 
@@ -46,7 +47,7 @@ class Coefficients(nn.Module):
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         h = self.fc1(pooled).relu()
-        return self.scale(h).sigmoid(), self.phi(h).tanh().view(len(pooled), self.latent, self.latent)
+        return self.scale(h).sigmoid(), self.phi(h).tanh().view(pooled.shape[0], self.latent, self.latent)
 
 
 @register("dcd", budget=False)
@@ -61,11 +62,12 @@ class DCDConv2d(DynamicConv2d):
         self.p = nn.Parameter(torch.randn(self.out_channels, latent) / latent)  # so that the residual is as large as W0
         self.q = nn.Parameter(torch.randn(latent, *taps) / math.sqrt(math.prod(taps)))
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         scale, phi = self.attention(pool(x))
         mixing = self.p @ phi  # (B, C_out, L)
         if self.groups == 1:
             out = self.convolve(x, self.weight) * scale[..., None, None]
             return self.add_bias(out + (mixing @ self.convolve(x, self.q).flatten(2)).view(out.shape))
-        residual = (mixing @ self.q.flatten(1)).view(len(x), *self.kernel_shape)
+        residual = (mixing @ self.q.flatten(1)).view(x.shape[0], *self.kernel_shape)
         return self.add_bias(self.convolve(x, scale[..., None, None, None] * self.weight + residual))

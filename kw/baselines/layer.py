@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kw import functional
-from kw.compute import Geometry
-from kw.compute.grouped import per_sample
+from kw.compute import Geometry, batched, grouped
+from kw.compute.tracing import is_recorded, is_transformed, leaf
 from kw.layers import DynamicLayer, paddings
 from kw.temperature import Tempered
 
@@ -43,6 +43,11 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
         return math.prod(self.kernel_size)
 
     @property
+    def geometry(self) -> Geometry:
+        """With a kernel that is one cell at each position."""
+        return Geometry((self.positions, 1, 1), self.kernel_size, self.stride, self.zeros, self.dilation, self.groups)
+
+    @property
     def is_depthwise(self) -> bool:
         return self.groups == self.in_channels == self.out_channels
 
@@ -58,7 +63,9 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
         x = self._padded(x)
         if kernels.dim() == 4:
             return F.conv2d(x, kernels, None, self.stride, self.zeros, self.dilation, self.groups)
-        return per_sample(x, kernels, self.stride, self.zeros, self.dilation, self.groups)
+        apply = batched if is_recorded(x.shape) or is_transformed() else grouped
+        out: Tensor = apply.per_sample(x, kernels, self.geometry)
+        return out
 
     def _padded(self, x: Tensor) -> Tensor:
         """The input after padding that is not zeros, or not the same on both sides."""
@@ -103,8 +110,7 @@ class KernelBank(DynamicConv2d):
         if kernel is None and space is None:
             return self.convolve(x, basis[0].permute(1, 2, 0).reshape(self.kernel_shape))
         x, weights = self._padded(x), self._weights(kernel, space)
-        grid = (self.positions, 1, 1)
-        geometry = Geometry(grid, self.kernel_size, self.stride, self.zeros, self.dilation, self.groups)
+        geometry = self.geometry
         setting = functional.setting_of(self)
         choice = functional.choose(setting, x, basis, geometry, needs_grad=weights.requires_grad, makes=("folded",))
         return functional.compute(x, weights, basis, geometry, choice.apply)
@@ -117,6 +123,7 @@ class KernelBank(DynamicConv2d):
         weights = kernel[:, None] if space is None else kernel[:, None] * space[..., None]
         return weights.expand(-1, self.positions, -1)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         weights = None if self.attention is None else self.attention(pool(x))
         return self.add_bias(self.convolve_mixed(x, weights))

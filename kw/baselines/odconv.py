@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kw.baselines.layer import MIN_HIDDEN, AnnealedSoftmax, KernelBank, he_normal, pool
 from kw.baselines.registry import register
+from kw.compute.tracing import leaf
 
 REDUCTION = 16
 
@@ -55,7 +56,7 @@ class OmniAttention(nn.Module):
         he_normal(self)
 
     def forward(self, pooled: Tensor) -> Attentions:
-        if len(pooled) == 1 and self.norm.training:
+        if self.norm.training and pooled.shape[0] == 1:
             raise ValueError(
                 "BatchNorm in the attention of ODConv cannot train on a batch of one: use at least two samples per "
                 "device, or model.eval()."
@@ -77,6 +78,7 @@ class ODConv2d(KernelBank):
         super().__init__(*args, **kwargs)
         self.attention = OmniAttention(self)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         attentions = self.attention(pool(x))
         out = self.convolve_mixed(x * attentions.channel[..., None, None], attentions.kernel, attentions.space)

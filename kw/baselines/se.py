@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kw.baselines.layer import MIN_HIDDEN, DynamicConv2d, he_normal, pool
 from kw.baselines.registry import register
+from kw.compute.tracing import leaf
 
 REDUCTION = 16
 
@@ -44,6 +45,7 @@ class SEConv2d(DynamicConv2d):
         super().__init__(*args, **kwargs)
         self.attention = Excitation(self.out_channels)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         out = self.add_bias(self.convolve(x, self.weight))
         scale: Tensor = self.attention(pool(out))

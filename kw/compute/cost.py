@@ -33,6 +33,7 @@ from kw.compute import samples
 from kw.compute.blocks import ENTRIES, ENTRIES_ON_GPU
 from kw.compute.geometry import Geometry
 from kw.compute.prices import Table, table
+from kw.compute.tracing import is_recorded
 
 HELD = 8 << 20  # numbers (32 MiB) that the allocator keeps; it requests larger tensors from the system each time
 UNMEASURED = ("triton", "batched", "grouped")  # order of preference on a GPU without a table
@@ -52,7 +53,8 @@ def applies(name: str, make: str, x: Tensor, geometry: Geometry) -> bool:
     grouped kernels, which are small, empty batches, and cells that span positions, which only ablations have."""
     if name == "grouped":
         return True
-    if len(x) == 0 or geometry.groups != 1 or geometry.spans_positions:
+    empty = not is_recorded(x.shape) and x.shape[0] == 0
+    if empty or geometry.groups != 1 or geometry.spans_positions:
         return False
     if name == "triton":
         return samples.applies(x, geometry)
@@ -92,11 +94,12 @@ def work(
         "fixed": 1,
     }
     if choice.make == "cells":
-        done |= {"mix": kernels * n, "cell": n * o * i}
+        done = {**done, "mix": kernels * n, "cell": n * o * i}
     else:
         folds = len(cells_shape) == 3
         terms = features + 1 if folds else n
-        done |= {"mix folded": kernels * terms, "fold": weight * n * terms if folds else 0, "cell": weight * terms}
+        fold = weight * n * terms if folds else 0
+        done = {**done, "mix folded": kernels * terms, "fold": fold, "cell": weight * terms}
     if choice.apply == "grouped":
         done["new"] = kernels if kernels > HELD else 0
     if choice.apply == "batched":

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kw.compute.tracing import is_recorded, is_transformed
+
 # The number of the running backward pass, and a call when it ends. Both are private; torch's DDP and FSDP
 # use them too. Without them autograd adds up the gradients, which is slower.
 try:
@@ -60,7 +62,9 @@ class Gatherer:
 
     def __call__(self, cells: Tensor) -> Tensor:
         """The cells `(n, o, i)`, or in eager training an identity of them."""
-        eager = type(cells) is nn.Parameter and not torch.compiler.is_compiling() and not _is_traced()
+        # torch.jit traces no tensor from outside of the model that requires a gradient.
+        elsewhere = torch.compiler.is_compiling() or is_recorded(cells.shape) or is_transformed()
+        eager = type(cells) is nn.Parameter and not elsewhere
         if not (AVAILABLE and eager and cells.requires_grad and torch.is_grad_enabled()):
             return cells
         if not self._is_of(cells):
@@ -115,8 +119,3 @@ def _forget_failed(identity: Tensor) -> None:
 
 def _forget(sums: Sums, number: int) -> None:
     sums.pop(number, None)
-
-
-def _is_traced() -> bool:
-    """Whether torch.jit traces, which accepts no tensor from outside the model that requires a gradient."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]

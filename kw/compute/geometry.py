@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kw.compute.tracing import is_recorded
+
 Grid = tuple[int, int, int]
 
 
@@ -44,10 +46,11 @@ class Geometry:
         return self.groups == 1 and set((*self.kernel_size, *self.stride)) == {1} and not any(self.padding)
 
     def out_size(self, space: tuple[int, ...]) -> tuple[int, ...]:
-        """The output's spatial size for an input of size `space`. Raises ValueError if the kernel does not fit."""
+        """The output's spatial size for an input of size `space`. Raises ValueError if the kernel does not fit, unless
+        the sizes are recorded for other inputs."""
         sizes = zip(space, self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
         out = tuple((x + 2 * pad - d * (k - 1) - 1) // step + 1 for x, pad, d, k, step in sizes)
-        if any(size < 1 for size in out):
+        if not is_recorded(space) and any(size < 1 for size in out):
             raise ValueError(
                 f"An input of {space} positions, padded by {self.padding}, is too small for a kernel of "
                 f"{self.kernel_size} at dilation {self.dilation}."
@@ -56,13 +59,22 @@ class Geometry:
 
     def empty_out(self, x: Tensor, cell_rows: int) -> Tensor:
         """Uninitialized output with `R * cell_rows` channels, in the memory format of `x`."""
-        shape = (len(x), self.grid[1] * cell_rows, *self.out_size(tuple(x.shape[2:])))
+        shape = (x.shape[0], self.grid[1] * cell_rows, *self.out_size(tuple(x.shape[2:])))
         return empty(x, shape)
 
 
 def channels_last(x: Tensor) -> bool:
     """Whether the channels of `(B, C, *space)` are adjacent in memory, as in linear layers' inputs."""
     return x.stride(1) == 1 and x.shape[1] > 1
+
+
+def in_layout_of(x: Tensor, out: Tensor) -> Tensor:
+    """`out` `(B, C, *space)`, channels last in memory if `x` is, else contiguous. Compilers and exporters lay out memory themselves."""
+    if torch.compiler.is_compiling() or is_recorded(x.shape):
+        return out
+    if not channels_last(x):
+        return out.contiguous()
+    return out.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:

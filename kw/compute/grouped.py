@@ -6,10 +6,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from kw.compute.geometry import Geometry, Grid
+from kw.compute.geometry import Geometry, Grid, in_layout_of
 from kw.compute.mixing import mix
 
-Sizes = tuple[int, ...]
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -21,22 +20,23 @@ def assemble(weights: Tensor, basis: Tensor, grid: Grid) -> Tensor:
     o, i = basis.shape[-2:]
     positions, rows, columns = grid
     kernel = mix(weights.to(basis.dtype), basis).view(-1, positions, rows, columns, o, i).permute(0, 2, 4, 3, 5, 1)
-    return kernel.reshape(len(weights), rows * o, columns * i, positions)
+    return kernel.reshape(weights.shape[0], rows * o, columns * i, positions)
 
 
 def forward(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
     kernels = assemble(weights, basis, geometry.grid)
     # From the input's channels, not the grid's: cells may span positions.
     kernels = kernels.view(*kernels.shape[:2], x.shape[1] // geometry.groups, *geometry.kernel_size)
-    return per_sample(x, kernels, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    return per_sample(x, kernels, geometry)
 
 
-def per_sample(x: Tensor, kernels: Tensor, stride: Sizes, padding: Sizes | str, dilation: Sizes, groups: int) -> Tensor:
+def per_sample(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve each sample of `x` `(B, C_in, *space)` with its kernel `(B, C_out, C_in / groups, *kernel_size)`."""
+    stride, padding, dilation, groups = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     batch, channels = x.shape[:2]
     convolve = CONVOLUTIONS[x.dim() - 2]
     if batch == 0:  # a result of the right shape, with gradients of zero
         return convolve(x, kernels.sum(0), None, stride, padding, dilation, groups)
     wide = x.reshape(1, batch * channels, *x.shape[2:])
     out = convolve(wide, kernels.flatten(0, 1), None, stride, padding, dilation, batch * groups)
-    return out.view(batch, kernels.shape[1], *out.shape[2:])
+    return in_layout_of(x, out.view(batch, kernels.shape[1], *out.shape[2:]))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kw.compute.geometry import Geometry
+from kw.compute.geometry import Geometry, in_layout_of
 from kw.compute.strips import Strips
 
 
@@ -33,4 +33,4 @@ def forward(x: Tensor, alpha: Tensor, cells: Tensor, geometry: Geometry) -> Tens
     mixed = by_group @ taps.reshape(batch, positions, P * C, i)  # (B, S, R * n, i)
     side_by_side = cells.transpose(1, 2).reshape(n * i, o)
     out = mixed.view(batch * positions * R, n * i) @ side_by_side
-    return torch.unflatten(out.view(batch, positions, R * o).transpose(1, 2), 2, strips.out)
+    return in_layout_of(x, torch.unflatten(out.view(batch, positions, R * o).transpose(1, 2), 2, strips.out))

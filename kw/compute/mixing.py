@@ -82,13 +82,13 @@ class Block:
     """
 
     def __init__(self, weights: Tensor, basis: Tensor, grid: Grid):
-        self.basis, self.grid, self.samples = basis, grid, len(weights)
+        self.basis, self.grid, self.samples = basis, grid, weights.shape[0]
         by_grid = torch.unflatten(weights, 1, grid)  # (b, P, R, C, J)
         if is_shared(basis):
             self.weights = by_grid.permute(1, 3, 0, 2, 4).reshape(-1, weights.shape[2])  # (P * C * b * R, J)
         else:
             self.weights = by_grid.permute(1, 3, 2, 0, 4).reshape(
-                -1, len(weights), weights.shape[2]
+                -1, self.samples, weights.shape[2]
             )  # (P * C * R, b, J)
 
     def mix(self, rows: slice) -> Tensor:

@@ -6,17 +6,20 @@ and keep only the input, the weights and the basis (mixing.py) for the backward 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kw.compute import blocks, samples
 from kw.compute.gathering import sum_of
 from kw.compute.geometry import Geometry, empty_like
 from kw.compute.mixing import is_shared
+from kw.compute.tracing import is_observed, is_recorded
 
 REMADE: dict[str, ModuleType] = {"blocks": blocks, "triton": samples}
 
@@ -28,6 +31,8 @@ def remade(name: str) -> Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]:
         eager = (
             not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not is_recorded(x.shape)
+            and not is_observed()
             and type(x) in (Tensor, torch.nn.Parameter)
         )
         if eager:  # the operator's overhead is as much as a small layer
@@ -111,7 +116,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         )
     needed = ctx.needs_input_grad[:3]
     x, weights, basis = ctx.saved_tensors
-    total = sum_of(basis) if needed[2] and is_shared(basis) else None
+    total = sum_of(basis) if needed[2] and is_shared(basis) and not is_observed() else None
     if total is None:
         grads = _backward(grad, x, weights, basis, needed, *ctx.how)
     else:
@@ -121,3 +126,38 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.kw.convolve)
+def _flops(
+    x_shape: Sequence[int], weights_shape: Sequence[int], basis_shape: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    """What torch's FlopCounterMode counts for the operator: two for each multiply-add of the products in "grouped"."""
+    make, apply = _multiply_adds(x_shape, weights_shape, basis_shape, *args[1:7])
+    return 2 * (make + apply)
+
+
+@register_flop_formula(torch.ops.kw.convolve_backward)
+def _flops_backward(
+    grad_shape: Sequence[int],
+    x_shape: Sequence[int],
+    weights_shape: Sequence[int],
+    basis_shape: Sequence[int],
+    needed: Sequence[bool],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """One product each for the gradients of input, kernels, weights and basis. Making the kernels again is not counted,
+    so that all implementations have one count."""
+    make, apply = _multiply_adds(x_shape, weights_shape, basis_shape, *args[1:7])
+    of_x, of_weights, of_basis = needed
+    return 2 * (apply * (of_x + (of_weights or of_basis)) + make * (of_weights + of_basis))
+
+
+def _multiply_adds(
+    x_shape: Sequence[int], weights_shape: Sequence[int], basis_shape: Sequence[int], *geometry: Any
+) -> tuple[int, int]:
+    """Multiply-adds that make a batch's kernels from the weights and the basis, and that apply them."""
+    batch, mixtures, terms = weights_shape
+    entries = batch * mixtures * basis_shape[-2] * basis_shape[-1]
+    return entries * terms, entries * math.prod(_geometry(*geometry).out_size(tuple(x_shape[2:])))
