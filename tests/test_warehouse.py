@@ -30,19 +30,19 @@ def test_anchors_follow_the_rule(mixtures, budget):
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
-def test_exactly_the_warehouses_that_the_rule_hands_out_once_are_built(budget):
-    """Over every one, two or three layers of 1 to 9 mixtures."""
-    verdicts = set()
+def test_every_cell_is_assigned_once_and_every_layer_has_one(budget):
+    """Over every one, two or three layers of 1 to 9 mixtures. Where layers do not divide evenly, each is rounded."""
     for mixtures in [[m] for m in range(1, 40)] + [list(m) for k in (2, 3) for m in product(range(1, 10), repeat=k)]:
-        *_, once = reference.hand_out(mixtures, budget)
-        verdicts.add(once)
-        try:
-            one_cell_per_position(mixtures, budget)
-            built = True
-        except ValueError:
-            built = False
-        assert built == once, mixtures
-    assert verdicts == ({True, False} if budget < 1 else {True})
+        cells, _, evenly = reference.hand_out(mixtures, budget)
+        warehouse = one_cell_per_position(mixtures, budget)
+        n = len(warehouse.cells)
+        assigned = [cell for share in warehouse.shares for cell in share.anchors if cell < n]
+        step = max(int(budget), 1)
+        assert assigned == list(range(0, n, step)), mixtures
+        assert n == cells or not evenly
+        for share in warehouse.shares:
+            assert abs(share.owned - budget * share.mixtures) < 1 or share.owned == 1
+            assert share.owned >= 1
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
