@@ -35,11 +35,8 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
         config: a `KWConfig` for every warehouse, or one each: a mapping or a function from the warehouse's name.
             Its `sharing` and `partition` may merge, split and rename the scope's warehouses (`kw.sharing`).
 
-    The warehouses are registered as `model.warehouses`, in the order in which layers first use them. Biases are kept.
-    Kernels are not: cells are initialized at random.
-
-    The converted model trains on one device or within DistributedDataParallel. `nn.DataParallel` and FSDP are not
-    supported (`kw.warehouse` says why).
+    Each layer has its warehouse as a submodule, `layer.warehouse`. `model.warehouses` lists them by name, in the order
+    in which layers first use them. Biases are kept. Kernels are not: cells are initialized at random.
 
     Raises:
         ValueError: the scope matches no layer, names one that does not exist or cannot be dynamic; a warehouse has no
@@ -70,7 +67,7 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
 
     # The model was not changed so far, so that an error leaves it as it was.
     replace(model, layers)
-    model.warehouses = warehouses
+    object.__setattr__(model, "warehouses", warehouses)  # not as a submodule: layers have them
     share_temperature(model)
     return model
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from kw.layers import DynamicLayer, KWLayer
-from kw.warehouse import Warehouse
+from kw.warehouse import Warehouses
 
 Chooser = Callable[[str, nn.Module], Any] | Mapping[str, Any]
 
@@ -93,9 +93,11 @@ def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def drop_unused_warehouses(model: nn.Module) -> None:
-    """Remove warehouses from `model` that no layer uses any longer: their cells would get no gradient."""
+    """Remove warehouses from `warehouses` of `model` and its parts that no layer uses any longer, to free memory."""
     used = {layer.warehouse for layer in model.modules() if isinstance(layer, KWLayer)}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Warehouse) and child not in used:
-                delattr(parent, name)
+    for part in model.modules():
+        listed = vars(part).get("warehouses")
+        if isinstance(listed, Warehouses):
+            for name, warehouse in list(listed.items()):
+                if warehouse not in used:
+                    del listed[name]

@@ -172,7 +172,7 @@ def test_the_learning_rate_decays_towards_the_stem(n):
     assert given.keys() == set(model.parameters()) and len(given) == sum(len(group["params"]) for group in groups)
     for name, p in model.named_parameters():
         expected = group_of(name, 6)
-        if ".warehouses." in name:
+        if ".warehouse." in name:
             layers = {x: m for x, m in model.named_modules() if isinstance(m, KWLayer) and m.warehouse.cells is p}
             expected = max(group_of(f"{layer}.", 6) for layer in layers)
         assert given[p]["lr"] == pytest.approx(1e-4 * 0.95 ** (7 - expected)), name
