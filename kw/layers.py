@@ -133,16 +133,23 @@ class KWLayer(DynamicLayer):
 
 
 class OnTokens:
-    """The forward pass of a linear layer, `(B, *, C_in)` to `(B, *, out_features)`, around `_compute`."""
+    """The forward pass of a linear layer, `(B, *, C_in)` to `(B, *, out_features)`, around `_compute`. The output is
+    contiguous. `(C_in,)`, without batch, is one sample."""
 
+    in_features: int
     out_features: int
     _compute: Callable[[Tensor, Tensor], Tensor]
+    parameters: Callable[[], Iterator[nn.Parameter]]
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 1:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        if _is_empty(x):
+            return _of_nothing(self, F.linear(x, x.new_zeros(self.out_features, self.in_features)))
         tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # (B, S, C_in)
         pooled = x.mean(dim=tuple(range(1, x.dim() - 1))) if x.dim() > 2 else x
         out = self._compute(tokens.transpose(1, 2), pooled)
-        return out.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
+        return out.transpose(1, 2).reshape(*x.shape[:-1], self.out_features).contiguous()
 
 
 class OnPositions:
@@ -157,7 +164,10 @@ class OnPositions:
     in_channels: int
     padding_mode: str
     extra_padding: list[int] | None
+    kernel_shape: tuple[int, ...]
+    geometry: Geometry
     _compute: Callable[[Tensor, Tensor], Tensor]
+    parameters: Callable[[], Iterator[nn.Parameter]]
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != self.dims + 2:
@@ -168,11 +178,26 @@ class OnPositions:
         pooled = x.flatten(2).mean(dim=2)
         if self.extra_padding is not None:
             x = F.pad(x, self.extra_padding, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        if _is_empty(x):
+            g, convolve = self.geometry, (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
+            kernel = x.new_zeros(self.kernel_shape)
+            return _of_nothing(self, convolve(x, kernel, None, g.stride, g.padding, g.dilation, g.groups))
         return self._compute(x, pooled)
+
+
+def _is_empty(x: Tensor) -> bool:
+    """Whether `x` has no entry, as where no region was proposed: there is nothing to pool."""
+    return not torch.jit.is_tracing() and 0 in x.shape  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _of_nothing(layer: OnTokens | OnPositions, out: Tensor) -> Tensor:
+    """The empty output `out`, from which every parameter of the layer gets a gradient of zeros, as in static layers."""
+    return out + sum(parameter.sum().to(out) for parameter in layer.parameters())
 
 
 class KWLinear(OnTokens, KWLayer):
     """`nn.Linear` on `(B, *, C_in)`; the attention sees the mean over all dimensions between batch and channels.
+    `(C_in,)` is one sample.
 
     Args:
         in_features, out_features, bias: as in `nn.Linear`.
