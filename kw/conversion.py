@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 from torch import nn
@@ -38,6 +39,10 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
     Each layer has its warehouse as a submodule, `layer.warehouse`. `model.warehouses` lists them by name, in the order
     in which layers first use them. Biases are kept. Kernels are not: cells are initialized at random.
 
+    What was set on a layer is kept: training mode, device, dtype, hooks. Where its weight was frozen
+    (`requires_grad=False`), so is its attention; cells are frozen if the weights of all their layers were. What cannot
+    be kept is warned of. An optimizer that was made before has the old layers' parameters: make it again.
+
     Raises:
         ValueError: the scope matches no layer, names one that does not exist or cannot be dynamic; a warehouse has no
             config; or its kernels cannot be cut into cells. The message names layer or warehouse, and the model is
@@ -57,18 +62,31 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
 
     warehouses = Warehouses()
     layers: dict[nn.Module, nn.Module] = {}
+    partly: Groups = {}  # warehouse -> its layers with frozen weights, where others are trained
     for warehouse_name, names in groups.items():
         kernels = [_kernel(model, name) for name in names]
         warehouse = Warehouse(kernels, configs[warehouse_name], name=warehouse_name)
-        warehouses[warehouse_name] = warehouse.to(_weight(model, names[0]))
+        warehouses[warehouse_name] = warehouse
         for name, share in zip(names, warehouse.shares, strict=True):
             static = model.get_submodule(name)
             layers[static] = _dynamic(static, share)
+        warehouse.to(_weight(model, names[0]))
+        frozen = [name for name in names if not _weight(model, name).requires_grad]
+        warehouse.cells.requires_grad_(len(frozen) < len(names))
+        if 0 < len(frozen) < len(names):
+            partly[warehouse_name] = frozen
 
     # The model was not changed so far, so that an error leaves it as it was.
     replace(model, layers)
     object.__setattr__(model, "warehouses", warehouses)  # not as a submodule: layers have them
     share_temperature(model)
+    for warehouse_name, frozen in partly.items():
+        warnings.warn(
+            f"Warehouse {warehouse_name!r}: the weights of {', '.join(map(repr, frozen))} were frozen, but other layers "
+            f"train the cells that these use, so that their kernels change too. Put frozen layers into a warehouse of "
+            f"their own, or set model.warehouses[{warehouse_name!r}].cells.requires_grad = False.",
+            stacklevel=2,
+        )
     return model
 
 
@@ -105,5 +123,6 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
 def _dynamic(layer: nn.Module, share: Share) -> DynamicLayer:
     """The dynamic layer that replaces a static one."""
     if isinstance(layer, nn.Linear):
-        return like(layer, KWLinear(layer.in_features, layer.out_features, layer.bias is not None, share=share))
-    return like(layer, CONVOLUTIONS[type(layer)](*convolution_arguments(layer), share=share))
+        linear = KWLinear(layer.in_features, layer.out_features, layer.bias is not None, share=share)
+        return like(layer, linear, share.kernel.name)
+    return like(layer, CONVOLUTIONS[type(layer)](*convolution_arguments(layer), share=share), share.kernel.name)

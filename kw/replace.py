@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,6 +46,12 @@ def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...],
                 f"The scope puts {name!r}, a {type(module).__name__}, {where.format(repr(value))}: "
                 f"only plain {plain} can be dynamic."
             )
+        if computes_weight(module):
+            raise ValueError(
+                f"The scope puts {name!r} {where.format(repr(value))}, but its weight is computed from other parameters "
+                f"(by weight_norm, spectral_norm or pruning), which a dynamic layer does not have. Remove that first, "
+                f"or leave the layer out of the scope."
+            )
         if not name:
             raise ValueError(
                 f"The model is itself a {type(module).__name__}, and has no parent in which to replace it: "
@@ -60,13 +67,62 @@ def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...],
     return found
 
 
-def like(static: nn.Module, dynamic: DynamicLayer) -> DynamicLayer:
-    """Give the dynamic layer the static one's bias, device, dtype and mode."""
-    dynamic.to(static.get_parameter("weight")).train(static.training)
+def like(static: nn.Module, dynamic: DynamicLayer, name: str) -> DynamicLayer:
+    """Give the dynamic layer what the static one has: bias, device, dtype, mode, hooks; and if its weight is frozen, no
+    parameter of the layer's own is trained.
+
+    Args:
+        name: of the static layer, for a warning of what cannot be carried over.
+    """
+    weight = static.get_parameter("weight")
+    dynamic.to(weight).train(static.training)
+    own = dynamic.own_parameters() if isinstance(dynamic, KWLayer) else dynamic.parameters()
+    for parameter in own:
+        parameter.requires_grad_(weight.requires_grad)
     bias = getattr(static, "bias", None)
     if isinstance(bias, nn.Parameter):
         dynamic.bias = bias
+    carry_hooks(static, dynamic, name)
     return dynamic
+
+
+# Dictionaries of a module that hold its hooks, or how they are called.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+HOOKS_OF_STATE = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def carry_hooks(old: nn.Module, new: nn.Module, name: str) -> None:
+    """Let hooks of `old` run on `new`, which has none of its own. Their handles still remove them. Warns of hooks on
+    the state dict, which expect the entries of `old`, and of a `forward` that was replaced on `old`."""
+    for key in HOOKS:
+        if key in vars(old):
+            object.__setattr__(new, key, vars(old)[key])
+    lost = ["hooks on its state dict"] if any(vars(old).get(key) for key in HOOKS_OF_STATE) else []
+    lost += ["a replaced forward method"] if "forward" in vars(old) else []
+    if lost:
+        warnings.warn(
+            f"Layer {name!r} had {' and '.join(lost)}, which the layer in its place does not have.", stacklevel=2
+        )
+
+
+def computes_weight(layer: nn.Module) -> bool:
+    """Whether the layer's weight is no parameter, but computed from some: by weight_norm, spectral_norm or pruning, old
+    or as a parametrization."""
+    return not isinstance(layer._parameters.get("weight"), nn.Parameter)
 
 
 def convolution_arguments(layer: Any) -> tuple[Any, ...]:
