@@ -82,8 +82,8 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
     share_temperature(model)
     for warehouse_name, frozen in partly.items():
         warnings.warn(
-            f"Warehouse {warehouse_name!r}: the weights of {', '.join(map(repr, frozen))} were frozen, but other layers "
-            f"train the cells that these use, so that their kernels change too. Put frozen layers into a warehouse of "
+            f"Warehouse {warehouse_name!r}: the weights of {', '.join(map(repr, frozen))} were frozen, but other "
+            f"layers train the cells that these use, so that their kernels change too. Put frozen layers into a warehouse of "
             f"their own, or set model.warehouses[{warehouse_name!r}].cells.requires_grad = False.",
             stacklevel=2,
         )

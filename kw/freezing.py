@@ -111,8 +111,9 @@ def freeze(model: nn.Module, memory: float = 1.0) -> Report:
             kernel, mixed = f"assembled: {reason} ({mixed} for {n} cells)", n
         weight = math.prod(layer.kernel_shape)
         rows.append(FrozenLayer(name, type(layer).__name__, norm, kernel, weight * n, weight * mixed))
-    for layer, module in frozen.items():
-        carry_hooks(layer, module.eval(), layers[layer])
+    for layer, name in layers.items():
+        if layer in frozen:
+            carry_hooks(layer, frozen[layer].eval(), name)
     replace(model, frozen)
     drop_unused_warehouses(model)
     for module in (model, *(frozen.get(layer, layer) for layer in layers)):

@@ -109,6 +109,8 @@ class KWLayer(DynamicLayer):
         """The warehouse's cells, which must be on the device of `x`: products of tensors on different devices are not
         always refused."""
         cells: Tensor = self.warehouse()
+        if self.warehouse.is_sharded and cells.untyped_storage().size() == 0:
+            raise self.warehouse.sharded_error()  # FSDP has freed them already
         if cells.device != x.device:
             raise RuntimeError(
                 f"Layer {self.layer_name!r} has an input on {x.device}, and the cells of its warehouse "
@@ -139,7 +141,6 @@ class OnTokens:
     in_features: int
     out_features: int
     _compute: Callable[[Tensor, Tensor], Tensor]
-    parameters: Callable[[], Iterator[nn.Parameter]]
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 1:
@@ -167,7 +168,6 @@ class OnPositions:
     kernel_shape: tuple[int, ...]
     geometry: Geometry
     _compute: Callable[[Tensor, Tensor], Tensor]
-    parameters: Callable[[], Iterator[nn.Parameter]]
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != self.dims + 2:
@@ -190,9 +190,10 @@ def _is_empty(x: Tensor) -> bool:
     return not torch.jit.is_tracing() and 0 in x.shape  # type: ignore[attr-defined, no-untyped-call]
 
 
-def _of_nothing(layer: OnTokens | OnPositions, out: Tensor) -> Tensor:
+def _of_nothing(layer: Any, out: Tensor) -> Tensor:
     """The empty output `out`, from which every parameter of the layer gets a gradient of zeros, as in static layers."""
-    return out + sum(parameter.sum().to(out) for parameter in layer.parameters())
+    gradients: Tensor = sum(parameter.sum().to(out) for parameter in layer.parameters())
+    return out + gradients
 
 
 class KWLinear(OnTokens, KWLayer):

@@ -107,7 +107,7 @@ class Warehouse(nn.Module):
         # Copies and saved files start without these three.
         self._gatherer = Gatherer()  # must be forgotten when cells move
         self.owners, self._entry = Owners(), OneEntry()
-        self._is_sharded = False
+        self.is_sharded = False
         self.shares: list[Share] = []
         start = 0
         for k, kernel in enumerate(kernels):
@@ -128,21 +128,25 @@ class Warehouse(nn.Module):
         Raises:
             RuntimeError: FSDP has sharded the cells, and not gathered them for this layer.
         """
-        if not self._is_sharded:
+        if not self.is_sharded:
             return self._gatherer(self.cells)
         if type(self.cells) is not nn.Parameter:
-            raise RuntimeError(
-                f"The cells of warehouse {self.name!r} are sharded: the part of the model that FSDP shards them with is "
-                f"not the only one that uses them. Shard warehouses first, each alone: "
-                f"for w in model.warehouses.values(): fully_shard(w, reshard_after_forward=False)."
-            )
+            raise self.sharded_error()
         # FSDP reduces gradients when a part's backward pass ends, and the identity's may come later. A new tensor for
         # each layer, because FSDP adds a hook to it in each forward pass.
         return self.cells.view_as(self.cells)
 
+    def sharded_error(self) -> RuntimeError:
+        """What a layer raises that finds the cells sharded."""
+        return RuntimeError(
+            f"The cells of warehouse {self.name!r} are sharded: the part of the model that FSDP shards them with is "
+            f"not the only one that uses them. Shard warehouses first, each alone, and let them stay whole in the forward "
+            f"pass: for w in model.warehouses.values(): fully_shard(w, reshard_after_forward=False)."
+        )
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "cells" and type(value) is not nn.Parameter and hasattr(value, "placements"):
-            self._is_sharded = True  # a DTensor: FSDP replaces the parameter, and puts the whole one here at times
+            self.is_sharded = True  # a DTensor: FSDP replaces the parameter, and puts the whole one here at times
         super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -160,9 +164,7 @@ class Warehouse(nn.Module):
         error_msgs: list[str],
     ) -> None:
         missing: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         self._entry.report(missing_keys, missing)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Warehouse:

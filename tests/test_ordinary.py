@@ -8,6 +8,7 @@ import warnings
 import pytest
 import timm
 import torch
+from helpers.programs import finish, ranks
 from safetensors.torch import load_model, save_model
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV2, ModelEmaV3
@@ -86,7 +87,9 @@ def test_a_part_has_its_cells(part, orphaned):
     assert all(cells.dtype == torch.float64 for cells in cells_of(taken))
     seen = []
     again.apply(lambda module: seen.append(module) if isinstance(module, kw.Warehouse) else None)
-    assert sorted(map(id, seen)) == sorted({id(layer.warehouse) for layer in again.modules() if isinstance(layer, KWLayer)})
+    assert sorted(map(id, seen)) == sorted(
+        {id(layer.warehouse) for layer in again.modules() if isinstance(layer, KWLayer)}
+    )
 
 
 def test_a_model_that_was_cut_by_position_is_cut_where_the_static_one_is():
@@ -145,7 +148,9 @@ def test_hooks_on_a_warehouse_see_every_use():
 
 def test_layer_decay_of_timm_puts_cells_where_their_first_layer_is():
     model = timm.create_model("kw_resnet18", n="1")
-    scale = {p: group["lr_scale"] for group in param_groups_layer_decay(model, layer_decay=0.7) for p in group["params"]}
+    scale = {
+        p: group["lr_scale"] for group in param_groups_layer_decay(model, layer_decay=0.7) for p in group["params"]
+    }
     assert scale.keys() == set(model.parameters())
     first = {}
     for layer in model.modules():
@@ -208,7 +213,11 @@ def test_the_last_batch_may_have_one_sample_or_none():
     for name, layer in model.named_modules():
         if isinstance(layer, KWLayer):
             static = vanilla().get_submodule(name)
-            x = torch.zeros(0, 4) if isinstance(static, nn.Linear) else torch.zeros(0, static.in_channels, *(4, 4)[: layer.dims])
+            x = (
+                torch.zeros(0, 4)
+                if isinstance(static, nn.Linear)
+                else torch.zeros(0, static.in_channels, *(4, 4)[: layer.dims])
+            )
             out = layer(x.requires_grad_())
             assert out.shape == static(x).shape
             out.sum().backward()
@@ -381,3 +390,35 @@ def test_a_copy_has_a_temperature_of_its_own():
     gc.collect()
     kw.temperatures(twin)[0].value.fill_(0.25)  # there is nothing to follow
     assert float(kw.temperatures(twin)[0]) == 0.25
+
+
+@pytest.mark.parametrize("scope", ["within", "across"])
+@pytest.mark.parametrize("way", ["ddp", "root", "blocks", "warehouses+blocks", "warehouses+resharded"])
+def test_processes_train_cells_as_one_does_or_say_how(way, scope):
+    """DistributedDataParallel, and FSDP of the whole, of blocks, or of warehouses and blocks."""
+    refused = way == "warehouses+resharded" or (way, scope) == ("blocks", "across")
+    for process in ranks(2, "helpers.sharded", way, scope):
+        printed = finish(process).stdout
+        if refused:
+            assert "fully_shard(w, reshard_after_forward=False)" in printed
+        else:
+            assert float(printed.split("largest difference ")[1]) < 1e-6
+
+
+def test_replicas_of_data_parallel_use_cells_of_their_own():
+    """What nn.DataParallel does for each device, here with other values in place of another device."""
+    model = converted().eval()
+    modules = list(model.modules())
+    replicas = [module._replicate_for_data_parallel() for module in modules]
+    for module, replica in zip(modules, replicas, strict=True):
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else replicas[modules.index(child)]
+        for name, parameter in module._parameters.items():
+            other = parameter is not None and name == "cells"
+            setattr(replica, name, parameter.detach() * 2 if other else parameter)
+    with torch.no_grad():
+        x = images()
+        out = replicas[0](x)
+        for cells in cells_of(model):
+            cells.mul_(2)
+        assert torch.equal(out, model(x))
