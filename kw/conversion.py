@@ -83,8 +83,8 @@ def convert(model: nn.Module, scope: Scope | None = None, config: Configs | None
     for warehouse_name, frozen in partly.items():
         warnings.warn(
             f"Warehouse {warehouse_name!r}: the weights of {', '.join(map(repr, frozen))} were frozen, but other "
-            f"layers train the cells that these use, so that their kernels change too. Put frozen layers into a warehouse of "
-            f"their own, or set model.warehouses[{warehouse_name!r}].cells.requires_grad = False.",
+            f"layers train the cells that these use, so that their kernels change too. Put frozen layers into a "
+            f"warehouse of their own, or set model.warehouses[{warehouse_name!r}].cells.requires_grad = False.",
             stacklevel=2,
         )
     return model

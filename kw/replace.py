@@ -49,8 +49,8 @@ def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...],
         if computes_weight(module):
             raise ValueError(
                 f"The scope puts {name!r} {where.format(repr(value))}, but its weight is computed from other "
-                f"parameters (by weight_norm, spectral_norm or pruning), which a dynamic layer does not have. Remove that first, "
-                f"or leave the layer out of the scope."
+                f"parameters (by weight_norm, spectral_norm or pruning), which a dynamic layer does not have. Remove "
+                f"that first, or leave the layer out of the scope."
             )
         if not name:
             raise ValueError(

@@ -140,8 +140,8 @@ class Warehouse(nn.Module):
         """What a layer raises that finds the cells sharded."""
         return RuntimeError(
             f"The cells of warehouse {self.name!r} are sharded: the part of the model that FSDP shards them with is "
-            f"not the only one that uses them. Shard warehouses first, each alone, and let them stay whole in the forward "
-            f"pass: for w in model.warehouses.values(): fully_shard(w, reshard_after_forward=False)."
+            f"not the only one that uses them. Shard warehouses first, each alone, and let them stay whole in the "
+            f"forward pass: for w in model.warehouses.values(): fully_shard(w, reshard_after_forward=False)."
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
