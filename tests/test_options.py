@@ -20,7 +20,7 @@ from train.data.substitutes import Substitutes
 from train.jobs.errors import ConfigError, NonFiniteError, RunError, WriteError
 from train.jobs.folder import write_atomically
 from train.metrics import MetricsFile
-from train.model import build_model
+from train.model import build_model, load_weights
 from train.optim import build_optimizer
 from train.run import run
 from train.trainer import Trainer
@@ -226,3 +226,14 @@ def test_a_finished_run_without_its_metrics_says_so(tmp_path):
     again.resume()
     with pytest.raises(RunError, match=r"metrics\.jsonl has no line"):
         again.fit()
+
+
+def test_weights_from_when_cells_had_names_of_their_own_are_refused_with_that_reason():
+    made = config("backbone=resnet18", "data=imagenet", "data.root=x", "n=1")
+    model = build_model(made, 10)
+    weights = {
+        ("warehouses.stage0.cells" if key.endswith("cells") else key): v for key, v in model.state_dict().items()
+    }
+    with pytest.raises(ValueError, match="earlier version"):
+        load_weights(model, weights)
+    load_weights(model, model.state_dict())
