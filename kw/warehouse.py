@@ -104,10 +104,10 @@ class Warehouse(nn.Module):
         anchors, owned = self._anchor(kernels, mixtures, n)
 
         self.cells = nn.Parameter(torch.empty(n, o, i * self.span))
-        # Copies and saved files start without these three.
+        # Copies and saved files start with new ones of these.
         self._gatherer = Gatherer()  # must be forgotten when cells move
         self.owners, self._entry = Owners(), OneEntry()
-        self.is_sharded = False
+        self.is_sharded = False  # whether FSDP manages the cells
         self.shares: list[Share] = []
         start = 0
         for k, kernel in enumerate(kernels):
