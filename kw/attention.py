@@ -6,12 +6,15 @@ Shapes: `B` batch, `C` channels, `H` hidden width, `m` mixtures of the layer, `n
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kw.compute.mixing import mix
 from kw.config import KWConfig
@@ -77,10 +80,10 @@ class Attention(Tempered):
         share: the layer's share of its warehouse; `share.warehouse.config` sets width, basis and norm.
 
     Raises:
-        ValueError: in `forward`, one sample in training mode with attention_norm="batch", which needs two.
+        ValueError: in `forward`, one sample in training mode, and the norm is a BatchNorm without running statistics.
     """
 
-    beta: Tensor | None
+    beta: Tensor | None  # (m, n), one-hot. It follows from the anchors: not a buffer, and made again where it is needed
 
     def __init__(self, channels: int, share: Share):
         super().__init__()
@@ -105,13 +108,12 @@ class Attention(Tempered):
             self.basis_bias = nn.Parameter(torch.empty(self.mixtures * (n + 1)))
 
         self.anchors = share.anchors
-        beta = None if share.anchors is None else _one_hot(share.anchors, n)
-        self.register_buffer("beta", beta, persistent=False)  # follows from the anchors
+        self.beta = None
+        self._place_beta(self.fc1.weight.device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """He normal with fan-out for the linear layers; zero for biases; one and zero for the norm."""
-        self._reset_beta()
         for layer in (self.fc1, self.fc2, self.fc3):
             if layer is not None:
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -121,16 +123,26 @@ class Attention(Tempered):
         if self.basis_bias is not None:
             nn.init.zeros_(self.basis_bias)
 
-    def _reset_beta(self) -> None:
-        """Compute beta again. It is not saved, and its memory may be new: after `to_empty`, or after a state dict was
-        assigned to a model on the meta device."""
-        if self.beta is not None and self.anchors is not None:
-            device = self.temperature.device if self.beta.is_meta else self.beta.device
-            self.beta = _one_hot(self.anchors, self.cells).to(device, self.beta.dtype)
+    def _place_beta(self, device: torch.device) -> None:
+        """Make beta on `device`, if it is not there."""
+        if self.anchors is not None and (self.beta is None or self.beta.device != device):
+            self.beta = _one_hot(self.anchors, self.cells, device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Attention:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._place_beta(self.fc1.weight.device)
+        return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._reset_beta()
+        self._place_beta(self.temperature.device)  # a model on the meta device may have been assigned its state
+
+    def _beta_like(self, x: Tensor) -> Tensor:
+        """beta on the device and in the dtype of `x`. What moves single tensors, such as accelerate, or replaces them,
+        such as fake ones, does not know of beta; then it is made for this call."""
+        assert self.anchors is not None and self.beta is not None
+        at_hand = type(x) is Tensor and self.beta.device == x.device
+        return (self.beta if at_hand else _one_hot(self.anchors, self.cells, x.device)).to(x.dtype)
 
     @property
     def features(self) -> int:
@@ -144,12 +156,32 @@ class Attention(Tempered):
 
     def hidden(self, pooled: Tensor) -> Tensor:
         """The features that the scores are affine in: `(B, C)` to `(B, H)`."""
-        if self.norm.training and isinstance(self.norm, nn.BatchNorm1d) and pooled.shape[0] == 1:
+        return torch.relu(self._normed(self.fc1(pooled)))
+
+    def _normed(self, features: Tensor) -> Tensor:
+        """The features after the norm. BatchNorm has no statistics of a batch of one: it takes its running ones, and
+        leaves them as they are."""
+        norm = self.norm
+        # In evaluation mode, what is exported must not depend on the batch size.
+        if not (norm.training and isinstance(norm, _BatchNorm) and features.shape[0] < 2) or _is_synced(norm):
+            normed: Tensor = norm(features)
+            return normed
+        if norm.running_mean is None:
             raise ValueError(
-                f"Layer {self.layer_name!r}: BatchNorm in the attention cannot train on a batch of one. "
-                f"Use at least two samples per device, model.eval(), or attention_norm='layer' in KWConfig."
+                f"Layer {self.layer_name!r}: BatchNorm in the attention has no running statistics, and cannot train on "
+                f"a batch of one. Use at least two samples per device, or attention_norm='layer' in KWConfig."
             )
-        return torch.relu(self.norm(self.fc1(pooled)))
+        if not (self.shared.has_warned or torch.compiler.is_compiling()):
+            self.shared.has_warned = True
+            warnings.warn(
+                f"Layer {self.layer_name!r} had a batch of {features.shape[0]} in training mode, and BatchNorm in its "
+                f"attention took the running statistics instead. If most batches are like this, use more samples per "
+                f"device, or attention_norm='layer' in KWConfig. There are no more warnings of this for the model.",
+                stacklevel=2,
+            )
+        return F.batch_norm(
+            features, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+        )
 
     def scores(self, pooled: Tensor) -> Tensor:
         """`z` of the paper: `(B, C)` to `(B, m, n + 1)`, the zero cell last."""
@@ -193,7 +225,7 @@ class Attention(Tempered):
         tau = self.temperature.to(values)
         if not isinstance(divisor, Tensor):
             divisor = values.new_ones(())
-        return torch.addcdiv(tau * self.beta, (1 - tau) * values, divisor)
+        return torch.addcdiv(tau * self._beta_like(values), (1 - tau) * values, divisor)
 
     def _folded_weights(self, hidden: Tensor) -> Tensor:
         """Hidden features and 1, divided by the sum of absolute scores; above temperature 0, tau is the last."""
@@ -210,7 +242,7 @@ class Attention(Tempered):
         basis = mix(self.maps(), cells)
         if self.beta is None or self.shared.is_zero:
             return basis
-        return torch.cat([basis, mix(self.beta[None].to(cells.dtype), cells).to(basis.dtype)])
+        return torch.cat([basis, mix(self._beta_like(basis)[None].to(cells.dtype), cells).to(basis.dtype)])
 
     @property
     def tau(self) -> float:
@@ -233,8 +265,14 @@ def attention_parameters(channels: int, mixtures: int, cells: int, config: KWCon
     return first + hidden * mixtures * (local + basis + 1) + basis * (cells - local) + mixtures * (cells + 1)
 
 
-def _one_hot(anchors: tuple[int, ...], n: int) -> Tensor:
+def _one_hot(anchors: tuple[int, ...], n: int, device: torch.device) -> Tensor:
     """beta of the paper, `(m, n)`: 1 at each mixture's anchor; all 0 where that is the zero cell, number n."""
-    beta = torch.zeros(len(anchors), n + 1)
-    beta[torch.arange(len(anchors)), torch.tensor(anchors)] = 1
-    return beta[:, :n].clone()
+    cells = torch.arange(n, device=device)
+    return (torch.tensor(anchors, device=device)[:, None] == cells).float()
+
+
+def _is_synced(norm: _BatchNorm) -> bool:
+    """Whether the norm takes its statistics from several processes, which have more samples together."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_world_size(norm.process_group) > 1

@@ -51,9 +51,12 @@ def convert(
         plan: of this model, or one built alike. It has the settings, so `scope` and `config` are left out.
         example: an input of the model, for models whose input cannot be guessed (`kw.plan`).
 
-    Layers hold their warehouses; `model.warehouses` has them by name, in the order in which layers first use them.
-    Biases are kept. Kernels are not: cells are initialized at random. An optimizer that was made before has the old
-    parameters: make it again.
+    Each layer has its warehouse as a submodule, `layer.warehouse`. `model.warehouses` lists them by name, in the order
+    in which layers first use them. Biases are kept. Kernels are not: cells are initialized at random.
+
+    What was set on a layer is kept: training mode, device, dtype, hooks. Where its weight was frozen
+    (`requires_grad=False`), so is its attention; cells are frozen if the weights of all their layers were. What cannot
+    be kept is warned of. An optimizer that was made before has the old layers' parameters: make it again.
 
     Raises:
         ValueError: the scope matches no layer, names one that does not exist, cannot be dynamic or whose weight the
@@ -92,19 +95,32 @@ def convert_by_scope(model: nn.Module, scope: Scope, config: Configs) -> nn.Modu
 def _build(model: nn.Module, groups: Groups, configs: Mapping[str, KWConfig]) -> nn.Module:
     warehouses = Warehouses()
     layers: dict[nn.Module, nn.Module] = {}
+    partly: Groups = {}  # warehouse -> its layers with frozen weights, where others are trained
     for warehouse_name, names in groups.items():
         kernels = [_kernel(model, name) for name in names]
         warehouse = Warehouse(kernels, configs[warehouse_name], name=warehouse_name)
-        warehouses[warehouse_name] = warehouse.to(_weight(model, names[0]))
-        _warn_of_rounding(warehouse)
+        warehouses[warehouse_name] = warehouse
         for name, share in zip(names, warehouse.shares, strict=True):
             static = model.get_submodule(name)
             layers[static] = _dynamic(static, share)
+        warehouse.to(_weight(model, names[0]))
+        frozen = [name for name in names if not _weight(model, name).requires_grad]
+        warehouse.cells.requires_grad_(len(frozen) < len(names))
+        _warn_of_rounding(warehouse)
+        if 0 < len(frozen) < len(names):
+            partly[warehouse_name] = frozen
 
     # The model was not changed so far, so that an error leaves it as it was.
     replace(model, layers)
-    model.warehouses = warehouses
+    object.__setattr__(model, "warehouses", warehouses)  # not as a submodule: layers have them
     share_temperature(model)
+    for warehouse_name, frozen in partly.items():
+        warnings.warn(
+            f"Warehouse {warehouse_name!r}: the weights of {', '.join(map(repr, frozen))} were frozen, but other "
+            f"layers train the cells that these use, so that their kernels change too. Put frozen layers into a "
+            f"warehouse of their own, or set model.warehouses[{warehouse_name!r}].cells.requires_grad = False.",
+            stacklevel=2,
+        )
     return model
 
 
@@ -199,7 +215,8 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
 def _dynamic(layer: nn.Module, share: Share) -> DynamicLayer:
     """The dynamic layer that replaces a static one."""
     if isinstance(layer, nn.Linear):
-        return like(layer, KWLinear(layer.in_features, layer.out_features, layer.bias is not None, share=share))
+        linear = KWLinear(layer.in_features, layer.out_features, layer.bias is not None, share=share)
+        return like(layer, linear, share.kernel.name)
     base = plain_base(layer)
     assert base is not None
-    return like(layer, CONVOLUTIONS[base](*convolution_arguments(layer), share=share))
+    return like(layer, CONVOLUTIONS[base](*convolution_arguments(layer), share=share), share.kernel.name)

@@ -50,7 +50,7 @@ class FoldedLayer(nn.Module):
             function = layer.attention.attention_function
             raise ValueError(f"Layer {layer.layer_name!r}: attention_function={function!r} cannot be folded.")
         self.attention, self.bias = layer.attention, layer.bias
-        self.layer_name, self.geometry = layer.layer_name, layer.geometry
+        self.layer_name, self.geometry, self.kernel_shape = layer.layer_name, layer.geometry, layer.kernel_shape
         cells = layer.warehouse.cells
         maps = copy.deepcopy(layer.attention).double().maps()
         self.basis = nn.Parameter(mix(maps, cells.double()).to(cells.dtype), requires_grad=False)  # (H + 1, m, o, i)
@@ -70,7 +70,7 @@ class FoldedLinear(OnTokens, FoldedLayer):
 
     def __init__(self, layer: KWLinear):
         FoldedLayer.__init__(self, layer)
-        self.out_features = layer.out_features
+        self.in_features, self.out_features = layer.in_features, layer.out_features
 
 
 class FoldedConv(OnPositions, FoldedLayer):
@@ -109,7 +109,7 @@ def static_layer(layer: KWLayer) -> nn.Module:
     """The `nn.Linear` or `nn.Conv*d` that computes what an anchored `layer` computes at temperature 1."""
     cells = layer.warehouse.cells
     assert layer.attention.beta is not None, "the layer is anchored"
-    weight = functional.assemble(layer.attention.beta[None], cells, layer.share.grid).view(layer.kernel_shape)
+    weight = functional.assemble(layer.attention.beta[None].to(cells), cells, layer.share.grid).view(layer.kernel_shape)
     static: nn.Module
     with torch.device("meta"):
         if isinstance(layer, KWLinear):

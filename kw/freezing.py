@@ -19,7 +19,7 @@ from kw.attention import Attention
 from kw.folding import FoldedLayer, fold, fold_norm, kernels_to_mix, static_layer
 from kw.frozen import mark_frozen, refuse_frozen
 from kw.layers import KWLayer
-from kw.replace import drop_unused_warehouses, replace
+from kw.replace import carry_hooks, drop_unused_warehouses, replace
 from kw.table import table
 
 WORTHWHILE = 4  # cells per folded kernel
@@ -67,7 +67,8 @@ class Report:
 
 @torch.no_grad()
 def freeze(model: nn.Module, memory: float = 1.0) -> Report:
-    """Prepare a trained model for evaluation, in place. It cannot be trained afterwards, nor frozen again.
+    """Prepare a trained model for evaluation, in place. It cannot be trained afterwards, nor frozen again. Hooks on
+    layers stay.
 
     Args:
         model: with dynamic layers, its weights loaded and its temperature final. It is set to evaluation mode.
@@ -110,7 +111,10 @@ def freeze(model: nn.Module, memory: float = 1.0) -> Report:
             kernel, mixed = f"assembled: {reason} ({mixed} for {n} cells)", n
         weight = math.prod(layer.kernel_shape)
         rows.append(FrozenLayer(name, type(layer).__name__, norm, kernel, weight * n, weight * mixed))
-    replace(model, {layer: module.eval() for layer, module in frozen.items()})
+    for layer, name in layers.items():
+        if layer in frozen:
+            carry_hooks(layer, frozen[layer].eval(), name)
+    replace(model, frozen)
     drop_unused_warehouses(model)
     for module in (model, *(frozen.get(layer, layer) for layer in layers)):
         mark_frozen(module)

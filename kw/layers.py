@@ -6,7 +6,7 @@ and assembles and applies a kernel for each sample (functional.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,37 +43,60 @@ class KWLayer(DynamicLayer):
     Args:
         channels: input channels, all groups together.
         geometry: how the kernel is cut and applied.
-        share: the layer's share of its warehouse. The layer refers to the warehouse without registering it as a
-            submodule. The model registers it once, so that its cells are saved, moved and optimized once.
+        share: the layer's share of its warehouse. The layer has the warehouse as its submodule, as all others that
+            share it do; only the first of them lists it among its children.
         bias: whether a static bias `(C_out,)` is added.
+
+    Raises:
+        RuntimeError: in `forward`, the cells are on another device than the input, or sharded.
     """
 
     share: Share
     attention: Attention
+    warehouse: Warehouse
 
     def __init__(self, channels: int, share: Share, geometry: Geometry, bias: bool):
         nn.Module.__init__(self)
         self.share = share
         self.layer_name, self.geometry = share.kernel.name, geometry
+        self.warehouse = share.warehouse
+        self.warehouse.owners.add(self)
         self.attention = Attention(channels, share)
         self.bias = nn.Parameter(torch.zeros(share.kernel.channels_out)) if bias else None
-
-    @property
-    def warehouse(self) -> Warehouse:
-        return self.share.warehouse
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
         return self.share.kernel.shape
 
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The layer's parameters without its warehouse's cells, which it shares."""
+        return [parameter for parameter in self.parameters() if parameter is not self.warehouse.cells]
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As in `nn.Module`, but the warehouse is a child of the first of its layers only. Tools that walk through
+        children, and know nothing of shared ones, then visit it once."""
+        for name, child in super().named_children():
+            if child is not self.warehouse or self.warehouse.owners.first() is self:
+                yield name, child
+
+    def _apply(self, fn: Any, recurse: bool = True) -> KWLayer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if recurse and self.warehouse.owners.first() is not self:  # torch applies it to children alone
+            self.warehouse._apply(fn)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.warehouse.owners.add(self)
+
     def kernels(self, pooled: Tensor) -> Tensor:
         """Pooled input `(B, C_in)` to each sample's kernel `(B, C_out, C_in / groups, P)`."""
-        kernels = functional.assemble(self.attention(pooled), self.warehouse.cells, self.share.grid)
+        kernels = functional.assemble(self.attention(pooled), self._cells_for(pooled), self.share.grid)
         return kernels.view(*kernels.shape[:2], self.share.kernel.channels_in, self.share.kernel.positions)
 
     def _compute(self, x: Tensor, pooled: Tensor) -> Tensor:
         """`(B, C_in, *space)` and its mean over space, `(B, C_in)`, to the output `(B, C_out, *out)`."""
-        attention, cells = self.attention, self.warehouse.cells_for_forward()
+        attention, cells = self.attention, self._cells_for(x)
         features = attention.features if attention.is_affine else None
         needs_grad = attention.fc2.weight.requires_grad
         make, apply = functional.choose(
@@ -82,6 +105,19 @@ class KWLayer(DynamicLayer):
         folded = make == "folded"
         weights, basis = attention(pooled, folded), attention.fold(cells) if folded else cells
         return functional.compute(x, weights, basis, self.geometry, apply, self.bias)
+
+    def _cells_for(self, x: Tensor) -> Tensor:
+        """The warehouse's cells, which must be on the device of `x`: products of tensors on different devices are not
+        always refused."""
+        cells: Tensor = self.warehouse()
+        if self.warehouse.is_sharded and cells.untyped_storage().size() == 0:
+            raise self.warehouse.sharded_error()  # FSDP has freed them already
+        if cells.device != x.device:
+            raise RuntimeError(
+                f"Layer {self.layer_name!r} has an input on {x.device}, and the cells of its warehouse "
+                f"{self.warehouse.name!r} are on {cells.device}."
+            )
+        return cells
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -100,17 +136,23 @@ class KWLayer(DynamicLayer):
 
 
 class OnTokens:
-    """The forward pass of a linear layer, `(B, *, C_in)` to `(B, *, out_features)`, around `_compute`."""
+    """The forward pass of a linear layer, `(B, *, C_in)` to `(B, *, out_features)`, around `_compute`. The output is
+    contiguous. `(C_in,)`, without batch, is one sample."""
 
+    in_features: int
     out_features: int
     _compute: Callable[[Tensor, Tensor], Tensor]
 
     @leaf
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 1:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        if _is_empty(x):
+            return _of_nothing(self, F.linear(x, x.new_zeros(self.out_features, self.in_features)))
         tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # (B, S, C_in)
         pooled = x.mean(dim=tuple(range(1, x.dim() - 1))) if x.dim() > 2 else x
         out = self._compute(tokens.transpose(1, 2), pooled)
-        return out.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
+        return out.transpose(1, 2).reshape(*x.shape[:-1], self.out_features).contiguous()
 
 
 class OnPositions:
@@ -125,6 +167,8 @@ class OnPositions:
     in_channels: int
     padding_mode: str
     extra_padding: list[int] | None
+    kernel_shape: tuple[int, ...]
+    geometry: Geometry
     _compute: Callable[[Tensor, Tensor], Tensor]
 
     @leaf
@@ -137,11 +181,27 @@ class OnPositions:
         pooled = x.flatten(2).mean(dim=2)
         if self.extra_padding is not None:
             x = F.pad(x, self.extra_padding, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        if _is_empty(x):
+            g, convolve = self.geometry, (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
+            kernel = x.new_zeros(self.kernel_shape)
+            return _of_nothing(self, convolve(x, kernel, None, g.stride, g.padding, g.dilation, g.groups))
         return self._compute(x, pooled)
+
+
+def _is_empty(x: Tensor) -> bool:
+    """Whether `x` has no entry, as where no region was proposed: there is nothing to pool."""
+    return not torch.jit.is_tracing() and 0 in x.shape  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _of_nothing(layer: Any, out: Tensor) -> Tensor:
+    """The empty output `out`, from which every parameter of the layer gets a gradient of zeros, as in static layers."""
+    gradients: Tensor = sum(parameter.sum().to(out) for parameter in layer.parameters())
+    return out + gradients
 
 
 class KWLinear(OnTokens, KWLayer):
     """`nn.Linear` on `(B, *, C_in)`; the attention sees the mean over all dimensions between batch and channels.
+    `(C_in,)` is one sample.
 
     Args:
         in_features, out_features, bias: as in `nn.Linear`.

@@ -212,7 +212,8 @@ def _layer_costs(model: nn.Module, meter: _Meter) -> Iterable[LayerCost]:
     for name, module in model.named_modules():
         if module not in meter.macs or (module in inside and not isinstance(module, DynamicLayer)):
             continue
-        params = sum(parameter.numel() for parameter in module.parameters())
+        own = module.own_parameters() if isinstance(module, KWLayer) else module.parameters()
+        params = sum(parameter.numel() for parameter in own)
         kind, macs = type(module).__name__, meter.macs[module]
         if not isinstance(module, DynamicLayer):
             yield LayerCost(name, kind, None, 0, params, macs, 0, 0)

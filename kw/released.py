@@ -112,8 +112,8 @@ def _entries(model: nn.Module) -> list[Entry]:
     for name, value in model.state_dict().items():
         module, _, leaf = name.rpartition(".")
         shape = tuple(value.shape)
-        if module.startswith("warehouses."):
-            number, dims = cells[module.removeprefix("warehouses.")]
+        if module.endswith(".warehouse"):
+            number, dims = cells[layers[module.removesuffix(".warehouse")].warehouse.name]
             entries.append(Entry(name, f"warehouse_manager.weights.{number}", shape + (1,) * dims))
         elif leaf == "gamma":  # layer scale
             entries.append(Entry(name, f"{renamed[module]}.{leaf}", (1, *shape, 1, 1)))

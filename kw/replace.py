@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from kw.layers import DynamicLayer, KWLayer
-from kw.warehouse import Warehouse
+from kw.warehouse import Warehouses
 
 Chooser = Callable[[str, nn.Module], Any] | Mapping[str, Any]
 
@@ -30,10 +31,10 @@ def why_not_plain(layer: nn.Module) -> str | None:
         return f"{name} is no convolution or linear layer"
     if isinstance(layer._parameters.get("weight"), nn.parameter.UninitializedParameter):
         return f"{name} has no shape yet"
-    if layer._parameters.get("weight") is None:
+    if computes_weight(layer):
         return "its weight is computed from other parameters"
     methods = [key for key in ("forward", "_conv_forward") if hasattr(base, key)]
-    if any(getattr(type(layer), key) is not getattr(base, key) for key in methods) or "forward" in vars(layer):
+    if any(getattr(type(layer), key) is not getattr(base, key) for key in methods):
         return f"{name} computes something else than nn.{base.__name__}"
     return None
 
@@ -65,6 +66,12 @@ def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...],
         value = scope.get(name) if isinstance(scope, Mapping) else scope(name, module)
         if value is None or value is False:
             continue
+        if isinstance(module, kinds) and computes_weight(module):
+            raise ValueError(
+                f"The scope puts {name!r} {where.format(repr(value))}, but its weight is computed from other "
+                f"parameters (by weight_norm, spectral_norm or pruning), which a dynamic layer does not have. Remove "
+                f"that first, or leave the layer out of the scope."
+            )
         if plain_base(module) not in kinds:
             raise ValueError(
                 f"The scope puts {name!r}, a {type(module).__name__}, {where.format(repr(value))}: "
@@ -89,13 +96,62 @@ def _hint(module: nn.Module) -> str:
     return f" ({why_not_plain(module)})" if isinstance(module, PLAIN) else ""
 
 
-def like(static: nn.Module, dynamic: DynamicLayer) -> DynamicLayer:
-    """Give the dynamic layer the static one's bias, device, dtype and mode."""
-    dynamic.to(static.get_parameter("weight")).train(static.training)
+def like(static: nn.Module, dynamic: DynamicLayer, name: str) -> DynamicLayer:
+    """Give the dynamic layer what the static one has: bias, device, dtype, mode, hooks; and if its weight is frozen, no
+    parameter of the layer's own is trained.
+
+    Args:
+        name: of the static layer, for a warning of what cannot be carried over.
+    """
+    weight = static.get_parameter("weight")
+    dynamic.to(weight).train(static.training)
+    own = dynamic.own_parameters() if isinstance(dynamic, KWLayer) else dynamic.parameters()
+    for parameter in own:
+        parameter.requires_grad_(weight.requires_grad)
     bias = getattr(static, "bias", None)
     if isinstance(bias, nn.Parameter):
         dynamic.bias = bias
+    carry_hooks(static, dynamic, name)
     return dynamic
+
+
+# Dictionaries of a module that hold its hooks, or how they are called.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+HOOKS_OF_STATE = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def carry_hooks(old: nn.Module, new: nn.Module, name: str) -> None:
+    """Let hooks of `old` run on `new`, which has none of its own. Their handles still remove them. Warns of hooks on
+    the state dict, which expect the entries of `old`, and of a `forward` that was replaced on `old`."""
+    for key in HOOKS:
+        if key in vars(old):
+            object.__setattr__(new, key, vars(old)[key])
+    lost = ["hooks on its state dict"] if any(vars(old).get(key) for key in HOOKS_OF_STATE) else []
+    lost += ["a replaced forward method"] if "forward" in vars(old) else []
+    if lost:
+        warnings.warn(
+            f"Layer {name!r} had {' and '.join(lost)}, which the layer in its place does not have.", stacklevel=2
+        )
+
+
+def computes_weight(layer: nn.Module) -> bool:
+    """Whether the layer's weight is no parameter, but computed from some: by weight_norm, spectral_norm or pruning, old
+    or as a parametrization."""
+    return not isinstance(layer._parameters.get("weight"), nn.Parameter)
 
 
 def convolution_arguments(layer: Any) -> tuple[Any, ...]:
@@ -122,9 +178,11 @@ def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def drop_unused_warehouses(model: nn.Module) -> None:
-    """Remove warehouses from `model` that no layer uses any longer: their cells would get no gradient."""
+    """Remove warehouses from `warehouses` of `model` and its parts that no layer uses any longer, to free memory."""
     used = {layer.warehouse for layer in model.modules() if isinstance(layer, KWLayer)}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Warehouse) and child not in used:
-                delattr(parent, name)
+    for part in model.modules():
+        listed = vars(part).get("warehouses")
+        if isinstance(listed, Warehouses):
+            for name, warehouse in list(listed.items()):
+                if warehouse not in used:
+                    del listed[name]

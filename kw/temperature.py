@@ -1,12 +1,18 @@
 """The temperature tau of a model's attentions (paper, section 3.3): one tensor for all of them, 1 when training begins
 and 0 once it is warmed up.
 
-Each attention saves it, so a state dict has it once for each attention. An average of a state dict's entries in place,
-such as timm's ModelEmaV3, averages it each time: call `kw.set_temperature(average, tau)` after each update.
+Each attention saves it, so a state dict has it once for each attention.
+
+Moving averages of weights (timm's ModelEma, torch's AveragedModel, ultralytics' ModelEMA) write into a copy of the
+model in place, the temperature too. But an average of temperatures is the temperature of no model. So where somebody
+wrote another value into a deep copy's temperature than `set` or loading left there, the copy takes the temperature of
+the model that it was copied from, as long as that exists. Otherwise a copy is independent of its original.
+In a compiled model this happens when it is next read outside of the compiled part, such as by `state_dict`.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -17,30 +23,40 @@ from kw.frozen import refuse_frozen
 
 
 class Temperature(nn.Module):
-    """One temperature, for all attentions that hold this module: `value`, a scalar on their device."""
+    """One temperature, for all attentions that hold this module: `read()`, a scalar on their device.
 
-    value: Tensor
+    It notes what it was set to, and at which version of the tensor: then it knows without waiting for the device
+    whether it is 0, and whether somebody else wrote into it.
+    """
+
+    value: Tensor  # as it is; `read` and `is_zero` first settle what others wrote into it
+    is_noted_zero: bool
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("value", torch.zeros(()), persistent=False)  # each attention saves it
-        # Which tensor, at which version, is known to be 0.
-        self._zero_of: weakref.ref[Tensor] | None = weakref.ref(self.value)
-        self._zero_at: int | None = _version(self.value)
+        self.has_warned = False  # of a batch of one (kw/attention.py): once in a model
+        self._source: weakref.ref[Temperature] | None = None  # that of the model that this one was copied from
+        self._note(0.0)
+
+    def read(self) -> Tensor:
+        """tau, `()`."""
+        self._settle()
+        return self.value
 
     @property
     def is_zero(self) -> bool:
         """Whether tau is known to be 0, without waiting for the device; then the anchors can be left out. In compiled
         models, only `set` and loading make it known."""
         if torch.compiler.is_compiling():
-            return self._zero_at is not None
-        known = self._zero_of is not None and self._zero_of() is self.value
-        return known and self._zero_at == _version(self.value)
+            return self.is_noted_zero
+        self._settle()
+        return self.is_noted_zero and self._noted_of() is self.value
 
     def set(self, tau: float) -> None:
         """Set it in place."""
         self.value.fill_(tau)
-        self._note(tau == 0)
+        self._note(tau)
 
     def load(self, value: Tensor, assign: bool) -> None:
         """Take over a saved temperature; `assign` as in `nn.Module.load_state_dict`."""
@@ -48,26 +64,61 @@ class Temperature(nn.Module):
             self.value = value.detach().clone()
         else:
             self.value.copy_(value)
-        self._note(not value.is_meta and float(value) == 0)
+        self._note(None if value.is_meta else float(value))
 
-    def _note(self, is_zero: bool) -> None:
-        self._zero_of = weakref.ref(self.value) if is_zero else None
-        self._zero_at = _version(self.value) if is_zero else None
+    def _note(self, noted: float | Tensor | None, is_zero: bool = False) -> None:
+        """Note what the tensor holds: a number, a copy on its device, or None if it is not known."""
+        self._noted = noted
+        self.is_noted_zero = is_zero or (isinstance(noted, float | int) and noted == 0)
+        self._noted_of = weakref.ref(self.value)
+        self._noted_at = _version(self.value)
+
+    def _settle(self) -> None:
+        """If somebody wrote into the tensor, decide what that was, without waiting for the device."""
+        if torch.compiler.is_compiling() or self._noted_of() is not self.value:
+            return  # another tensor, by torch.func or DataParallel: it is what they say
+        if self._noted_at == _version(self.value):
+            return
+        source = self._source() if self._source is not None else None
+        is_zero = False
+        if source is not None and self._noted is not None:
+            with torch.no_grad():
+                theirs = source.read().to(self.value, non_blocking=True)
+                self.value.copy_(torch.where(self.value == self._noted, self.value, theirs))
+            is_zero = self.is_noted_zero and source.is_zero
+        if type(self.value) is Tensor and self.value.device.type == "cpu":
+            self._note(float(self.value))
+        else:
+            self._note(self.value.clone(), is_zero)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Temperature:
-        was_zero = self.is_zero
+        self._settle()
+        before = self.value
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if was_zero and not self.value.is_meta:
-            self.value.zero_()  # `to_empty` leaves what was in memory
-        self._note(was_zero)
+        if isinstance(self._noted, Tensor):
+            self._noted = fn(self._noted)
+        elif self._noted is not None and self.value is not before and not self.value.is_meta:
+            self.value.fill_(self._noted)  # `to_empty` leaves what was in memory
+        self._note(self._noted, self.is_noted_zero)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_zero_at": self.is_zero, "_zero_of": None}
+        self._settle()
+        return {**self.__dict__, "_noted_of": None, "_source": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._note(state["_zero_at"])
+        self._note(self._noted, self.is_noted_zero)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Temperature:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied._source = weakref.ref(self)
+        return copied
+
+    def __float__(self) -> float:
+        return float(self.read())
 
 
 def _version(value: Tensor) -> int:
@@ -86,7 +137,7 @@ class Tempered(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
-        return self.shared.value
+        return self.shared.read()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

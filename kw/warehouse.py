@@ -5,8 +5,8 @@ Shapes: `n` cells in the warehouse, `o` by `i` channels of a cell, `m` mixtures 
 A cell is at one position. In two of the paper's ablations (`KWConfig.partition`) it spans all of them. Then `i` counts
 input channels times positions, and `P` is 1 wherever kernels are cut.
 
-`nn.DataParallel` and FSDP are not supported: layers read cells outside of the forward pass of the module that owns
-them, and would find them on another device, or sharded. DistributedDataParallel is supported.
+Each layer has its warehouse as a submodule, and several layers have the same one. So whoever holds a layer holds its
+cells, and they are listed, moved, optimized and saved once, under the name of the first layer that uses them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kw.anchoring import Anchors, all_to_one, at_random, cells_of, one_to_one, own_cells
 from kw.compute.gathering import Gatherer
 from kw.config import KWConfig
+from kw.owners import OneEntry, Owners
 
 # Upper limit of mixtures times cells. Each product takes at least 16 weights in the attentions, whose hidden layers are
 # at least 16 wide: 134 million in all.
@@ -78,7 +79,8 @@ class Warehouse(nn.Module):
     >>> warehouse = Warehouse([KernelShape("conv", (64, 32, 3, 3))], KWConfig(n="1/2"))
     >>> layer = KWConv2d(32, 64, 3, padding=1, share=warehouse.shares[0])
 
-    Layers refer to their warehouse without owning it: register it once, on the model (`kw.convert` does).
+    Its forward pass returns the cells. Layers call it, so that hooks on it take effect: those that load offloaded
+    parameters, or gather sharded ones.
 
     Raises:
         ValueError: the kernels cannot be cut into cells of one size, or there are so many cells that the attentions
@@ -102,8 +104,10 @@ class Warehouse(nn.Module):
         anchors, owned = self._anchor(kernels, mixtures, n)
 
         self.cells = nn.Parameter(torch.empty(n, o, i * self.span))
-        # It must be forgotten when cells move and when the module is copied, so the module holds it.
-        self._gatherer = Gatherer()
+        # Copies and saved files start with new ones of these.
+        self._gatherer = Gatherer()  # must be forgotten when cells move
+        self.owners, self._entry = Owners(), OneEntry()
+        self.is_sharded = False  # whether FSDP manages the cells
         self.shares: list[Share] = []
         start = 0
         for k, kernel in enumerate(kernels):
@@ -117,10 +121,51 @@ class Warehouse(nn.Module):
         """Mixtures of all layers together."""
         return sum(share.mixtures for share in self.shares)
 
-    def cells_for_forward(self) -> Tensor:
+    def forward(self) -> Tensor:
         """The cells `(n, o, i)` for a layer's forward pass. In eager training it is an identity of them that adds the
-        gradients of all layers into one sum (compute/gathering.py)."""
-        return self._gatherer(self.cells)
+        gradients of all layers into one sum (compute/gathering.py).
+
+        Raises:
+            RuntimeError: FSDP has sharded the cells, and not gathered them for this layer.
+        """
+        if not self.is_sharded:
+            return self._gatherer(self.cells)
+        if type(self.cells) is not nn.Parameter:
+            raise self.sharded_error()
+        # FSDP reduces gradients when a part's backward pass ends, and the identity's may come later. A new tensor for
+        # each layer, because FSDP adds a hook to it in each forward pass.
+        return self.cells.view_as(self.cells)
+
+    def sharded_error(self) -> RuntimeError:
+        """What a layer raises that finds the cells sharded."""
+        return RuntimeError(
+            f"The cells of warehouse {self.name!r} are sharded: the part of the model that FSDP shards them with is "
+            f"not the only one that uses them. Shard warehouses first, each alone, and let them stay whole in the "
+            f"forward pass: for w in model.warehouses.values(): fully_shard(w, reshard_after_forward=False)."
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "cells" and type(value) is not nn.Parameter and hasattr(value, "placements"):
+            self.is_sharded = True  # a DTensor: FSDP replaces the parameter, and puts the whole one here at times
+        super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._entry.is_new(destination, prefix):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        self._entry.report(missing_keys, missing)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Warehouse:
         self._gatherer.forget()  # or it would hold the memory that the cells leave
@@ -191,10 +236,7 @@ class Warehouse(nn.Module):
 
 
 class Warehouses(nn.ModuleDict):
-    """A model's warehouses by name. Its forward pass is the identity, because `nn.Sequential` runs every child."""
-
-    def forward(self, x: Any) -> Any:
-        return x
+    """A model's warehouses by name: `model.warehouses`. It is not a submodule of the model, whose layers have them."""
 
 
 def number_of_cells(mixtures: Sequence[int], config: KWConfig) -> int:

@@ -312,10 +312,8 @@ def test_settings_of_the_real_size_are_built_or_refused_by_key_and_layer(name, n
         except ValueError as error:
             refused.add((key, value))
             assert f"{key}={value!r}" in str(error) and re.search(r"'\w+\.[\w.]+'", str(error)), error
-    # One mixture a layer is not a multiple of two.
-    assert (("partition", "none") in refused) == (n == "1/2")
     # Layers of one warehouse must be multiples of one cell: that of a whole model does not always divide them all.
-    assert refused <= {("partition", "none"), ("sharing", "model")}
+    assert refused <= {("sharing", "model")}
 
 
 # What is done with models

@@ -419,7 +419,7 @@ def test_a_run_is_watched_goes_on_and_is_evaluated(digits, in_this_process, refu
     found = json.loads(capsys.readouterr().out)
     assert {key: summary[key] for key in ("box_ap", "mask_ap")} == {key: found[key] for key in ("box_ap", "mask_ap")}
     other = refused(f"evaluate={run}", "n=static", f"hydra.run.dir={tmp_path}/other")
-    assert "does not fit" in other and "warehouses" in other
+    assert "does not fit" in other and "warehouse.cells" in other
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ def test_the_learning_rate_decays_towards_the_stem(n):
     )
     for name, p in model.named_parameters():
         expected = group_of(name, 6)
-        if ".warehouses." in name:
+        if ".warehouse." in name:
             layers = {x: m for x, m in model.named_modules() if isinstance(m, KWLayer) and m.warehouse.cells is p}
             expected = max(group_of(f"{layer}.", 6) for layer in layers)
         assert groups_of[p]["lr"] == pytest.approx(1e-4 * 0.95 ** (7 - expected)), name

@@ -125,14 +125,14 @@ def test_gradients_are_those_of_the_output(case, training):
     layer.train(training)
     layer.attention.temperature.fill_(0.3)
     x = torch.randn(2, *(min(side, 4) for side in size), dtype=torch.float64, requires_grad=True)
-    inputs = (x, layer.warehouse.cells, *layer.parameters())
+    inputs = (x, *layer.parameters())
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), inputs, fast_mode=True)
 
 
 def test_gradients_through_a_nonlocal_basis_are_those_of_the_output():
     _, layer, size = build("padded", n="1/2", norm="layer", nonlocal_basis="1/16")
     x = torch.randn(2, *size, dtype=torch.float64, requires_grad=True)
-    inputs = (x, layer.warehouse.cells, *layer.parameters())
+    inputs = (x, *layer.parameters())
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), inputs, fast_mode=True)
 
 
@@ -158,14 +158,14 @@ def test_layers_of_a_warehouse_add_up_their_gradients_in_its_cells():
 def test_cells_are_owned_once_by_the_model():
     model = pair()
     owners = [key for key in model.state_dict() if key.endswith("cells")]
-    assert owners == ["warehouses.shared.cells"]
-    assert [key for key, _ in model.named_parameters(remove_duplicate=False) if key.endswith("cells")] == owners
+    assert owners == ["0.warehouse.cells"]
+    assert [key for key, _ in model.named_parameters() if key.endswith("cells")] == owners
     state = {key: value for key, value in model.state_dict().items() if not key.endswith("temperature")}  # one for all
     storages = [value.data_ptr() for value in state.values() if value.numel()]
     assert len(set(storages)) == len(storages)
     for layer in (model[0], model[2]):
         assert layer.warehouse is model.warehouses["shared"]
-        assert not any(isinstance(module, Warehouse) for module in layer.modules())
+        assert [module for module in layer.modules() if isinstance(module, Warehouse)] == [layer.warehouse]
 
 
 def through_save(model):

@@ -20,7 +20,7 @@ from train.data.transforms import eval_transform
 from train.jobs.checkpoint import FORMAT, read
 from train.jobs.errors import CheckpointError, ConfigError
 from train.jobs.world import World
-from train.model import build_model
+from train.model import build_model, load_weights
 
 TOP = (1, 5)
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -139,7 +139,7 @@ def _load(config: TrainConfig, path: Path, weights: State, num_classes: int, our
     model = build_model(config, num_classes)
     try:
         if ours:
-            model.load_state_dict(weights)
+            load_weights(model, weights)
         else:
             kw.load_released(model, weights)
     except (KeyError, ValueError, RuntimeError) as error:

@@ -27,7 +27,7 @@ from train.evaluate import cast
 from train.jobs.errors import NonFiniteError
 from train.jobs.signals import StopRequest, first_signal
 from train.jobs.world import World
-from train.model import build_model
+from train.model import build_model, load_weights
 from train.optim import build_loss, build_mixup, build_optimizer, restore
 from train.schedule import learning_rate, temperature
 from train.watch import Step, Watch
@@ -193,19 +193,12 @@ class Learner:
         self._tau = tau
 
     def _update_average(self) -> None:
-        if not self.ema:
-            return
-        self.ema.update(self.model)
-        if self._tau:  # the update averaged the temperatures too: set the model's. Once both are 0, they stay 0
-            kw.set_temperature(self.ema.module, self._tau)
+        if self.ema:
+            self.ema.update(self.model)
 
     def average(self) -> nn.Module | None:
-        """The moving average, ready to be evaluated at the model's temperature; None without recipe.ema_decay."""
-        if self.ema is None:
-            return None
-        if self._tau == 0:  # says it to the layers on the host too: they then leave out the anchors
-            kw.set_temperature(self.ema.module, 0)
-        return self.ema.module  # type: ignore[no-any-return]
+        """The moving average, at the model's temperature; None without recipe.ema_decay."""
+        return self.ema.module if self.ema else None
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -221,9 +214,9 @@ class Learner:
 
     def load(self, state: dict[str, Any]) -> None:
         """Raises KeyError, RuntimeError or ValueError if it does not fit."""
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state["model"])
         if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
+            load_weights(self.ema.module, state["ema"])
         restore(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self._tau = None

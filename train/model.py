@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import timm
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 
 import kw
 from train.config import TrainConfig
@@ -58,3 +59,18 @@ def set_drop_path(model: nn.Module, rate: float, rule: str) -> None:
         share = 1.0 if rule == "constant" else index / max(len(blocks) - 1, 1)
         for key in keys:
             setattr(block, key, DropPath(rate * share))
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load a state dict, strictly.
+
+    Raises:
+        ValueError: it was written when cells had names of their own, not yet those of their layers.
+        RuntimeError: it does not fit.
+    """
+    if any(name.startswith("warehouses.") for name in weights):
+        raise ValueError(
+            "it is of an earlier version, in which cells were saved as 'warehouses.*' and not with their layers; "
+            "it can only be read by that version"
+        )
+    model.load_state_dict(weights)

@@ -12,7 +12,6 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_la
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
-from kw.layers import KWLayer
 from train.config import RecipeConfig
 from train.jobs.errors import ConfigError
 
@@ -32,7 +31,9 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig) -> torch.optim.Optim
         extra |= {"betas": tuple(recipe.betas), "eps": recipe.eps}
     parameters: Any = model
     if recipe.layer_decay is not None:
-        parameters = layer_decay_groups(model, recipe.weight_decay, recipe.layer_decay)
+        # A warehouse's cells have the rate of the first layer that uses them, by whose name they go.
+        exempt: Collection[str] = getattr(model, "no_weight_decay", tuple)()
+        parameters = param_groups_layer_decay(model, recipe.weight_decay, exempt, layer_decay=recipe.layer_decay)
     try:
         if has_fused(recipe.optimizer, next(model.parameters()).device):
             extra["fused"] = True
@@ -74,23 +75,6 @@ def _begin_momenta(optimizer: torch.optim.Optimizer) -> None:
         if group.get("fused") and group.get("momentum"):
             for parameter in group["params"]:
                 optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-
-
-def layer_decay_groups(model: nn.Module, weight_decay: float, decay: float) -> list[dict[str, Any]]:
-    """timm's parameter groups, in which the learning rate of a layer is `decay` times that of the next one. timm would
-    put the cells of warehouses with the head; here they learn as fast as the deepest layer that uses them."""
-    exempt: Collection[str] = getattr(model, "no_weight_decay", tuple)()
-    groups: list[dict[str, Any]] = param_groups_layer_decay(model, weight_decay, exempt, layer_decay=decay)
-    scales = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
-    by_cells: dict[nn.Parameter, float] = {}
-    for layer in model.modules():
-        if isinstance(layer, KWLayer):
-            cells, scale = layer.warehouse.cells, scales[next(layer.attention.parameters())]
-            by_cells[cells] = max(scale, by_cells.get(cells, 0.0))
-    for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter not in by_cells]
-    shared = [{"params": [cells], "lr_scale": scale, "weight_decay": weight_decay} for cells, scale in by_cells.items()]
-    return [group for group in groups if group["params"]] + shared
 
 
 def build_mixup(recipe: RecipeConfig, num_classes: int) -> Mixup | None:

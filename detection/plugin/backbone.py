@@ -128,11 +128,7 @@ class KWBackbone(BaseModule):
 
     def _freeze(self, stages: int) -> None:
         matcher = self.model.group_matcher(coarse=True)
-        group_of = {
-            name: group
-            for name, group in group_parameters(self.model, matcher, reverse=True).items()
-            if not name.startswith("warehouses.")
-        }
+        group_of: dict[str, int] = group_parameters(self.model, matcher, reverse=True)
         last = max(group_of.values())
         if not -1 <= stages <= last:
             raise SettingError(f"frozen_stages={stages}: {self.name} has a stem (0) and stages 1 to {last}.")
@@ -140,7 +136,7 @@ class KWBackbone(BaseModule):
             if group_of.get(name, last + 1) <= stages:
                 parameter.requires_grad_(False)
         for layer in self.model.modules():
-            if isinstance(layer, KWLayer) and not any(p.requires_grad for p in layer.parameters()):
+            if isinstance(layer, KWLayer) and not any(p.requires_grad for p in layer.own_parameters()):
                 layer.warehouse.cells.requires_grad_(False)
 
     def train(self, mode: bool = True) -> KWBackbone:

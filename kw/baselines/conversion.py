@@ -24,7 +24,8 @@ def convert(model: nn.Module, name: str, n: BudgetLike = 1, scope: Choice | None
         n: the number of kernels in a layer, an integer; methods without a budget (`dcd`, `se`) ignore it.
         scope: which layers: names, or a function of `(layer name, layer)`. By default those of `default_scope`.
 
-    Biases are kept. Kernels are not: they are initialized at random.
+    Biases are kept. Kernels are not: they are initialized at random. What was set on a layer is kept, as in
+    `kw.convert`, and an optimizer that was made before must be made again.
 
     Raises:
         ValueError: there is no such method, n is not an integer, or the scope matches no layer, or names one that does
@@ -40,7 +41,7 @@ def convert(model: nn.Module, name: str, n: BudgetLike = 1, scope: Choice | None
     layers: dict[nn.Module, nn.Module] = {}
     for layer_name in names:
         static = model.get_submodule(layer_name)
-        layers[static] = like(static, method.layer(*convolution_arguments(static), **budget))
+        layers[static] = like(static, method.layer(*convolution_arguments(static), **budget), layer_name)
     replace(model, layers)
     share_temperature(model)
     return model
