@@ -10,6 +10,7 @@ from kw.config import KWConfig
 from kw.conversion import convert
 from kw.create import create_model
 from kw.freezing import freeze
+from kw.from_static import load_static
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
 from kw.planning import Plan, plan
 from kw.profiling import Profile, profile
@@ -36,6 +37,7 @@ __all__ = [
     "freeze",
     "functional",
     "load_released",
+    "load_static",
     "plan",
     "profile",
     "set_temperature",

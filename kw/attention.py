@@ -144,6 +144,17 @@ class Attention(Tempered):
         at_hand = type(x) is Tensor and self.beta.device == x.device
         return (self.beta if at_hand else _one_hot(self.anchors, self.cells, x.device)).to(x.dtype)
 
+    @torch.no_grad()
+    def prefer_anchors(self) -> None:
+        """Let each mixture's scores be 1 for its anchor and 0 for all other cells, whatever the input: `fc2` starts at
+        zero, as adapters do, and learns from there."""
+        assert self.anchors is not None
+        bias = self.fc2.bias if self.fc3 is None else self.basis_bias
+        scores = torch.zeros(self.mixtures, self.cells + 1)
+        scores[torch.arange(self.mixtures), torch.tensor(self.anchors)] = 1
+        bias.copy_(scores.flatten())
+        self.fc2.weight.zero_()
+
     @property
     def features(self) -> int:
         """The hidden width H."""

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from kw.config import KWConfig
+from kw.from_static import check_startable, load_static
 from kw.layers import DynamicLayer, KWConv1d, KWConv2d, KWConv3d, KWLinear
 from kw.observing import observe
 from kw.planning import Plan
@@ -36,6 +37,7 @@ def convert(
     *,
     plan: Plan | None = None,
     example: Any = None,
+    from_weights: bool = False,
 ) -> nn.Module:
     """Make layers of `model` dynamic, in place, and return it.
 
@@ -50,9 +52,12 @@ def convert(
             (`kw.sharing`).
         plan: of this model, or one built alike. It has the settings, so `scope` and `config` are left out.
         example: an input of the model, for models whose input cannot be guessed (`kw.plan`).
+        from_weights: start from the model's weights: its kernels become the cells that anchor mixtures. At temperature
+            1 its outputs are then those of the static model, to rounding, and at temperature 0 close to them
+            (`kw.from_static`). For n of at least 1.
 
     Each layer has its warehouse as a submodule, `layer.warehouse`. `model.warehouses` lists them by name, in the order
-    in which layers first use them. Biases are kept. Kernels are not: cells are initialized at random.
+    in which layers first use them. Biases are kept. Kernels are only with `from_weights`; else cells are random.
 
     What was set on a layer is kept: training mode, device, dtype, hooks. Where its weight was frozen
     (`requires_grad=False`), so is its attention; cells are frozen if the weights of all their layers were. What cannot
@@ -80,16 +85,26 @@ def convert(
         plan = make_plan(model, config or KWConfig(), example=example)
         _check_gain(plan)
     if plan is not None:
-        return _build(model, *_planned(model, plan))
-    groups, configs = _asked(model, scope, KWConfig() if config is None else config)
-    _refuse_read(model, [name for names in groups.values() for name in names], example)
-    return _build(model, groups, configs)
+        groups, configs = _planned(model, plan)
+    else:
+        groups, configs = _asked(model, scope, KWConfig() if config is None else config)
+        _refuse_read(model, [name for names in groups.values() for name in names], example)
+    return _convert(model, groups, configs, from_weights)
 
 
-def convert_by_scope(model: nn.Module, scope: Scope, config: Configs) -> nn.Module:
+def convert_by_scope(model: nn.Module, scope: Scope, config: Configs, from_weights: bool = False) -> nn.Module:
     """`convert` for a scope that is known to fit the model, without a forward pass to see which weights it reads."""
     refuse_converted(model)
-    return _build(model, *_asked(model, scope, config))
+    return _convert(model, *_asked(model, scope, config), from_weights)
+
+
+def _convert(model: nn.Module, groups: Groups, configs: Mapping[str, KWConfig], from_weights: bool) -> nn.Module:
+    if not from_weights:
+        return _build(model, groups, configs)
+    check_startable(configs.values())
+    weights = model.state_dict()
+    load_static(_build(model, groups, configs), weights)
+    return model
 
 
 def _build(model: nn.Module, groups: Groups, configs: Mapping[str, KWConfig]) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from train.evaluate import cast
 from train.jobs.errors import NonFiniteError
 from train.jobs.signals import StopRequest, first_signal
 from train.jobs.world import World
-from train.model import build_model, load_weights
+from train.model import build_model, load_weights, start_from
 from train.optim import build_loss, build_mixup, build_optimizer, restore
 from train.schedule import learning_rate, temperature
 from train.watch import Step, Watch
@@ -211,6 +212,11 @@ class Learner:
             "scaler": self.scaler.state_dict(),
             "sums": self.world.stack(self.sums),
         }
+
+    def start_from(self, path: Path) -> None:
+        """Begin with the weights of a static run or checkpoint. Raises CheckpointError if they do not fit."""
+        for model in (self.model, *([self.ema.module] if self.ema else [])):
+            start_from(model, path)
 
     def load(self, state: dict[str, Any]) -> None:
         """Raises KeyError, RuntimeError or ValueError if it does not fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -10,8 +11,10 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 import kw
+from train.checkpoint import newest
 from train.config import TrainConfig
-from train.jobs.errors import ConfigError
+from train.jobs.checkpoint import FORMAT, read
+from train.jobs.errors import CheckpointError, ConfigError
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
@@ -59,6 +62,22 @@ def set_drop_path(model: nn.Module, rate: float, rule: str) -> None:
         share = 1.0 if rule == "constant" else index / max(len(blocks) - 1, 1)
         for key in keys:
             setattr(block, key, DropPath(rate * share))
+
+
+def start_from(model: nn.Module, path: Path) -> None:
+    """Load the weights of a static run or checkpoint into `model`, which has the same backbone, static or with n of at
+    least 1 (`kw.load_static`).
+
+    Raises:
+        CheckpointError: it cannot be read, or does not fit.
+    """
+    path = path.expanduser()
+    path, state = newest(path / "checkpoints")[:2] if path.is_dir() else (path, read(path))
+    weights = state["model"] if state.get("format") == FORMAT else state
+    try:
+        kw.load_static(model, weights)
+    except ValueError as error:
+        raise CheckpointError(f"start_from={path} does not fit: {error}") from None
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -74,7 +74,7 @@ class Trainer:
     # ---- resuming ---------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Resume from the folder's newest checkpoint, if there is one.
+        """Resume from the folder's newest checkpoint, if there is one. If not, begin with the weights of `start_from`.
 
         1. Read the newest complete checkpoint, passing over damaged ones.
         2. Compare its settings and its data with this run's.
@@ -87,6 +87,7 @@ class Trainer:
         """
         found = self.checkpoints.newest()
         if found is None:
+            self._start_from(self.config.start_from)
             return
         for remark in found.remarks:
             self.display.print(f"Passed over: {remark}")
@@ -102,6 +103,13 @@ class Trainer:
             self.checkpoints.resume_from(found)
             self.metrics.keep_before(self.step // self.steps_per_epoch - (self.unevaluated is not None))
         self.display.print(f"Resumed {self.folder} at step {self.step} of {self.steps}.")
+
+    def _start_from(self, path: str | None) -> None:
+        if path is None:
+            return
+        self.learner.start_from(Path(path))
+        top1 = self.evaluate(self.model)["top1"]
+        self.display.print(f"Started from {path}: top-1 {top1:.2f} before training, at temperature 0.")
 
     def load(self, state: State) -> None:
         """Take over a state of `state()`.

@@ -37,14 +37,21 @@ class Backbone:
     vanilla: Callable[..., nn.Module] = timm.create_model
 
     def create(
-        self, n: BudgetLike = 1, dynamic: str = KW, pretrained: bool = False, features_only: bool = False, **kwargs: Any
+        self,
+        n: BudgetLike = 1,
+        dynamic: str = KW,
+        pretrained: bool = False,
+        features_only: bool = False,
+        from_weights: bool = False,
+        **kwargs: Any,
     ) -> nn.Module:
         """Build the model.
 
         Args:
             n: the budget; "static" builds the vanilla model.
             dynamic: "kw", "static", or a method of `kw.baselines`, which then has n kernels in a layer.
-            pretrained: load timm's weights first. Published backbones refuse it.
+            pretrained: load timm's static weights first; with `from_weights` they become the cells.
+            from_weights: start from the static weights (`kw.convert`), pretrained ones or, for a test, random ones.
             features_only: return the feature maps, as timm does; `out_indices`, `output_fmt` and `norm` go with it.
             kwargs: fields of `KWConfig` override the settings of every warehouse; the others are timm's.
 
@@ -54,10 +61,11 @@ class Backbone:
             TypeError: timm's model does not accept a keyword.
             RuntimeError: `pretrained=True` for a published backbone: no weights are hosted.
         """
-        if pretrained and self.scope is not None:
+        if pretrained and self.scope is not None and not from_weights:
             raise RuntimeError(
                 f"No pretrained weights are hosted for kw_{self.base}: create it with pretrained=False, "
-                f"then kw.load_released(model, torch.load(file, weights_only=True))."
+                f"then kw.load_released(model, torch.load(file, weights_only=True)). To start from timm's static "
+                f"weights, add from_weights=True."
             )
         if dynamic not in choices():
             raise ValueError(f"dynamic={dynamic!r} is not a known method; there are {', '.join(choices())}.")
@@ -71,16 +79,18 @@ class Backbone:
         except TypeError as error:
             raise TypeError(f"{self.base}: {error}. Settings of its warehouses are {', '.join(SETTINGS)}.") from error
         if dynamic == KW:
-            self._convert(model, parse_budget(n), settings)
+            self._convert(model, parse_budget(n), settings, from_weights)
         elif dynamic != STATIC:
             convert_to_baseline(model, dynamic, n)
         return self._features_of(model, features) if features_only else model
 
-    def _convert(self, model: nn.Module, n: Fraction, settings: dict[str, Any]) -> None:
+    def _convert(self, model: nn.Module, n: Fraction, settings: dict[str, Any], from_weights: bool) -> None:
         if self.scope is None:
-            convert(model, config=KWConfig(n=n, **settings))
+            convert(model, config=KWConfig(n=n, **settings), from_weights=from_weights)
         else:
-            convert_by_scope(model, self.scope(n), lambda warehouse: self.config(n, warehouse).replace(**settings))
+            convert_by_scope(
+                model, self.scope(n), lambda warehouse: self.config(n, warehouse).replace(**settings), from_weights
+            )
 
     def _features_of(self, model: nn.Module, options: dict[str, Any]) -> nn.Module:
         """The model in timm's FeatureGetterNet. FeatureListNet, timm's default for most models, would take layers out

@@ -230,6 +230,7 @@ class TrainConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig, metadata=RESUMABLE)
     seed: int = 0
+    start_from: str | None = None  # a run or checkpoint of the same backbone at n=static: train on from its weights
     resume: str = resumable("auto")
     evaluate: str | None = resumable(None)
     label: str = resumable("${backbone.label}")  # the run's name begins with it
