@@ -121,10 +121,10 @@ def _build(model: nn.Module, groups: Groups, configs: Mapping[str, KWConfig]) ->
         warehouse.to(_weight(model, names[0]))
         frozen = [name for name in names if not _weight(model, name).requires_grad]
         warehouse.cells.requires_grad_(len(frozen) < len(names))
-        _warn_of_rounding(warehouse)
         if 0 < len(frozen) < len(names):
             partly[warehouse_name] = frozen
 
+    _warn_of_rounding(warehouses)
     # The model was not changed so far, so that an error leaves it as it was.
     replace(model, layers)
     object.__setattr__(model, "warehouses", warehouses)  # not as a submodule: layers have them
@@ -139,14 +139,19 @@ def _build(model: nn.Module, groups: Groups, configs: Mapping[str, KWConfig]) ->
     return model
 
 
-def _warn_of_rounding(warehouse: Warehouse) -> None:
+def _warn_of_rounding(warehouses: Warehouses) -> None:
     """Below n = 1 every layer has a cell of its own, however few its mixtures."""
-    n, cells, mixtures = warehouse.config.n, len(warehouse.cells), warehouse.mixtures
-    if n < 1 and cells > Fraction(5, 4) * n * mixtures:
+    rounded = [
+        f"{name!r} ({len(w.cells)} cells for {w.mixtures} mixtures at n = {w.config.n})"
+        for name, w in warehouses.items()
+        if isinstance(w, Warehouse) and w.config.n < 1 and len(w.cells) > Fraction(5, 4) * w.config.n * w.mixtures
+    ]
+    if rounded:
+        more = f" and {len(rounded) - 3} more" if len(rounded) > 3 else ""
         warnings.warn(
-            f"Warehouse {warehouse.name!r} has {cells} cells for {mixtures} mixtures, where n = {n} asks for "
-            f"{float(n * mixtures):g}: layers of fewer than {n.denominator} mixtures have a cell each. Cut smaller "
-            f"cells (cell_in and cell_out are {warehouse.config.cell_in} and {warehouse.config.cell_out} now).",
+            f"These warehouses have more cells than n asks for, since each layer has at least one of its own: "
+            f"{', '.join(rounded[:3])}{more}. Cut smaller cells (cell_in, cell_out), so that each layer has at least "
+            f"1/n mixtures.",
             stacklevel=4,
         )
 

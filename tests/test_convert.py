@@ -161,7 +161,7 @@ def test_mode_is_kept():
 def test_uneven_mixtures_are_rounded_to_a_whole_number_of_cells(q):
     """9 mixtures, then 1; every layer keeps a cell, so that its kernel is not zero at temperature 1."""
     config = KWConfig(n=f"1/{q}", cell_in=1, cell_out=1)
-    with pytest.warns(UserWarning, match=f"'b' has 1 cells for 1 mixtures, where n = 1/{q}"):
+    with pytest.warns(UserWarning, match=rf"'b' \(1 cells for 1 mixtures at n = 1/{q}\)"):
         model = kw.convert(small(), {"3": "a", "5": "b"}, config)
     cells = {name: len(warehouse.cells) for name, warehouse in model.warehouses.items()}
     assert cells["b"] == 1 and 9 // q <= cells["a"] <= 9 // q + 1

@@ -88,16 +88,6 @@ def test_kernel_that_cannot_be_cut_is_refused_by_layer_and_warehouse_with_a_way_
         Warehouse([KernelShape("stage.conv", (4, 9))], KWConfig(n="1/2"), name="stage7")
 
 
-@pytest.mark.parametrize("mixtures", [[5], [2, 9], [24, 5]], ids=str)
-def test_cells_not_all_given_out_is_refused_by_warehouse_and_layer_with_a_way_out(mixtures):
-    with pytest.raises(ValueError) as error:
-        one_cell_per_position(mixtures, Fraction(1, 2))
-    odd = [k for k, m in enumerate(mixtures) if m % 2]
-    for part in ("'house'", f"'layer{odd[0]}' ({mixtures[odd[0]]} mixtures)", "multiple of 2", "cell_in", "larger n"):
-        assert part in str(error.value)
-    assert ("'layer0'" in str(error.value)) == (0 in odd), "layers that fit are not blamed"
-
-
 def test_warehouse_of_no_layers_is_refused_by_name():
     with pytest.raises(ValueError, match=r"'house'.*no layer"):
         Warehouse([], KWConfig(), name="house")

@@ -69,8 +69,8 @@ def channels_last(x: Tensor) -> bool:
 
 
 def in_layout_of(x: Tensor, out: Tensor) -> Tensor:
-    """`out` `(B, C, *space)`, channels last in memory if `x` is, else contiguous. Compilers and exporters lay out memory
-    themselves."""
+    """`out` `(B, C, *space)`, channels last in memory if `x` is, else contiguous. Compilers and exporters lay out
+    memory themselves."""
     if torch.compiler.is_compiling() or is_recorded(x.shape):
         return out
     if not channels_last(x):
