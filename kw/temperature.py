@@ -1,7 +1,7 @@
 """The temperature tau of a model's attentions (paper, section 3.3): one tensor for all of them, 1 when training begins
 and 0 once it is warmed up.
 
-Each attention saves it, so a state dict has it once for each attention.
+A state dict has it once, under the name of the first attention.
 
 Moving averages of weights (timm's ModelEma, torch's AveragedModel, ultralytics' ModelEMA) write into a copy of the
 model in place, the temperature too. But an average of temperatures is the temperature of no model. So where somebody
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kw.frozen import refuse_frozen
+from kw.owners import OneEntry
 
 
 class Temperature(nn.Module):
@@ -34,7 +35,8 @@ class Temperature(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("value", torch.zeros(()), persistent=False)  # each attention saves it
+        self.register_buffer("value", torch.zeros(()), persistent=False)  # attentions save it
+        self.entry = OneEntry()
         self.has_warned = False  # of a batch of one (kw/attention.py): once in a model
         self._source: weakref.ref[Temperature] | None = None  # that of the model that this one was copied from
         self._note(0.0)
@@ -127,7 +129,8 @@ def _version(value: Tensor) -> int:
 
 
 class Tempered(nn.Module):
-    """A part of a dynamic layer that depends on the temperature, which it saves under the name `temperature`."""
+    """A part of a dynamic layer that depends on the temperature, which it saves under the name `temperature`. Parts
+    that share a temperature save it once, under the first one's name, and load it under any."""
 
     shared: Temperature
 
@@ -141,7 +144,8 @@ class Tempered(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "temperature"] = self.temperature
+        if self.shared.entry.is_new(destination, prefix):
+            destination[prefix + "temperature"] = self.temperature
 
     def _load_from_state_dict(
         self,
@@ -158,10 +162,12 @@ class Tempered(nn.Module):
         )
         key = prefix + "temperature"
         if key not in state_dict:
-            missing_keys.extend([key] if strict else [])
+            if strict:
+                self.shared.entry.report(missing_keys, [key])
             return
         if key in unexpected_keys:
             unexpected_keys.remove(key)
+        self.shared.entry.report(missing_keys, [])
         self.shared.load(state_dict[key], local_metadata.get("assign_to_params_buffers", False))
 
 

@@ -5,6 +5,9 @@
     python -m scripts.profile_model backbone=resnet18 dynamic=odconv n=4
     python -m scripts.profile_model backbone=timm backbone.name=regnety_002 n=1/2 kw.reduction=1/32
 
+For a timm model without published warehouses it first prints the plan of the conversion: which layers share a
+warehouse, what that costs, and why others stay static.
+
 out          the picture
 all other keys are those of `python -m train`; the data are ImageNet's, unless you say otherwise
 
@@ -16,7 +19,7 @@ the meta device and nothing is computed, so its size does not matter.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +31,16 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
 import kw
+from kw.backbones import BACKBONES
+from kw.config import KW, STATIC
 from kw.profiling import LayerCost, LayerShare, Profile, WarehouseCost
 from scripts.options import imagenet_defaults, one_line_errors, parse
-from train.config import TrainConfig, compose
+from train.config import SettingsConfig, TrainConfig, compose
 from train.model import build_model
 
 CLASSES = 1000
 COLORS = plt.get_cmap("tab10").colors  # of warehouses, in turn
-STATIC = "#9aa3ad"
+GRAY = "#9aa3ad"
 SHADES = {"apply": 1.0, "assembly": 0.55, "attention": 0.25}  # parts of a layer's multiply-adds
 LABELS = {"apply": "convolution or product", "assembly": "assembly of kernels", "attention": "attention"}
 LINE = 0.19  # inches
@@ -53,10 +58,23 @@ def composed(overrides: list[str]) -> TrainConfig:
     return compose([*imagenet_defaults(overrides), *backbone, *overrides])
 
 
+def plan_of(config: TrainConfig) -> kw.Plan | None:
+    """The plan by which a backbone without published warehouses is converted; None for the others."""
+    if config.dynamic != KW or config.backbone.name.removeprefix("kw_") in BACKBONES:
+        return None
+    with torch.device("meta"):
+        model = build_model(replace(config, n=STATIC, dynamic=STATIC, kw=SettingsConfig()), classes_of(config))
+        return kw.plan(model, config.n, config=kw.KWConfig(**config.kw.changes()))
+
+
+def classes_of(config: TrainConfig) -> int:
+    return config.data.num_classes or CLASSES
+
+
 def profile_of(config: TrainConfig) -> Profile:
     size = config.data.image_size
     with torch.device("meta"):
-        model = build_model(config, config.data.num_classes or CLASSES)
+        model = build_model(config, classes_of(config))
         return kw.profile(model, (3, size, size))
 
 
@@ -79,9 +97,9 @@ def draw(profile: Profile, title: str, path: Path) -> None:
             ticks[y] = share.layer
         top += len(warehouse.shares) + 1.6
     if static:
-        _title(left, top, "layers without warehouse", STATIC)
+        _title(left, top, "layers without warehouse", GRAY)
     for line, layer in enumerate(static):
-        _draw_cost(right, top + 1 + line, layer, STATIC)
+        _draw_cost(right, top + 1 + line, layer, GRAY)
         ticks[top + 1 + line] = layer.name
     _finish(left, right, ticks, lines)
     figure.suptitle(f"{title}: {profile.params:,} parameters, {profile.macs:,} multiply-adds per image", fontsize=12)
@@ -133,6 +151,9 @@ def main(words: list[str]) -> None:
     with one_line_errors():
         options, overrides = parse(Options, words, __doc__)
         config = composed(overrides)
+        plan = plan_of(config)
+        if plan is not None:
+            print(f"{plan}\n")
         profile = profile_of(config)
     print(profile)
     draw(profile, f"{config.backbone.label}, {config.dynamic}, n = {config.n}", Path(options.out))

@@ -160,8 +160,7 @@ def test_cells_are_owned_once_by_the_model():
     owners = [key for key in model.state_dict() if key.endswith("cells")]
     assert owners == ["0.warehouse.cells"]
     assert [key for key, _ in model.named_parameters() if key.endswith("cells")] == owners
-    state = {key: value for key, value in model.state_dict().items() if not key.endswith("temperature")}  # one for all
-    storages = [value.data_ptr() for value in state.values() if value.numel()]
+    storages = [value.data_ptr() for value in model.state_dict().values() if value.numel()]
     assert len(set(storages)) == len(storages)
     for layer in (model[0], model[2]):
         assert layer.warehouse is model.warehouses["shared"]
