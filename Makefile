@@ -7,8 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DETECTION := $(VENV)/ready-detection
-# uv takes the packages that pip would, a few times faster.
+# uv takes the packages that pip would, a few times faster. It does not read pip's settings: where it cannot reach an
+# index, pip takes over.
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+WHOLE := -c requirements.lock -e ".[train,report,slurm,wandb,dev]"
+MMDET := -c requirements.lock -e ".[detection]"
 # Threads that wait must not burn the core that another one needs: on a busy machine that costs several times over.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -19,8 +23,8 @@ setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep ^uv== requirements.lock)"
-	$(UV) -c requirements.lock -e ".[train,report,slurm,wandb,dev]"
+	$(PIP) "$$(grep ^uv== requirements.lock)"
+	$(UV) $(WHOLE) || $(PIP) $(WHOLE)
 	touch $@
 
 # MMDetection's stack as well.
@@ -29,8 +33,9 @@ $(READY): requirements.lock pyproject.toml
 setup-detection: $(DETECTION)
 
 $(DETECTION): $(READY)
-	$(UV) -c requirements.lock -e ".[detection]"
-	$(UV) --no-deps --reinstall "$$(grep ^opencv-python-headless requirements.lock)"
+	$(UV) $(MMDET) || $(PIP) $(MMDET)
+	headless="$$(grep ^opencv-python-headless requirements.lock)"; \
+	$(UV) --no-deps --reinstall "$$headless" || $(PIP) --no-deps --force-reinstall "$$headless"
 	touch $@
 
 # Versions stay as they are where pyproject.toml allows; UPGRADE="-P torch" takes the newest torch, UPGRADE=-U of all.
