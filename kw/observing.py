@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 BATCH = 2
 # Sides of inputs to try where a model does not say its own, by dimensions.
-SIDES = {1: (1024, 128), 2: (224, 256, 64, 32), 3: (32, 16)}
+SIDES = {1: (1024, 128), 2: (224, 256, 32, 28, 64, 96, 128), 3: (32, 16)}
 
 # Autograd nodes that make features of a layer's output: with one of these between, it is not yet the model's output.
 NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "NativeLayerNorm", "NativeGroupNorm", "FusedRms")
@@ -68,15 +68,15 @@ def observe(model: nn.Module, names: Iterable[str], example: Any = None) -> Obse
         None if the model can run on no input that could be guessed, so that nothing is known.
     """
     names = list(names)
-    attempts = [(move, args) for args in _inputs(model, names, example) for move in (_to_meta, _aliased)]
+    inputs = list(_inputs(model, names, example))
     best: Observation | None = None
-    for move, args in attempts:
+    # On the model's own device a pass takes time, so only a batch and a list of images of the likeliest size are tried.
+    for move, args in [*((_to_meta, args) for args in inputs), *((_aliased, args) for args in inputs[:2])]:
         try:
             twin = _twin(model, move)
         except Exception:  # whatever a model's own __deepcopy__ may raise
             continue
-        watch = _Watch(twin, names)
-        seen = watch.run(_moved(args, move))
+        seen = _Watch(twin, names).run(_moved(args, move))
         if seen.complete:
             return seen
         if seen.layers and (best is None or len(seen.layers) > len(best.layers)):
@@ -127,6 +127,8 @@ class _Watch:
             return super(watched, module).__getattr__(key)  # type: ignore[misc]
 
         def forward(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(x, Tensor):
+                self.inputs.setdefault(name, x.grad_fn)
             running.add(name)
             try:
                 output = super(watched, module).forward(x, *args, **kwargs)  # type: ignore[misc]
@@ -141,7 +143,6 @@ class _Watch:
     def _note(self, name: str, layer: nn.Module, x: Any, output: Any) -> None:
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return
-        self.inputs.setdefault(name, x.grad_fn)
         if output.grad_fn is not None:
             self.outputs[output.grad_fn] = name
         first = x.shape[0] if x.dim() else 0

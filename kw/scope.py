@@ -106,7 +106,7 @@ def _static(model: nn.Module, layers: dict[str, nn.Module], seen: Observation | 
     reasons = {name: reason for name, layer in layers.items() if (reason := why_not_plain(layer))}
     shared = shared_weights(model)
     inside = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    heads = classifiers(model, names if seen is None else [])
+    heads = classifiers(model, [] if seen is not None and seen.complete else names)
     if seen is None:
         first = next((name for name in names if name not in heads), None)
         rules: dict[str, set[Any]] = {

@@ -242,6 +242,18 @@ def test_a_model_whose_input_cannot_be_guessed_is_planned_with_an_example():
     assert "second" in kw.plan(Odd()).scope  # by names: first and last stay static
 
 
+@pytest.mark.parametrize("side", [28, 50])
+def test_a_network_with_flattened_features_is_planned_at_a_usual_size_and_by_names_at_others(side):
+    features = 64 * ((side - 4) // 2) ** 2
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+    )
+    model.extend([nn.Linear(features, 128), nn.ReLU(), nn.Linear(128, 10)])
+    plan = kw.plan(model, 1)
+    assert "2" in plan.scope
+    assert plan.static["0"] == "reads the model's input" and plan.static["8"] == "its output is the model's"
+
+
 def test_transformer_layers_that_torch_computes_by_their_weights_stay_static():
     """nn.TransformerEncoderLayer reads the weights of its linear layers in evaluation mode."""
     model = nn.Sequential(
