@@ -155,8 +155,12 @@ def plan(
     """
     refuse_converted(model)
     settings = n if isinstance(n, KWConfig) else _with_budget(config or KWConfig(), n)
-    layers = layers_of(model, example)
-    static = {layer.name: layer.static for layer in layers if layer.static is not None}
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return plan_layers(layers_of(model, example), settings, type(model).__name__, params)
+
+
+def plan_layers(layers: list[Layer], settings: KWConfig, name: str, params: int) -> Plan:
+    """The plan for a static model of these layers (`kw.scope.layers_of`), of this name and so many parameters."""
     warehouses: list[PlannedWarehouse] = []
     small: dict[str, list[Layer]] = {}  # base name of warehouses -> layers
     for base, together in _alike(layers, settings).items():
@@ -166,18 +170,12 @@ def plan(
             else:
                 warehouses.append(replace(found, name=base))
     warehouses += _of_small(small, warehouses, settings, layers)
-    dynamic = {name for warehouse in warehouses for name in warehouse.layers}
-    too_small = {layer.name for group in small.values() for layer in group} - dynamic
-    static |= dict.fromkeys(too_small, TOO_SMALL.format(settings.n))
+    dynamic = {layer for warehouse in warehouses for layer in warehouse.layers}
+    too_small = TOO_SMALL.format(settings.n)
+    static = {layer.name: layer.static or too_small for layer in layers if layer.name not in dynamic}
     order = {layer.name: index for index, layer in enumerate(layers)}
-    return Plan(
-        type(model).__name__,
-        settings.n,
-        sum(parameter.numel() for parameter in model.parameters()),
-        tuple(layers),
-        tuple(_numbered(sorted(warehouses, key=lambda warehouse: order[warehouse.layers[0]]))),
-        dict(sorted(static.items(), key=lambda item: order[item[0]])),
-    )
+    warehouses.sort(key=lambda warehouse: order[warehouse.layers[0]])
+    return Plan(name, settings.n, params, tuple(layers), tuple(_numbered(warehouses)), static)
 
 
 def _with_budget(config: KWConfig, n: BudgetLike) -> KWConfig:
