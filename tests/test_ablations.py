@@ -253,7 +253,7 @@ def test_warehouses_of_different_settings_are_not_joined_silently():
 
 
 @pytest.mark.parametrize("sharing", CHOICES["sharing"])
-def test_the_default_scope_is_regrouped_too(sharing):
+def test_planned_warehouses_are_regrouped_too(sharing):
     with torch.device("meta"):
         model = kw.convert(
             timm.create_model("vit_tiny_patch16_224", img_size=64),

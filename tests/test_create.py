@@ -47,7 +47,7 @@ def test_registered_models_have_the_published_warehouses_with_and_without_the_pr
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_models_have_the_warehouses_of_the_default_scope(name):
+def test_other_models_have_the_warehouses_of_the_plan(name):
     with torch.device("meta"):
         converted = kw.convert(timm.create_model(name), config=kw.KWConfig(n="1/2"))
     assert shapes(meta(name, n="1/2")) == shapes(converted)

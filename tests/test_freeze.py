@@ -196,7 +196,7 @@ def test_features(name, n):
 
 
 @pytest.mark.parametrize("name", ["regnety_002", "mobilenetv3_small_050"])
-def test_default_scope(fold_all, name):
+def test_models_that_were_converted_as_planned(fold_all, name):
     model = kw.convert(timm.create_model(name, num_classes=7), config=kw.KWConfig(n=8))
     assert check(trained(model).double(), images().double()).folded
 

@@ -160,18 +160,18 @@ def test_layer_decay_of_timm_puts_cells_where_their_first_layer_is():
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("way", ["to_empty", "assign", "to_empty in parts"])
-def test_a_model_made_on_the_meta_device_is_exact_once_it_is_loaded(way, tau):
+@pytest.mark.parametrize("loading", ["to_empty", "assign", "to_empty in parts"])
+def test_a_model_made_on_the_meta_device_is_exact_once_it_is_loaded(loading, tau):
     whole = converted().double().float()
     kw.set_temperature(whole, tau)
     with torch.device("meta"):
         model = converted()
-    if way == "to_empty":
+    if loading == "to_empty":
         model.to_empty(device="cpu")
-    elif way == "to_empty in parts":
+    elif loading == "to_empty in parts":
         for layer in model:
             layer.to_empty(device="cpu")
-    result = model.load_state_dict(whole.state_dict(), assign=way == "assign")
+    result = model.load_state_dict(whole.state_dict(), assign=loading == "assign")
     assert str(result) == "<All keys matched successfully>"
     x = images()
     assert torch.equal(model.eval()(x), whole.eval()(x))
@@ -252,8 +252,8 @@ def plain():
     return nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("way", CONVERSIONS)
-def test_hooks_run_on_the_converted_layer_and_can_be_removed(way):
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_hooks_run_on_the_converted_layer_and_can_be_removed(conversion):
     model, seen = plain().double(), []
     handles = [
         model[1].register_forward_hook(lambda m, args, out: seen.append("after")),
@@ -264,7 +264,7 @@ def test_hooks_run_on_the_converted_layer_and_can_be_removed(way):
         model[1].register_full_backward_hook(lambda m, grads, out: seen.append("backward")),
         model[1].register_full_backward_pre_hook(lambda m, grads: seen.append("backward pre")),
     ]
-    model = CONVERSIONS[way](model)
+    model = CONVERSIONS[conversion](model)
     x = torch.randn(3, 4, 6, 6, dtype=torch.float64, requires_grad=True)
     model(x).sum().backward()
     assert sorted(seen) == sorted(["after", "kwargs", "always", "before", "before kwargs", "backward", "backward pre"])
@@ -275,17 +275,17 @@ def test_hooks_run_on_the_converted_layer_and_can_be_removed(way):
     assert not seen
 
 
-@pytest.mark.parametrize("way", ["kw", "odconv"])
-def test_what_was_frozen_stays_frozen(way):
+@pytest.mark.parametrize("conversion", ["kw", "odconv"])
+def test_what_was_frozen_stays_frozen(conversion):
     model = plain()
     for parameter in (*model[0].parameters(), *model[1].parameters(), model[2].bias):
         parameter.requires_grad = False
     model[1].eval()
-    model = CONVERSIONS[way](model)
+    model = CONVERSIONS[conversion](model)
     assert not any(p.requires_grad for part in model[:2] for p in part.parameters())
     assert [name for name, p in model[2].named_parameters() if not p.requires_grad] == ["bias"]
     assert [part.training for part in model] == [True, False, True, True]
-    own = model[1].attention if way == "kw" else model[1]
+    own = model[1].attention if conversion == "kw" else model[1]
     assert not any(part.training for part in own.modules() if isinstance(part, nn.BatchNorm1d | nn.Linear | nn.Conv2d))
 
 
@@ -393,11 +393,11 @@ def test_a_copy_has_a_temperature_of_its_own():
 
 
 @pytest.mark.parametrize("scope", ["within", "across"])
-@pytest.mark.parametrize("way", ["ddp", "root", "blocks", "warehouses+blocks", "warehouses+resharded"])
-def test_processes_train_cells_as_one_does_or_say_how(way, scope):
+@pytest.mark.parametrize("wrapping", ["ddp", "root", "blocks", "warehouses+blocks", "warehouses+resharded"])
+def test_processes_train_cells_as_one_does_or_say_how(wrapping, scope):
     """DistributedDataParallel, and FSDP of the whole, of blocks, or of warehouses and blocks."""
-    refused = way == "warehouses+resharded" or (way, scope) == ("blocks", "across")
-    for process in ranks(2, "helpers.sharded", way, scope):
+    refused = wrapping == "warehouses+resharded" or (wrapping, scope) == ("blocks", "across")
+    for process in ranks(2, "helpers.sharded", wrapping, scope):
         printed = finish(process).stdout
         if refused:
             assert "fully_shard(w, reshard_after_forward=False)" in printed

@@ -11,6 +11,7 @@ from torch import nn
 
 import kw
 from kw.config import STATIC
+from scripts import plan_survey
 from scripts.profile_model import composed, draw, profile_of
 
 
@@ -145,3 +146,15 @@ def test_the_sharing_is_drawn_for_any_model(settings, tmp_path):
     config = composed(settings)
     draw(profile_of(config), "a model", tmp_path / "sharing.png")
     assert Image.open(tmp_path / "sharing.png").height > 300
+
+
+def test_the_survey_of_plans_counts_the_models_that_keep_the_promises(capsys):
+    plan_survey.main(["models=2"])
+    first, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert first == f"2 models of timm {timm.__version__}"
+    counts = {n: (int(kept), int(reached), names) for n, kept, reached, *names in map(str.split, rows)}
+    assert list(counts) == ["1/8", "1/4", "1/2", "1", "2", "4"]
+    for kept, reached, names in counts.values():
+        assert 0 <= reached <= 2 and kept == 2 and len(names) == 2 - reached
+    with pytest.raises(SystemExit, match="'model=2' is no option"):
+        plan_survey.main(["model=2"])

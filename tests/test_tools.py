@@ -27,11 +27,10 @@ LAYERS = {
     "3d": (nn.Conv3d(4, 8, 3, padding=1), (4, 3, 4, 5), (4, 4, 5, 6)),
     "linear": (nn.Linear(4, 8), (5, 4), (7, 4)),
 }
-CHOICES = ("auto", "grouped", "batched", "blocks", "inputs", "triton")
 SOME = ("auto", "blocks")  # of each layer; the others compute one
 CASES = [
     pytest.param(choice, name, marks=() if choice in SOME or name == "pointwise" else pytest.mark.slow)
-    for choice in CHOICES
+    for choice in functional.CHOICES
     for name in LAYERS
 ]
 

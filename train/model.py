@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import kw
 from train.checkpoint import newest
 from train.config import TrainConfig
-from train.jobs.checkpoint import FORMAT, read
+from train.jobs.checkpoint import read
 from train.jobs.errors import CheckpointError, ConfigError
 
 
@@ -68,12 +68,18 @@ def start_from(model: nn.Module, path: Path) -> None:
     """Load the weights of a static run or checkpoint into `model`, which has the same backbone, static or with n of at
     least 1 (`kw.load_static`).
 
+    Args:
+        path: a run folder or a file: a checkpoint of a run, a state dict, or one under `"model"` or `"state_dict"`.
+
     Raises:
         CheckpointError: it cannot be read, or does not fit.
     """
     path = path.expanduser()
     path, state = newest(path / "checkpoints")[:2] if path.is_dir() else (path, read(path))
-    weights = state["model"] if state.get("format") == FORMAT else state
+    weights = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
+    others = [key for key, value in weights.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(f"start_from={path} is no state dict: {others[0]!r} in it is no tensor.")
     try:
         kw.load_static(model, weights)
     except ValueError as error:

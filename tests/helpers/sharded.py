@@ -1,5 +1,5 @@
 """Trains a converted model in several processes, each on its part of the batches, and compares it with one that was
-trained on whole batches: `python -m helpers.sharded WAY SCOPE`. Prints the largest difference, or the error."""
+trained on whole batches: `python -m helpers.sharded WRAPPING SCOPE`. Prints the largest difference, or the error."""
 
 import sys
 
@@ -46,14 +46,14 @@ def train(model, batches):
         optimizer.zero_grad()
 
 
-def main(way, scope):
+def main(wrapping, scope):
     dist.init_process_group("gloo")
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randn(4, 3, 14, 14, generator=generator) for _ in range(3)]
     whole = build(scope)
     train(whole, batches)
     model = build(scope)
-    trained = DistributedDataParallel(model) if way == "ddp" else shard(model, way.split("+"))
+    trained = DistributedDataParallel(model) if wrapping == "ddp" else shard(model, wrapping.split("+"))
     rank = dist.get_rank()
     try:
         train(trained, [x[2 * rank : 2 * rank + 2] for x in batches])

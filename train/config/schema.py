@@ -248,6 +248,8 @@ class TrainConfig:
         if self.kw.changes() and self.dynamic != KW:
             key, method = next(iter(self.kw.changes())), f"n={STATIC}" if self.is_static else f"dynamic={self.dynamic}"
             raise ConfigError(f"kw.{key} applies to dynamic=kw only, not to {method}.")
+        rule = f"needs dynamic=kw or static, not {self.dynamic}: other methods have no place for static weights"
+        check(self.start_from is None or self.dynamic in (KW, STATIC), "start_from", self.start_from, rule)
         check_choice("resume", self.resume, ("auto", "never"))
         check(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
 
