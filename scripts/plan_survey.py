@@ -43,10 +43,12 @@ def families(limit: int) -> Iterator[tuple[str, nn.Module]]:
         names.setdefault(re.sub(r"\d+\w?$", "", name.split("_")[0]), []).append(name)
     found = 0
     for members in names.values():
+        if found == limit:
+            return
         for name in members[:3]:
             with torch.device("meta"):
                 model = timm.create_model(name)
-            if found < limit and sum(parameter.numel() for parameter in model.parameters()) <= LARGEST:
+            if sum(parameter.numel() for parameter in model.parameters()) <= LARGEST:
                 found += 1
                 yield name, model
                 break
