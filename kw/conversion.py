@@ -83,6 +83,7 @@ def convert(
     if plan is not None:
         if scope is not None or config is not None or example is not None:
             raise ValueError("A plan has its scope and settings: pass a plan alone, or scope, config and example.")
+        _check_gain(plan)
         return _convert(model, *_planned(model, plan), from_weights)
     if scope is None:
         if config is not None and not isinstance(config, KWConfig):
@@ -90,6 +91,11 @@ def convert(
         made = make_plan(model, config, example=example)
         _check_gain(made)
         return _convert(model, *_planned(model, made), from_weights)
+    if not callable(scope) and not isinstance(scope, Mapping):
+        raise ValueError(
+            f"scope={scope!r} is neither a function, nor a mapping, nor a plan. A budget goes into the config: "
+            f"kw.convert(model, config=kw.KWConfig(n=2))."
+        )
     groups, configs = _asked(model, scope, KWConfig() if config is None else config)
     _refuse_read(model, [name for names in groups.values() for name in names], example)
     _convert(model, groups, configs, from_weights)
@@ -174,13 +180,11 @@ def _asked(model: nn.Module, scope: Scope, config: Configs) -> tuple[Groups, dic
 
 def _planned(model: nn.Module, plan: Plan) -> tuple[Groups, dict[str, KWConfig]]:
     """The warehouses of a plan, if it fits."""
-    if not plan.warehouses:
-        raise ValueError(f"The plan has no dynamic layer ({plan.summary()}); print it to see why.")
     planned = {layer.name: layer for layer in plan.layers}
     known = dict(model.named_modules())
-    for name in plan.scope:
-        layer, found = planned[name], known.get(name)
-        if found is None or plain_base(found) is None:
+    for name, layer in planned.items():
+        found = known.get(name)
+        if found is None or not isinstance(found, PLAIN) or (name in plan.scope and plain_base(found) is None):
             here = "nothing" if found is None else f"a {type(found).__name__}"
         elif (shape_of(found), channels_of(found)) != (layer.shape, layer.channels):
             here = f"a kernel of shape {shape_of(found)} for {channels_of(found)} channels"
@@ -191,15 +195,19 @@ def _planned(model: nn.Module, plan: Plan) -> tuple[Groups, dict[str, KWConfig]]
             f"{layer.channels} channels, and this {type(model).__name__} has {here} there. Make it of this model: "
             f"kw.plan(model, n)."
         )
+    more = [name for name, module in known.items() if isinstance(module, PLAIN) and name not in planned]
+    if more:
+        raise ValueError(f"The plan is of another model: it does not know layer {more[0]!r}. Make it of this one.")
     return {warehouse.name: list(warehouse.layers) for warehouse in plan.warehouses}, plan.configs
 
 
 def _check_gain(plan: Plan) -> None:
     if not plan.warehouses:
-        reasons = ", ".join(f"{name!r}: {why}" for name, why in list(plan.static.items())[:3])
+        reasons = [f"{name!r}: {why}" for name, why in plan.static.items()]
+        listed = f"{'; '.join(reasons[:3])}{'; ...' if len(reasons) > 3 else ''}" if reasons else "It has no layers"
         raise ValueError(
-            f"No layer of this {plan.model} would be dynamic ({plan.summary()}). {reasons or 'It has none.'} "
-            f"print(kw.plan(model, n)) lists the reasons; a scope of your own converts what you name."
+            f"No layer of this {plan.model} would be dynamic ({plan.summary()}). {listed}. print(kw.plan(model, n)) "
+            f"lists all reasons; another n may suit, and a scope of your own converts what you name."
         )
     if plan.gains_little:
         warnings.warn(f"{plan.model}: {plan.summary()}; print(kw.plan(model, n)) lists the reasons.", stacklevel=3)

@@ -52,7 +52,8 @@ class Observation:
         layers: those that ran, by name, in the order of their first calls.
         error: why the pass did not come to its end; None if it did, so that a layer not among `layers` does not run.
         read: layers whose weight was read outside of their own forward pass.
-        heads: layers whose outputs are the model's outputs, up to their shape; none if the pass has no end.
+        heads: layers whose outputs are the model's outputs, up to their shape; if there are none, the last layers
+            before them. None if the pass has no end.
         roots: layers whose input comes from no other layer: those that read the image.
         cut_off: layers whose input has no gradient.
         gates: layers of one position whose output scales features of more positions, and layers of one position before.
@@ -126,7 +127,7 @@ class _Watch:
         if self.seen.error is None:
             terminal = self.seen.layers.keys() - set().union(*fed.values())
             ends = [tensor.grad_fn for tensor in _tensors(outputs)]
-            self.seen.heads = terminal & self._fed(ends, to_output=True)
+            self.seen.heads = terminal & (self._fed(ends, to_output=True) or self._fed(ends))
         self.seen.gates = self._gates(fed, [tensor.grad_fn for tensor in _tensors(outputs)])
         return self.seen
 

@@ -38,7 +38,7 @@ ADDED_SHARE = Fraction(1, 8)  # attention's parameters over those that n adds, o
 LEAST_SAVED = Fraction(1, 4)  # of what n < 1 asks for
 QUARTER, HALF, WHOLE = Fraction(1, 4), Fraction(1, 2), Fraction(1)
 CUTS = ((QUARTER, QUARTER), (HALF, QUARTER), (HALF, HALF), (WHOLE, HALF), (WHOLE, WHOLE))  # (out, in), finest first
-TOO_SMALL = "too small: attention would take more parameters than n = {} allows"
+MOST_ADDED_SHARE = Fraction(15, 100)  # the same, where otherwise no layer would be dynamic
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,7 @@ def plan_layers(layers: list[Layer], settings: KWConfig, name: str, params: int)
                 warehouses.append(replace(found, name=base))
     warehouses += _of_small(small, warehouses, settings, layers)
     dynamic = {layer for warehouse in warehouses for layer in warehouse.layers}
-    too_small = TOO_SMALL.format(settings.n)
-    static = {layer.name: layer.static or too_small for layer in layers if layer.name not in dynamic}
+    static = {layer.name: layer.static or _too_small(layer, settings) for layer in layers if layer.name not in dynamic}
     order = {layer.name: index for index, layer in enumerate(layers)}
     warehouses.sort(key=lambda warehouse: order[warehouse.layers[0]])
     return Plan(name, settings.n, params, tuple(layers), tuple(_numbered(warehouses)), static)
@@ -196,6 +195,12 @@ def _with_budget(config: KWConfig, n: BudgetLike) -> KWConfig:
     """`config` at another n; cells' sides follow from n again, unless they were chosen."""
     chosen = (config.cell_in, config.cell_out) != cell_sides(config.n) and config.partition != "none"
     return config.replace(n=n) if chosen else config.replace(n=n, cell_in=None, cell_out=None)
+
+
+def _too_small(layer: Layer, config: KWConfig) -> str:
+    """Why a layer that could be dynamic is not."""
+    attentions = [warehouse.attention for cut in _cuts([layer], config) if (warehouse := _warehouse([layer], cut))]
+    return f"attention too large: at least {min(attentions):,} parameters, for a kernel of {layer.weights:,}"
 
 
 def _alike(layers: list[Layer], config: KWConfig) -> dict[str, list[Layer]]:
@@ -239,7 +244,8 @@ def _of_small(
     if n < 1:
         return possible
     weights = sum(layer.weights for layer in layers if layer.static is None)
-    left = _allowed(n) * weights - sum(warehouse.attention for warehouse in warehouses)
+    share = _allowed(n) if warehouses else _allowed(n) / ADDED_SHARE * MOST_ADDED_SHARE
+    left = share * weights - sum(warehouse.attention for warehouse in warehouses)
     chosen = []
     for warehouse in sorted(possible, key=lambda warehouse: Fraction(warehouse.attention, warehouse.kernels)):
         if warehouse.attention <= left:

@@ -200,7 +200,7 @@ def test_reasons(device):
     }
     for name, reason in expected.items():
         assert reason in static[name], name
-    assert all("too small" in why for name, why in static.items() if name not in expected)
+    assert all("attention too large" in why for name, why in static.items() if name not in expected)
     assert model.training and model.state_dict().keys() == before.keys()
     assert not any(m._forward_hooks for m in model.modules())
     if device == "cpu":
@@ -436,3 +436,25 @@ def test_layers_called_by_keyword_are_seen_and_replaced():
     plan = kw.plan(model)
     assert set(plan.scope) == {"body"}
     assert kw.convert(model, plan)(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+
+
+def test_classifiers_with_an_activation_or_a_sum_behind_them_stay_static():
+    with torch.device("meta"):
+        squeezed = kw.plan(torchvision.models.squeezenet1_1(), 4)
+        summed = kw.plan(
+            torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None), 4
+        )
+    assert squeezed.static["classifier.1"] == "its output is the model's"
+    assert {"classifier.low_classifier", "classifier.high_classifier"} <= summed.static.keys()
+
+
+def test_a_plan_of_a_smaller_model_is_refused():
+    with torch.device("meta"), pytest.raises(ValueError, match="does not know layer"):
+        kw.convert(timm.create_model("resnet34"), kw.plan(timm.create_model("resnet18")))
+
+
+def test_a_small_network_is_dynamic_at_every_budget():
+    layers = [nn.Conv3d(1, 16, 3), nn.Conv3d(16, 32, 3, 2), nn.Conv3d(32, 64, 3, 2), nn.Conv3d(64, 64, 3)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(64, 5))
+    for n in BUDGETS:
+        assert kw.plan(model, n, example=torch.randn(2, 1, 32, 32, 32)).warehouses, n
