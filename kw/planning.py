@@ -6,7 +6,7 @@ The rule of the default plan, for the layers of one stage and kind:
 1. They share one warehouse if attention then takes few enough parameters. Else those with kernels of one shape do; else
    halves of those, in the order of the network; and so on.
 2. Cells are the finest that keep attention small: quarters of the common channels, halves, or whole. Finer cells make
-   more mixtures, with which the method gains (paper, table 7).
+   more mixtures, and the method gains with their number.
 3. Layers whose attention takes more are small. Below n = 1 they are dynamic if they still save a quarter of what n asks
    for. From n = 1 on, those with the least attention for their weights are, as far as the whole allows. Their cells
    are the coarsest. The others stay static.
@@ -35,10 +35,10 @@ from kw.warehouse import cell_size, number_of_cells
 MAX_MIXTURES = 128  # in a warehouse, since assembling a kernel reads all its cells; published rows have up to 138
 CELLS_SHARE = Fraction(1, 3)  # attention's parameters over those of cells
 ADDED_SHARE = Fraction(1, 8)  # attention's parameters over those that n adds, or over static weights at n = 1
+MOST_ADDED_SHARE = Fraction(15, 100)  # the same, where otherwise no layer would be dynamic
 LEAST_SAVED = Fraction(1, 4)  # of what n < 1 asks for
 QUARTER, HALF, WHOLE = Fraction(1, 4), Fraction(1, 2), Fraction(1)
 CUTS = ((QUARTER, QUARTER), (HALF, QUARTER), (HALF, HALF), (WHOLE, HALF), (WHOLE, WHOLE))  # (out, in), finest first
-MOST_ADDED_SHARE = Fraction(15, 100)  # the same, where otherwise no layer would be dynamic
 
 
 @dataclass(frozen=True)
