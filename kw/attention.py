@@ -89,11 +89,10 @@ class Attention(Tempered):
         super().__init__()
         config = share.warehouse.config
         n = len(share.warehouse.cells)
-        hidden = max(int(channels * config.reduction), MIN_HIDDEN)
+        hidden, self.local, basis = widths(channels, share.mixtures, n, config)
         self.layer_name, self.attention_function = share.kernel.name, config.attention_function
         self.mixtures, self.cells = share.mixtures, n
         self.start = share.start
-        self.local = int(config.n * share.mixtures) if config.nonlocal_basis < 1 else n
 
         self.fc1 = nn.Linear(channels, hidden, bias=config.attention_norm == "layer")
         self.norm = nn.BatchNorm1d(hidden) if config.attention_norm == "batch" else nn.LayerNorm(hidden)
@@ -102,7 +101,6 @@ class Attention(Tempered):
             self.fc3 = None
             self.register_parameter("basis_bias", None)
         else:
-            basis = max(int((n - self.local) * config.nonlocal_basis), MIN_BASIS)
             self.fc2 = nn.Linear(hidden, self.mixtures * (self.local + basis + 1), bias=False)
             self.fc3 = nn.Linear(basis, n - self.local, bias=False)
             self.basis_bias = nn.Parameter(torch.empty(self.mixtures * (n + 1)))
@@ -264,15 +262,20 @@ class Attention(Tempered):
         return f"{self.mixtures} mixtures of {self.cells} cells"
 
 
-def attention_parameters(channels: int, mixtures: int, cells: int, config: KWConfig) -> int:
-    """Parameters of the `Attention` of a layer with so many input channels and mixtures, in a warehouse of so many
-    cells."""
+def widths(channels: int, mixtures: int, cells: int, config: KWConfig) -> tuple[int, int, int]:
+    """Of the attention of a layer with so many input channels and mixtures, in a warehouse of so many cells: the hidden
+    width, the cells that are scored directly, and the width of the basis for the others."""
     hidden = max(int(channels * config.reduction), MIN_HIDDEN)
-    first = channels * hidden + 2 * hidden + (hidden if config.attention_norm == "layer" else 0)
     local = int(config.n * mixtures) if config.nonlocal_basis < 1 else cells
+    return hidden, local, max(int((cells - local) * config.nonlocal_basis), MIN_BASIS)
+
+
+def attention_parameters(channels: int, mixtures: int, cells: int, config: KWConfig) -> int:
+    """Parameters of that attention."""
+    hidden, local, basis = widths(channels, mixtures, cells, config)
+    first = channels * hidden + 2 * hidden + (hidden if config.attention_norm == "layer" else 0)
     if local == cells:
         return first + (hidden + 1) * mixtures * (cells + 1)
-    basis = max(int((cells - local) * config.nonlocal_basis), MIN_BASIS)
     return first + hidden * mixtures * (local + basis + 1) + basis * (cells - local) + mixtures * (cells + 1)
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any
 
 from torch import nn
 
 from kw.config import KWConfig
-from kw.from_static import check_startable, load_static
-from kw.layers import DynamicLayer, KWConv1d, KWConv2d, KWConv3d, KWLinear
-from kw.observing import observe
+from kw.from_static import check_startable, place
+from kw.layers import DynamicLayer, KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
+from kw.observing import Example, observe
 from kw.planning import Plan
 from kw.planning import plan as make_plan
-from kw.replace import chosen, convolution_arguments, like, plain_base, refuse_converted, replace
+from kw.replace import PLAIN, chosen, convolution_arguments, like, plain_base, refuse_converted, replace
+from kw.scope import channels_of, shape_of
 from kw.sharing import Groups, regroup
 from kw.temperature import share_temperature
 from kw.warehouse import KernelShape, Share, Warehouse, Warehouses
@@ -36,7 +36,7 @@ def convert(
     config: Configs | None = None,
     *,
     plan: Plan | None = None,
-    example: Any = None,
+    example: Example = None,
     from_weights: bool = False,
 ) -> nn.Module:
     """Make layers of `model` dynamic, in place, and return it.
@@ -76,34 +76,51 @@ def convert(
         raise ValueError(
             f"This {type(model).__name__} has an attribute 'warehouses' already, where kw.convert would put its own."
         )
-    plan = scope if isinstance(scope, Plan) else plan
-    if plan is not None and (config is not None or not (scope is None or scope is plan)):
-        raise ValueError("A plan has its scope and settings: pass either a plan, or scope and config.")
-    if scope is None and plan is None:
+    if isinstance(scope, Plan):
+        if plan is not None:
+            raise ValueError("Pass one plan: here are two.")
+        scope, plan = None, scope
+    if plan is not None:
+        if scope is not None or config is not None or example is not None:
+            raise ValueError("A plan has its scope and settings: pass a plan alone, or scope, config and example.")
+        _check_gain(plan)
+        return _convert(model, *_planned(model, plan), from_weights)
+    if scope is None:
         if config is not None and not isinstance(config, KWConfig):
             raise ValueError("Without a scope, config is one KWConfig for all warehouses.")
-        plan = make_plan(model, config or KWConfig(), example=example)
-        _check_gain(plan)
-    if plan is not None:
-        groups, configs = _planned(model, plan)
-    else:
-        groups, configs = _asked(model, scope, KWConfig() if config is None else config)
-        _refuse_read(model, [name for names in groups.values() for name in names], example)
-    return _convert(model, groups, configs, from_weights)
+        made = make_plan(model, config, example=example)
+        _check_gain(made)
+        return _convert(model, *_planned(model, made), from_weights)
+    if not callable(scope) and not isinstance(scope, Mapping):
+        raise ValueError(
+            f"scope={scope!r} is neither a function, nor a mapping, nor a plan. A budget goes into the config: "
+            f"kw.convert(model, config=kw.KWConfig(n=2))."
+        )
+    groups, configs = _asked(model, scope, KWConfig() if config is None else config)
+    _refuse_read(model, [name for names in groups.values() for name in names], example)
+    _convert(model, groups, configs, from_weights)
+    _warn_of_rounding(model.warehouses)  # type: ignore[arg-type]
+    return model
 
 
 def convert_by_scope(model: nn.Module, scope: Scope, config: Configs, from_weights: bool = False) -> nn.Module:
     """`convert` for a scope that is known to fit the model, without a forward pass to see which weights it reads."""
     refuse_converted(model)
-    return _convert(model, *_asked(model, scope, config), from_weights)
+    _convert(model, *_asked(model, scope, config), from_weights)
+    _warn_of_rounding(model.warehouses)  # type: ignore[arg-type]
+    return model
 
 
 def _convert(model: nn.Module, groups: Groups, configs: Mapping[str, KWConfig], from_weights: bool) -> nn.Module:
     if not from_weights:
         return _build(model, groups, configs)
     check_startable(configs.values())
-    weights = model.state_dict()
-    load_static(_build(model, groups, configs), weights)
+    kernels = {name: _weight(model, name) for names in groups.values() for name in names}
+    _build(model, groups, configs)
+    for name, kernel in kernels.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, KWLayer)
+        place(layer, kernel)
     return model
 
 
@@ -124,7 +141,6 @@ def _build(model: nn.Module, groups: Groups, configs: Mapping[str, KWConfig]) ->
         if 0 < len(frozen) < len(names):
             partly[warehouse_name] = frozen
 
-    _warn_of_rounding(warehouses)
     # The model was not changed so far, so that an error leaves it as it was.
     replace(model, layers)
     object.__setattr__(model, "warehouses", warehouses)  # not as a submodule: layers have them
@@ -134,7 +150,7 @@ def _build(model: nn.Module, groups: Groups, configs: Mapping[str, KWConfig]) ->
             f"Warehouse {warehouse_name!r}: the weights of {', '.join(map(repr, frozen))} were frozen, but other "
             f"layers train the cells that these use, so that their kernels change too. Put frozen layers into a "
             f"warehouse of their own, or set model.warehouses[{warehouse_name!r}].cells.requires_grad = False.",
-            stacklevel=2,
+            stacklevel=4,
         )
     return model
 
@@ -152,11 +168,11 @@ def _warn_of_rounding(warehouses: Warehouses) -> None:
             f"These warehouses have more cells than n asks for, since each layer has at least one of its own: "
             f"{', '.join(rounded[:3])}{more}. Cut smaller cells (cell_in, cell_out), so that each layer has at least "
             f"1/n mixtures.",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
-def _asked(model: nn.Module, scope: Any, config: Configs) -> tuple[Groups, dict[str, KWConfig]]:
+def _asked(model: nn.Module, scope: Scope, config: Configs) -> tuple[Groups, dict[str, KWConfig]]:
     """The warehouses of a user's scope, and the settings of each."""
     groups = _groups(model, scope)
     return regroup(model, groups, {warehouse: _config_of(warehouse, config) for warehouse in groups})
@@ -164,34 +180,40 @@ def _asked(model: nn.Module, scope: Any, config: Configs) -> tuple[Groups, dict[
 
 def _planned(model: nn.Module, plan: Plan) -> tuple[Groups, dict[str, KWConfig]]:
     """The warehouses of a plan, if it fits."""
-    shapes = {layer.name: layer.shape for layer in plan.layers}
+    planned = {layer.name: layer for layer in plan.layers}
     known = dict(model.named_modules())
-    for name in plan.scope:
-        weight = getattr(known.get(name), "weight", None)
-        if weight is None or tuple(weight.shape) != shapes[name]:
-            found = f"has none of this name in this {type(model).__name__}" if weight is None else tuple(weight.shape)
-            raise ValueError(
-                f"The plan is of another model: its layer {name!r} has a kernel of shape {shapes[name]}; here it "
-                f"{'' if weight is None else 'is '}{found}. Make it of this model: kw.plan(model, n)."
-            )
-    groups = {warehouse.name: list(warehouse.layers) for warehouse in plan.warehouses}
-    if not groups:
-        raise ValueError(f"The plan has no dynamic layer ({plan.summary()}); print it to see why.")
-    return groups, plan.configs
+    for name, layer in planned.items():
+        found = known.get(name)
+        if found is None or not isinstance(found, PLAIN) or (name in plan.scope and plain_base(found) is None):
+            here = "nothing" if found is None else f"a {type(found).__name__}"
+        elif (shape_of(found), channels_of(found)) != (layer.shape, layer.channels):
+            here = f"a kernel of shape {shape_of(found)} for {channels_of(found)} channels"
+        else:
+            continue
+        raise ValueError(
+            f"The plan is of another model: its layer {name!r} has a kernel of shape {layer.shape} for "
+            f"{layer.channels} channels, and this {type(model).__name__} has {here} there. Make it of this model: "
+            f"kw.plan(model, n)."
+        )
+    more = [name for name, module in known.items() if isinstance(module, PLAIN) and name not in planned]
+    if more:
+        raise ValueError(f"The plan is of another model: it does not know layer {more[0]!r}. Make it of this one.")
+    return {warehouse.name: list(warehouse.layers) for warehouse in plan.warehouses}, plan.configs
 
 
 def _check_gain(plan: Plan) -> None:
     if not plan.warehouses:
-        reasons = ", ".join(f"{name!r}: {why}" for name, why in list(plan.static.items())[:3])
+        reasons = [f"{name!r}: {why}" for name, why in plan.static.items()]
+        listed = f"{'; '.join(reasons[:3])}{'; ...' if len(reasons) > 3 else ''}" if reasons else "It has no layers"
         raise ValueError(
-            f"No layer of this {plan.model} would be dynamic ({plan.summary()}). {reasons or 'It has none.'} "
-            f"print(kw.plan(model, n)) lists the reasons; a scope of your own converts what you name."
+            f"No layer of this {plan.model} would be dynamic ({plan.summary()}). {listed}. print(kw.plan(model, n)) "
+            f"lists all reasons; another n may suit, and a scope of your own converts what you name."
         )
     if plan.gains_little:
         warnings.warn(f"{plan.model}: {plan.summary()}; print(kw.plan(model, n)) lists the reasons.", stacklevel=3)
 
 
-def _refuse_read(model: nn.Module, names: list[str], example: Any) -> None:
+def _refuse_read(model: nn.Module, names: list[str], example: Example) -> None:
     """Raises ValueError for a layer whose weight the model reads in its forward pass."""
     seen = observe(model, names, example)
     read = sorted(seen.read & set(names)) if seen is not None else []
@@ -204,7 +226,7 @@ def _refuse_read(model: nn.Module, names: list[str], example: Any) -> None:
 
 def _groups(model: nn.Module, scope: Scope) -> Groups:
     groups: Groups = {}
-    for name, warehouse in chosen(model, scope, (*CONVOLUTIONS, nn.Linear), "into warehouse {}").items():
+    for name, warehouse in chosen(model, scope, PLAIN, "into warehouse {}").items():
         if not isinstance(warehouse, str) or not warehouse or "." in warehouse or hasattr(Warehouses, warehouse):
             raise ValueError(
                 f"The scope names a warehouse {warehouse!r} (layer {name!r}): it must be a text without dots, and not "

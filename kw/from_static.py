@@ -9,6 +9,7 @@ zero and train from there; above n = 1, cells that anchor no mixture keep their 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def check_startable(configs: Iterable[KWConfig]) -> None:
 
 
 @torch.no_grad()
-def load_static(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_static(model: nn.Module, weights: Mapping[str, Any]) -> None:
     """Load the state dict of a static model into `model`, the same one converted (or itself static), in place.
 
     Args:
@@ -44,18 +45,23 @@ def load_static(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         ValueError: entries are missing, left over, or of another shape; or the model's settings have no place for
             static kernels. The model is then unchanged.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, KWLayer)}
+    modules = model.named_modules(remove_duplicate=False)  # a layer may have several names
+    layers = {name: module for name, module in modules if isinstance(module, KWLayer)}
     check_startable({layer.warehouse.config for layer in layers.values()})
-    kernels = {name: weights.get(f"{name}.weight") for name in layers}
-    rest = {key: value for key, value in weights.items() if key.removesuffix(".weight") not in layers}
-    _check(model, layers, kernels, rest)
-    model.load_state_dict(rest, strict=False)
-    for name, layer in layers.items():
-        kernel = kernels[name]
-        assert kernel is not None and layer.share.anchors is not None
-        cells = layer.warehouse.cells
-        cells[list(layer.share.anchors)] = cut(kernel, layer.share.grid, tuple(cells.shape[1:])).to(cells)
-        layer.attention.prefer_anchors()
+    _check(model, layers, weights)
+    kernels = {f"{name}.weight": layer for name, layer in layers.items()}
+    model.load_state_dict({key: value for key, value in weights.items() if key not in kernels}, strict=False)
+    for key, layer in kernels.items():
+        place(layer, weights[key])
+
+
+@torch.no_grad()
+def place(layer: KWLayer, kernel: Tensor) -> None:
+    """Make a static kernel that of `layer`: at temperature 1 exactly, at temperature 0 nearly."""
+    assert layer.share.anchors is not None
+    cells = layer.warehouse.cells
+    cells[list(layer.share.anchors)] = cut(kernel, layer.share.grid, tuple(cells.shape[1:])).to(cells)
+    layer.attention.prefer_anchors()
 
 
 def cut(kernel: Tensor, grid: tuple[int, int, int], cell: tuple[int, ...]) -> Tensor:
@@ -65,18 +71,12 @@ def cut(kernel: Tensor, grid: tuple[int, int, int], cell: tuple[int, ...]) -> Te
     return kernel.reshape(rows, o, columns, i, positions).permute(4, 0, 2, 1, 3).reshape(-1, o, i)
 
 
-def _check(
-    model: nn.Module,
-    layers: Mapping[str, KWLayer],
-    kernels: Mapping[str, Tensor | None],
-    rest: Mapping[str, Tensor],
-) -> None:
-    own = model.state_dict()
+def _check(model: nn.Module, layers: Mapping[str, KWLayer], weights: Mapping[str, Any]) -> None:
     dynamic = tuple(f"{name}.{part}." for name in layers for part in ("attention", "warehouse"))
-    expected = {key: tuple(value.shape) for key, value in own.items() if not key.startswith(dynamic)}
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith(dynamic)}
+    expected = {key: _shape(value) for key, value in own.items()}
     expected |= {f"{name}.weight": layer.kernel_shape for name, layer in layers.items()}
-    found = {key: tuple(value.shape) for key, value in rest.items()}
-    found |= {f"{name}.weight": tuple(kernel.shape) for name, kernel in kernels.items() if kernel is not None}
+    found = {key: _shape(value) for key, value in weights.items()}
     wrong = [f"{key!r} is missing" for key in expected.keys() - found.keys()]
     wrong += [f"{key!r} is left over" for key in found.keys() - expected.keys()]
     wrong += [
@@ -89,3 +89,8 @@ def _check(
             f"These are not the weights of the static {type(model).__name__}: {'; '.join(sorted(wrong)[:4])}"
             f"{f'; and {len(wrong) - 4} more' if len(wrong) > 4 else ''}."
         )
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """None for a module's extra state, which need not be a tensor."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None

@@ -144,7 +144,8 @@ class OnTokens:
     _compute: Callable[[Tensor, Tensor], Tensor]
 
     @leaf
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if x.dim() == 1:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         if _is_empty(x):
@@ -172,7 +173,8 @@ class OnPositions:
     _compute: Callable[[Tensor, Tensor], Tensor]
 
     @leaf
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if x.dim() != self.dims + 2:
             raise ValueError(
                 f"Layer {self.layer_name!r} takes a batch of shape (B, {self.in_channels}, "

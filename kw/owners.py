@@ -13,12 +13,13 @@ import weakref
 from collections.abc import MutableSequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Owners:
     """The layers that have registered a module as theirs, in the order in which they did. It does not keep them alive.
-    Copies of the layers register themselves again."""
+    Copies of the layers register themselves again. A layer that was taken out of the model, but is kept, still counts:
+    walks through the model then miss the module, while `parameters()` and `modules()` find it."""
 
     def __init__(self) -> None:
         self._layers: list[weakref.ref[nn.Module]] = []
@@ -35,23 +36,21 @@ class Owners:
 
 
 class OneEntry:
-    """Saves a shared module's entries under one name, and loads them under any of its names."""
+    """Saves one tensor of a shared module under one name, and loads it under any of its names."""
 
     def __init__(self) -> None:
-        self._saved: tuple[weakref.ref[dict[str, Any]], str] | None = None
+        self._prefix: str | None = None  # under which it was saved first
         self._call: MutableSequence[str] | None = None  # a call's list of missing keys, by which calls are told apart
         self._is_found = False
         self._reported: list[str] = []
 
-    def is_new(self, destination: dict[str, Any], prefix: str) -> bool:
-        """Whether `destination`, the state dict that is being made, has no entries of the module under another
-        prefix."""
-        if self._saved is not None and self._saved[0]() is destination and self._saved[1] != prefix:
+    def is_new(self, destination: dict[str, Any], prefix: str, name: str, tensor: Tensor) -> bool:
+        """Whether `destination`, the state dict that is being made, has no entry `name` of the module under another
+        prefix. Then it is to be saved under this one."""
+        saved = destination.get(f"{self._prefix}{name}") if self._prefix not in (None, prefix) else None
+        if saved is not None and _is_same(saved, tensor):
             return False
-        try:
-            self._saved = weakref.ref(destination), prefix
-        except TypeError:  # a plain dict, to which there are no weak references
-            self._saved = None
+        self._prefix = prefix
         return True
 
     def report(self, missing_keys: MutableSequence[str], missing: list[str]) -> None:
@@ -70,3 +69,12 @@ class OneEntry:
 
     def __reduce__(self) -> tuple[type[OneEntry], tuple[()]]:
         return type(self), ()
+
+
+def _is_same(saved: Any, tensor: Tensor) -> bool:
+    """Whether an entry of a state dict, which is detached, is this tensor. Meta tensors and those of subclasses, such
+    as sharded ones, have no address to compare."""
+    plain = (Tensor, nn.Parameter)
+    if type(saved) not in plain or type(tensor) not in plain or tensor.is_meta:
+        return True
+    return bool(saved.data_ptr() == tensor.data_ptr())

@@ -6,7 +6,7 @@ The rule of the default plan, for the layers of one stage and kind:
 1. They share one warehouse if attention then takes few enough parameters. Else those with kernels of one shape do; else
    halves of those, in the order of the network; and so on.
 2. Cells are the finest that keep attention small: quarters of the common channels, halves, or whole. Finer cells make
-   more mixtures, with which the method gains (paper, table 7).
+   more mixtures, and the method gains with their number.
 3. Layers whose attention takes more are small. Below n = 1 they are dynamic if they still save a quarter of what n asks
    for. From n = 1 on, those with the least attention for their weights are, as far as the whole allows. Their cells
    are the coarsest. The others stay static.
@@ -21,24 +21,24 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
 
 from torch import nn
 
 from kw.attention import attention_parameters
 from kw.config import BudgetLike, KWConfig, cell_sides
+from kw.observing import Example
 from kw.replace import refuse_converted
-from kw.scope import Layer, layers_of
+from kw.scope import WITHIN, Layer, layers_of
 from kw.table import table
-from kw.warehouse import number_of_cells
+from kw.warehouse import cell_size, number_of_cells
 
 MAX_MIXTURES = 128  # in a warehouse, since assembling a kernel reads all its cells; published rows have up to 138
 CELLS_SHARE = Fraction(1, 3)  # attention's parameters over those of cells
 ADDED_SHARE = Fraction(1, 8)  # attention's parameters over those that n adds, or over static weights at n = 1
+MOST_ADDED_SHARE = Fraction(15, 100)  # the same, where otherwise no layer would be dynamic
 LEAST_SAVED = Fraction(1, 4)  # of what n < 1 asks for
 QUARTER, HALF, WHOLE = Fraction(1, 4), Fraction(1, 2), Fraction(1)
 CUTS = ((QUARTER, QUARTER), (HALF, QUARTER), (HALF, HALF), (WHOLE, HALF), (WHOLE, WHOLE))  # (out, in), finest first
-TOO_SMALL = "too small: attention would take more parameters than n = {} allows"
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,9 @@ class Plan:
     @property
     def gains_little(self) -> bool:
         """Whether less than half of what n asks for is reached: parameters saved (n < 1), layers made dynamic, by their
-        weights (n = 1), or a third of the parameters added (n > 1)."""
-        possible = sum(layer.weights for layer in self.layers if layer.static is None)
+        weights (n = 1), or a third of the parameters added (n > 1). n asks it of all plain layers but the first and
+        the last, gates included."""
+        possible = sum(layer.weights for layer in self.layers if layer.static is None or layer.static in WITHIN)
         if self.n < 1:
             return self.static_params - self.params < (1 - self.n) * possible / 2
         if self.n == 1:
@@ -138,23 +139,36 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, n: BudgetLike | KWConfig = 1, *, config: KWConfig | None = None, example: Any = None
+    model: nn.Module,
+    n: BudgetLike | KWConfig | None = None,
+    *,
+    config: KWConfig | None = None,
+    example: Example = None,
 ) -> Plan:
     """Plan the conversion of `model`, which does not change: `kw.convert(model, plan)` carries it out.
 
     Args:
         model: any static model, on any device.
-        n: the budget, such as "1/2" or 4; or a `KWConfig`.
+        n: the budget, such as "1/2" or 4, or a `KWConfig`. By default that of `config`, or 1.
         config: further settings, with this n in place of theirs. `cell_in` and `cell_out` are chosen by the rule,
             unless they differ from those that `KWConfig` has by default.
-        example: an input of the model, a tensor or a tuple of arguments, for models whose input cannot be guessed:
-            one forward pass shows which layers run, and where (`kw.observing`).
+        example: an input of the model, a tensor or a tuple of arguments with at least two samples, for models whose
+            input cannot be guessed: one forward pass shows which layers run, and where (`kw.observing`).
 
     Raises:
-        ValueError: n is not a budget, or the model has dynamic layers already.
+        ValueError: n is not a budget, or the model has dynamic layers already or does not run on `example`.
+
+    Warns:
+        UserWarning: no forward pass came to its end, so that names decide.
     """
+    if isinstance(n, KWConfig) and config is not None:
+        raise ValueError("Pass one KWConfig: n and config are two.")
     refuse_converted(model)
-    settings = n if isinstance(n, KWConfig) else _with_budget(config or KWConfig(), n)
+    if isinstance(n, KWConfig):
+        settings = n
+    else:
+        settings = config or KWConfig()
+        settings = settings if n is None else _with_budget(settings, n)
     params = sum(parameter.numel() for parameter in model.parameters())
     return plan_layers(layers_of(model, example), settings, type(model).__name__, params)
 
@@ -171,8 +185,7 @@ def plan_layers(layers: list[Layer], settings: KWConfig, name: str, params: int)
                 warehouses.append(replace(found, name=base))
     warehouses += _of_small(small, warehouses, settings, layers)
     dynamic = {layer for warehouse in warehouses for layer in warehouse.layers}
-    too_small = TOO_SMALL.format(settings.n)
-    static = {layer.name: layer.static or too_small for layer in layers if layer.name not in dynamic}
+    static = {layer.name: layer.static or _too_small(layer, settings) for layer in layers if layer.name not in dynamic}
     order = {layer.name: index for index, layer in enumerate(layers)}
     warehouses.sort(key=lambda warehouse: order[warehouse.layers[0]])
     return Plan(name, settings.n, params, tuple(layers), tuple(_numbered(warehouses)), static)
@@ -182,6 +195,12 @@ def _with_budget(config: KWConfig, n: BudgetLike) -> KWConfig:
     """`config` at another n; cells' sides follow from n again, unless they were chosen."""
     chosen = (config.cell_in, config.cell_out) != cell_sides(config.n) and config.partition != "none"
     return config.replace(n=n) if chosen else config.replace(n=n, cell_in=None, cell_out=None)
+
+
+def _too_small(layer: Layer, config: KWConfig) -> str:
+    """Why a layer that could be dynamic is not."""
+    attentions = [warehouse.attention for cut in _cuts([layer], config) if (warehouse := _warehouse([layer], cut))]
+    return f"attention too large: at least {min(attentions):,} parameters, for a kernel of {layer.weights:,}"
 
 
 def _alike(layers: list[Layer], config: KWConfig) -> dict[str, list[Layer]]:
@@ -196,6 +215,8 @@ def _alike(layers: list[Layer], config: KWConfig) -> dict[str, list[Layer]]:
             name += "_" + _size(layer.shape)
         elif size and (config.sharing in ("kind", "model") or config.partition == "channel"):
             name += size
+        if not layer.trained:
+            name += "_frozen"
         found.setdefault(name, []).append(layer)
     return found
 
@@ -223,7 +244,8 @@ def _of_small(
     if n < 1:
         return possible
     weights = sum(layer.weights for layer in layers if layer.static is None)
-    left = _allowed(n) * weights - sum(warehouse.attention for warehouse in warehouses)
+    share = _allowed(n) if warehouses else _allowed(n) / ADDED_SHARE * MOST_ADDED_SHARE
+    left = share * weights - sum(warehouse.attention for warehouse in warehouses)
     chosen = []
     for warehouse in sorted(possible, key=lambda warehouse: Fraction(warehouse.attention, warehouse.kernels)):
         if warehouse.attention <= left:
@@ -275,7 +297,7 @@ def _allowed(n: Fraction) -> Fraction:
 
 
 def _cuts(group: list[Layer], config: KWConfig) -> Iterator[KWConfig]:
-    """`config` with each way to cut these layers' kernels, finest cells first."""
+    """`config` with each size of cells for these layers, finest first."""
     gcd = [math.gcd(*(layer.shape[side] for layer in group)) for side in (0, 1)]
     if config.partition == "none" or (config.cell_in, config.cell_out) != cell_sides(config.n):
         sides = [
@@ -296,9 +318,7 @@ def _dividing(channels: int, fraction: Fraction) -> Fraction:
 
 def _warehouse(group: list[Layer], config: KWConfig) -> PlannedWarehouse | None:
     """The warehouse of these layers, counted; None if it had too many mixtures."""
-    o = int(math.gcd(*(layer.shape[0] for layer in group)) * config.cell_out)
-    i = int(math.gcd(*(layer.shape[1] for layer in group)) * config.cell_in)
-    span = 1 if config.partition == "spatial_channel" else math.prod(group[0].shape[2:])
+    o, i, span = cell_size([layer.shape for layer in group], config)
     mixtures = tuple(layer.weights // (o * i * span) for layer in group)
     if sum(mixtures) > MAX_MIXTURES and len(group) > 1:
         return None

@@ -19,7 +19,7 @@ PLAIN: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear
 
 def plain_base(layer: nn.Module) -> type[nn.Module] | None:
     """The class of `PLAIN` whose function `layer` computes: its own, or that of which it is a subclass with the same
-    forward pass (torchvision's `Conv3DSimple`). None if it computes something else, or its weight is no parameter."""
+    forward pass (torchvision's `Conv3DSimple`). None if it computes something else, or its weight is computed."""
     return None if why_not_plain(layer) else next(base for base in PLAIN if isinstance(layer, base))
 
 
@@ -28,7 +28,7 @@ def why_not_plain(layer: nn.Module) -> str | None:
     base = next((base for base in PLAIN if isinstance(layer, base)), None)
     name = type(layer).__name__
     if base is None:
-        return f"{name} is no convolution or linear layer"
+        return f"{name} is neither a convolution nor a linear layer"
     if isinstance(layer._parameters.get("weight"), nn.parameter.UninitializedParameter):
         return f"{name} has no shape yet"
     if computes_weight(layer):
@@ -149,8 +149,8 @@ def carry_hooks(old: nn.Module, new: nn.Module, name: str) -> None:
 
 
 def computes_weight(layer: nn.Module) -> bool:
-    """Whether the layer's weight is no parameter, but computed from some: by weight_norm, spectral_norm or pruning, old
-    or as a parametrization."""
+    """Whether the layer's weight is not a parameter, but computed from some: by weight_norm, spectral_norm or pruning,
+    old or as a parametrization."""
     return not isinstance(layer._parameters.get("weight"), nn.Parameter)
 
 

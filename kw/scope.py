@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from kw.observing import Observation, level, observe
-from kw.replace import why_not_plain
-
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+from kw.observing import Example, Observation, observe
+from kw.replace import PLAIN, why_not_plain
 
 READS_IMAGE = "reads the model's input"
 HEAD = "its output is the model's"
-GATE = "a gate: it sees one position, as in squeeze-and-excitation"
+GATE = "a gate, as in squeeze-and-excitation: it sees one position and scales features of more"
+CUT_OFF = "no gradient reaches its input"
 READ = "the model reads its weight itself"
 NEVER_RUNS = "does not run in evaluation mode"
 NOT_OF_SAMPLES = "its input is not a batch of samples"
 SHARED = "its weight is also another module's"
+# Reasons for layers that count among those that could be dynamic.
+WITHIN = (GATE, CUT_OFF, READ, NEVER_RUNS, NOT_OF_SAMPLES, SHARED)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Layer:
         channels: input channels, all groups together.
         kind: of `kind_of`.
         stage: layers of one resolution have the same; from 1 on in the order of the network, 0 if all are static.
+        trained: whether its weight has a gradient.
         static: why it cannot be dynamic; None if it can.
     """
 
@@ -41,6 +44,7 @@ class Layer:
     channels: int
     kind: str
     stage: int
+    trained: bool
     static: str | None
 
     @property
@@ -58,13 +62,13 @@ def kind_of(layer: nn.Module) -> str:
     return "pointwise" if math.prod(layer.kernel_size) == 1 else "conv"
 
 
-def layers_of(model: nn.Module, example: Any = None) -> list[Layer]:
+def layers_of(model: nn.Module, example: Example = None) -> list[Layer]:
     """The convolutions and linear layers of `model`, in module order. These stay static:
 
     - the first, which reads the image, and the last: the classifiers (timm's `get_classifier()`, else layers whose
       outputs are the model's);
-    - gates, such as squeeze-and-excitation, which are an attention already: layers that see one position and come
-      before layers that see more;
+    - gates, such as squeeze-and-excitation, which are an attention already: layers that see one position and scale
+      features of more;
     - layers whose weight the model reads itself, or shares with another module, and those that do not run;
     - layers of a class that computes something else (weight standardization), or whose weight is a parametrization's.
 
@@ -77,26 +81,43 @@ def layers_of(model: nn.Module, example: Any = None) -> list[Layer]:
     Args:
         example: the model's input, a tensor or a tuple of positional arguments.
     """
-    found: dict[str, nn.Module] = {n: module for n, module in model.named_modules() if isinstance(module, KINDS) and n}
+    found: dict[str, Any] = {n: module for n, module in model.named_modules() if isinstance(module, PLAIN) and n}
     seen = observe(model, found, example)
+    if found and (seen is None or seen.error is not None):
+        why = f" ({seen.error})" if seen is not None else ""
+        warnings.warn(
+            f"No forward pass of this {type(model).__name__} came to its end{why}: names decide on what it did not "
+            f"show. Pass an input, example=...",
+            stacklevel=4,
+        )
     static = _static(model, found, seen)
     stages = _stages(model, found, seen)
     dynamic = sorted({stage for name, stage in stages.items() if name not in static})
     ranks = {stage: rank for rank, stage in enumerate(dynamic, start=1)}  # from 1, without gaps
     return [
-        Layer(name, _shape(module), _channels(module), kind_of(module), ranks.get(stages[name], 0), static.get(name))
-        for name, module in found.items()
+        Layer(
+            name,
+            shape_of(layer),
+            channels_of(layer),
+            kind_of(layer),
+            ranks.get(stages[name], 0),
+            layer.weight is None or layer.weight.requires_grad,
+            static.get(name),
+        )
+        for name, layer in found.items()
     ]
 
 
-def _shape(layer: nn.Module) -> tuple[int, ...]:
+def shape_of(layer: nn.Module) -> tuple[int, ...]:
+    """Of a layer's kernel, as that of its weight."""
     if isinstance(layer, nn.Linear):
         return (layer.out_features, layer.in_features)
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
 
 
-def _channels(layer: nn.Module) -> int:
+def channels_of(layer: nn.Module) -> int:
+    """Input channels of a layer, all groups together."""
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels  # type: ignore[return-value]
 
 
@@ -106,11 +127,11 @@ def _static(model: nn.Module, layers: dict[str, nn.Module], seen: Observation | 
     reasons = {name: reason for name, layer in layers.items() if (reason := why_not_plain(layer))}
     shared = shared_weights(model)
     inside = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    heads = classifiers(model, [] if seen is not None and seen.complete else names)
+    heads = classifiers(model, [] if seen is not None and seen.error is None else names)
     if seen is None:
         first = next((name for name in names if name not in heads), None)
         rules: dict[str, set[Any]] = {
-            READS_IMAGE: {first},
+            READS_IMAGE: {first} - {None},
             HEAD: heads,
             GATE: {name for name in names if _is_gate_by_name(model, name)},
         }
@@ -119,8 +140,9 @@ def _static(model: nn.Module, layers: dict[str, nn.Module], seen: Observation | 
             READS_IMAGE: seen.roots,
             HEAD: heads | seen.heads,
             READ: seen.read,
-            NEVER_RUNS: layers.keys() - seen.layers.keys() if seen.complete else set(),
-            GATE: _gates(seen),
+            NEVER_RUNS: layers.keys() - seen.layers.keys() if seen.error is None else set(),
+            CUT_OFF: seen.cut_off,
+            GATE: seen.gates,
             NOT_OF_SAMPLES: {name for name, layer in seen.layers.items() if not layer.per_sample},
         }
     rules[READ] = rules.get(READ, set()) | {n for n in names if any(n.startswith(f"{part}.") for part in inside)}
@@ -140,13 +162,6 @@ def shared_weights(model: nn.Module) -> set[int]:
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     return {key for key, count in owners.items() if count > 1}
-
-
-def _gates(seen: Observation) -> set[str]:
-    """Layers that see one position and run before others that see more. In a model of vectors there are none."""
-    order = list(seen.layers.items())
-    last = max((index for index, (_, layer) in enumerate(order) if layer.positions > 1), default=-1)
-    return {name for name, layer in order[: max(last, 0)] if layer.positions == 1}
 
 
 def _is_gate_by_name(model: nn.Module, name: str) -> bool:
@@ -177,7 +192,7 @@ def _stages(model: nn.Module, layers: dict[str, nn.Module], seen: Observation | 
     stages = _features(model, layers)
     if seen is not None and seen.layers:
         most = max(layer.positions for layer in seen.layers.values())
-        dims = max((len(_shape(layer)) - 2 for layer in layers.values()), default=0) or 2
+        dims = max((len(shape_of(layer)) - 2 for layer in layers.values()), default=0) or 2
         after = max(stages.values(), default=0) + 1
         for name, layer in seen.layers.items():
             stages.setdefault(name, after + level(layer.positions, most, dims))
@@ -188,6 +203,11 @@ def _stages(model: nn.Module, layers: dict[str, nn.Module], seen: Observation | 
     numbers = {prefix: after + number for number, prefix in enumerate(dict.fromkeys(prefixes.values()))}
     stages |= {name: numbers[prefix] for name, prefix in prefixes.items()}
     return stages
+
+
+def level(positions: int, most: int, dims: int) -> int:
+    """How many times a resolution was halved from `most` positions to `positions`, in `dims` dimensions."""
+    return round(math.log2(most / positions) / dims)
 
 
 def _features(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, int]:

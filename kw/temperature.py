@@ -144,7 +144,7 @@ class Tempered(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.shared.entry.is_new(destination, prefix):
+        if self.shared.entry.is_new(destination, prefix, "temperature", self.shared.value):
             destination[prefix + "temperature"] = self.temperature
 
     def _load_from_state_dict(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -94,9 +93,7 @@ class Warehouse(nn.Module):
         if not kernels:
             raise ValueError(f"Warehouse {name!r} has no layer: list at least one kernel.")
         self._check_alike(kernels)
-        self.span = 1 if config.partition == "spatial_channel" else kernels[0].positions  # of a cell, in positions
-        o = _cell_side([kernel.channels_out for kernel in kernels], config.cell_out)
-        i = _cell_side([kernel.channels_in for kernel in kernels], config.cell_in)
+        o, i, self.span = cell_size([kernel.shape for kernel in kernels], config)
         grids = [self._grid(kernel, o, i) for kernel in kernels]
         mixtures = [math.prod(grid) for grid in grids]
         n = number_of_cells(mixtures, config)
@@ -150,7 +147,7 @@ class Warehouse(nn.Module):
         super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._entry.is_new(destination, prefix):
+        if self._entry.is_new(destination, prefix, "cells", self.cells):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -247,5 +244,8 @@ def number_of_cells(mixtures: Sequence[int], config: KWConfig) -> int:
     return max(int(sum(mixtures) * config.n), 1)
 
 
-def _cell_side(channels: Sequence[int], fraction: Fraction) -> int:
-    return max(int(math.gcd(*channels) * fraction), 1)
+def cell_size(kernels: Sequence[tuple[int, ...]], config: KWConfig) -> tuple[int, int, int]:
+    """Output channels, input channels and positions of a cell of a warehouse for kernels of these shapes."""
+    o = math.gcd(*(shape[0] for shape in kernels)) * config.cell_out
+    i = math.gcd(*(shape[1] for shape in kernels)) * config.cell_in
+    return max(int(o), 1), max(int(i), 1), 1 if config.partition == "spatial_channel" else math.prod(kernels[0][2:])

@@ -22,7 +22,8 @@ from torch import nn
 
 import kw
 from kw.planning import Plan, plan_layers
-from kw.scope import KINDS, classifiers, layers_of
+from kw.replace import PLAIN
+from kw.scope import classifiers, layers_of
 from kw.table import table
 from scripts.options import one_line_errors, parse
 
@@ -39,7 +40,7 @@ class Options:
 def families(limit: int) -> Iterator[tuple[str, nn.Module]]:
     """A small model of each family, on the meta device."""
     names: dict[str, list[str]] = {}
-    for name in timm.list_models(exclude_filters=["kw_*", *(f"*{size}*" for size in LARGE)]):  # kw_*: ours
+    for name in timm.list_models(exclude_filters=["kw_*", *(f"*{size}*" for size in LARGE)]):
         names.setdefault(re.sub(r"\d+\w?$", "", name.split("_")[0]), []).append(name)
     found = 0
     for members in names.values():
@@ -56,7 +57,7 @@ def families(limit: int) -> Iterator[tuple[str, nn.Module]]:
 
 def plain_weights(model: nn.Module) -> int:
     """W."""
-    plain = [(name, module) for name, module in model.named_modules() if type(module) in KINDS]
+    plain = [(name, module) for name, module in model.named_modules() if type(module) in PLAIN]
     heads = classifiers(model, [name for name, _ in plain])
     return sum(module.weight.numel() for name, module in plain[1:] if name not in heads)
 

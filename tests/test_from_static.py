@@ -92,6 +92,37 @@ def test_every_parameter_that_follows_an_anchor_learns():
     assert not still
 
 
+def test_layers_with_two_names_and_modules_with_extra_state_are_kept():
+    class Extra(nn.Conv2d):
+        def get_extra_state(self):
+            return {"a": 1}
+
+        def set_extra_state(self, state):
+            assert state == {"a": 1}
+
+    static = nn.Sequential(Extra(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1))
+    static.append(static[1])
+    model = kw.convert(copy.deepcopy(static), {"1": "a"}, KWConfig(), from_weights=True)
+    kw.set_temperature(model, 1)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model(x), static(x))
+    other = kw.convert(copy.deepcopy(static), {"1": "a"}, KWConfig())
+    kw.load_static(other, static.state_dict())
+    kw.set_temperature(other, 1)
+    torch.testing.assert_close(other(x), static(x))
+
+
+def test_a_published_backbone_is_built_from_its_own_static_weights():
+    torch.manual_seed(3)
+    static = kw.create_model("resnet18", n="static", num_classes=7).eval()
+    torch.manual_seed(3)
+    model = kw.create_model("resnet18", n=2, num_classes=7, from_weights=True).eval()
+    kw.set_temperature(model, 1)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), static(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

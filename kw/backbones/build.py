@@ -73,6 +73,8 @@ class Backbone:
         settings = {key: kwargs.pop(key) for key in SETTINGS if key in kwargs}
         if settings and dynamic != KW:
             raise ValueError(f"{', '.join(settings)} applies to dynamic='kw' only, not to {dynamic!r}.")
+        if from_weights and dynamic not in (KW, STATIC):
+            raise ValueError(f"from_weights=True applies to dynamic='kw' only, not to {dynamic!r}.")
         features = {key: kwargs.pop(key) for key in FEATURE_OPTIONS if features_only and key in kwargs}
         try:
             model = self.vanilla(self.base, pretrained=pretrained, **kwargs)

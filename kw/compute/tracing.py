@@ -49,11 +49,11 @@ def leaf(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Te
     cannot record what is inside, which depends on dtypes and sizes."""
 
     @wraps(forward)
-    def wrapped(self: Any, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
-            tracer: Any = x.tracer
-            called: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+    def wrapped(self: Any, input: Tensor) -> Tensor:  # as torch's layers name it
+        if isinstance(input, Proxy):
+            tracer: Any = input.tracer
+            called: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
             return called
-        return forward(self, x)
+        return forward(self, input)
 
     return wrapped
