@@ -8,6 +8,7 @@ import warnings
 import pytest
 import timm
 import torch
+import torch.distributed.fsdp
 from helpers.programs import finish, ranks
 from safetensors.torch import load_model, save_model
 from timm.optim import param_groups_layer_decay
@@ -392,6 +393,7 @@ def test_a_copy_has_a_temperature_of_its_own():
     assert float(kw.temperatures(twin)[0]) == 0.25
 
 
+@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="FSDP2 is public from torch 2.6 on")
 @pytest.mark.parametrize("scope", ["within", "across"])
 @pytest.mark.parametrize("wrapping", ["ddp", "root", "blocks", "warehouses+blocks", "warehouses+resharded"])
 def test_processes_train_cells_as_one_does_or_say_how(wrapping, scope):
