@@ -24,11 +24,11 @@ def check_startable(configs: Iterable[KWConfig]) -> None:
         if config.n < 1:
             raise ValueError(
                 f"n={config.n} has fewer cells than kernels have parts, so static weights do not fit into them: "
-                f"from_weights needs n of at least 1."
+                f"starting from them needs n of at least 1."
             )
         if config.anchoring != "one_to_one" or config.attention_function != "caf":
             raise ValueError(
-                f"from_weights needs one anchor for each mixture: anchoring='one_to_one' and attention_function='caf', "
+                f"Starting from static weights needs one anchor for each mixture: anchoring='one_to_one' and attention_function='caf', "
                 f"not {config.anchoring!r} and {config.attention_function!r}."
             )
 
