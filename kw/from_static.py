@@ -28,8 +28,8 @@ def check_startable(configs: Iterable[KWConfig]) -> None:
             )
         if config.anchoring != "one_to_one" or config.attention_function != "caf":
             raise ValueError(
-                f"Starting from static weights needs one anchor for each mixture: anchoring='one_to_one' and attention_function='caf', "
-                f"not {config.anchoring!r} and {config.attention_function!r}."
+                f"Starting from static weights needs one anchor for each mixture: anchoring='one_to_one' and "
+                f"attention_function='caf', not {config.anchoring!r} and {config.attention_function!r}."
             )
 
 

@@ -40,7 +40,7 @@ class OneEntry:
 
     def __init__(self) -> None:
         self._prefix: str | None = None  # under which it was saved first
-        self._call: MutableSequence[str] | None = None  # the last call's list of missing keys: a new call has a new list
+        self._call: MutableSequence[str] | None = None  # missing keys of the last call: a new call has a new list
         self._is_found = False
         self._reported: list[str] = []
 
