@@ -20,10 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train.config import learnt_settings
 from train.jobs.errors import ConfigError
 from train.jobs.launch import meeting_point
+from train.jobs.metrics import MetricsFile
 from train.jobs.slurm import first_host, rendezvous
 from train.jobs.weights_and_biases import import_wandb
 from train.jobs.world import World
-from train.metrics import MetricsFile
 from train.services import Services
 from train.trainer import Trainer
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import kw
-from train.checkpoint import State, newest
 from train.config import DataConfig, TrainConfig, load_saved
 from train.data.formats import open_split
 from train.data.loader import Batch, Samples, eval_loader
 from train.data.transforms import eval_transform
 from train.jobs.checkpoint import FORMAT, read
+from train.jobs.checkpoints import State, newest
 from train.jobs.errors import CheckpointError, ConfigError
 from train.jobs.world import World
 from train.model import build_model, load_weights
