@@ -89,7 +89,6 @@ class SavingHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         self.training = True
-        self.text = runner.cfg.pretty_text  # takes a second
 
     def before_train_epoch(self, runner: Any) -> None:
         self.images, self.began = 0, time.monotonic()
@@ -157,7 +156,7 @@ class SavingHook(Hook):
                 "epoch": runner.epoch,
                 "iter": step,
                 "seed": runner.seed,
-                "cfg": self.text,
+                "cfg": runner.message_hub.get_info("cfg"),
                 "experiment_name": self.config.name,
                 "mmengine_version": mmengine.__version__,
                 "dataset_meta": runner.train_dataloader.dataset.metainfo,

@@ -1,7 +1,5 @@
 """`python -m detection`: its settings, errors in data, and real runs, shrunk, on real digits."""
 
-import copy
-import functools
 import json
 import os
 import pickle
@@ -16,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import wandb_files
+from helpers.disturbed_detector import speed_up
 from helpers.programs import ROOT, environment
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
@@ -58,13 +56,9 @@ def digits(tmp_path_factory):
     return folder
 
 
-_from_file = functools.cache(Config.fromfile)
-
-
 @pytest.fixture(autouse=True)
-def read_once(monkeypatch):
-    """MMEngine looks through an index of 300 files for those of MMDetection: each configuration is read once."""
-    monkeypatch.setattr(Config, "fromfile", lambda *of, **more: copy.deepcopy(_from_file(*of, **more)))
+def fast_configurations(monkeypatch):
+    speed_up(monkeypatch)
 
 
 def validated(*overrides):
