@@ -130,7 +130,7 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, world: World) -> N
                 saving.resume_from(found)
             given.dump(folder / Path(given.filename).name)  # as MMDetection's own tools want it
         if found:
-            display.print(f"Resumed {folder} at step {found.state['meta']['iter']}.")
+            display.print(f"Resumed {folder} at step {found.state['meta']['iter']} of the run.")
         elif begins_at_random(config, cfg):
             warn(AT_RANDOM)
         try:

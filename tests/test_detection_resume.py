@@ -298,7 +298,7 @@ def test_two_processes_survive_a_kill_and_a_signal_to_one_of_them_and_count_ever
     assert step_of(tmp_path / "run") == 6
     fork(tmp_path, *words(digits, tmp_path / "run", *more), **two)
     assert differences(calm, outcome_of_detector(tmp_path / "run")) == []
-    signalled = "in_evaluation(lambda: runner.rank == 0 and signal.raise_signal(signal.SIGUSR1))"
+    signalled = "at(4, lambda: runner.rank == 0 and signal.raise_signal(signal.SIGUSR1))"  # seen in the evaluation
     done = fork(tmp_path, *words(digits, tmp_path / "other", *more), code=signalled, **two)
     assert [status for status, _ in done] == [128 + signal.SIGUSR1] * 2 and step_of(tmp_path / "other") == 4
     broken = """if runner.rank == 1:

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from mmdet.registry import DATA_SAMPLERS, DATASETS
-from mmengine.registry import LOOPS
+from mmdet.registry import DATA_SAMPLERS, DATASETS, LOOPS
 from mmengine.runner import EpochBasedTrainLoop, set_random_seed
 from torch.utils.data import BatchSampler, Sampler
 
