@@ -183,6 +183,8 @@ def test_under_torchrun_the_configuration_says_how_many_processes_there_are(worl
     count_processes(runtime)  # they agree now
     with pytest.raises(ConfigError, match=rf"runtime\.devices=2 and runtime\.nodes=3 make 6 .* started {world}"):
         count_processes(RuntimeConfig(devices=2, nodes=3))
+    with pytest.raises(ConfigError, match=rf"runtime\.devices=1 .* torchrun has started {world}"):
+        count_processes(RuntimeConfig(), ["seed", "runtime.devices"])
 
 
 def test_a_rank_that_a_scheduler_sets_is_not_torchrun(monkeypatch):

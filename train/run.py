@@ -31,7 +31,7 @@ def start(config: TrainConfig, folder: Path, typed: Sequence[str] = ()) -> None:
         ConfigError: the batch cannot be shared by the devices, or the processes cannot be launched as asked.
     """
     runtime = config.runtime
-    count_processes(runtime)
+    count_processes(runtime, typed)
     if config.evaluate is None:
         accumulation(config.recipe.batch_size, runtime.micro_batch, runtime.devices * runtime.nodes)
     name = f"{config.data.name}-{config.name}-seed{config.seed}"

@@ -269,6 +269,7 @@ class Trainer:
         line["lr"] = self.learner.learning_rate(self.step - 1)
         line["temperature"] = self.learner.temperature(self.step * self.data.accumulation - 1)
         line["images_per_second"] = speed
+        line["devices"] = self.world.size
         if self.data.substitutes:  # all ranks have finished the epoch: their sums are here
             line["substituted"] = self.data.substitutes.count(epoch)
         return line
