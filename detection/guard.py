@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from torch import nn
@@ -64,10 +63,7 @@ class Guard(Hook):
             self._stop(f"gradient norm {norm.item():g}", self.images)
 
     def _stop(self, what: str, images: list[str]) -> None:
-        found = [(what, images)]
-        if self.world.size > 1:
-            found = [("", [])] * self.world.size
-            dist.all_gather_object(found, (what, images))
+        found = self.world.gather((what, images))
         wrong = next(text for text, _ in found if text)
         names = [name for _, some in found for name in some]
         raise NonFiniteError(f"Step {self.runner.iter}: {wrong}. Its images: {', '.join(names[:64])}.")

@@ -33,11 +33,12 @@ from detection.prepare import prepare
 from detection.saving import SavingHook, checkpoints_in, latest
 from detection.services import watch
 from kw.config import STATIC
+from train.jobs.agreement import agree, once_per_node
 from train.jobs.checkpoints import Found
 from train.jobs.display import Display
 from train.jobs.errors import CheckpointError, ConfigError, NonFiniteError, RunError, warn
 from train.jobs.folder import lock, write_atomically
-from train.jobs.launch import count_processes, launch
+from train.jobs.launch import launch
 from train.jobs.metrics import MetricsFile
 from train.jobs.provenance import provenance
 from train.jobs.signals import StopRequest
@@ -61,7 +62,6 @@ def start(config: DetectionConfig, cfg: Config, folder: Path) -> None:
     with quiet():
         init_default_scope("mmdet")
         check_data(cfg, ["test"] if config.evaluate is not None else ["train", "val"])
-    count_processes(config.runtime)
     launch(run, (config, cfg, folder), config.runtime, f"{config.name}-seed{config.seed}")
 
 
@@ -73,6 +73,8 @@ def run(config: DetectionConfig, cfg: Config, folder: Path) -> None:
     init_default_scope("mmdet")
     world = connect(config.runtime)
     try:
+        code = once_per_node(world, lambda: provenance(mmdet, mmengine))
+        agree(world, "the code", code, "Bring all nodes to one commit and its versions.")
         set_devices(cfg, world)
         if config.evaluate is None:
             with lock(folder) if world.is_main else contextlib.nullcontext():
@@ -106,7 +108,7 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, world: World) -> N
         SystemExit: a signal asked to stop; the state is saved.
     """
     settings = learnt_settings(config, cfg)
-    found = resumed(config, settings, folder)
+    found = resumed(config, settings, folder, world)
     cfg.resume, cfg.load_from = found is not None, str(found.path) if found else cfg.get("load_from")
     if found:
         cfg.model.backbone.pop("init_cfg", None)  # the weights are in the checkpoint
@@ -220,17 +222,20 @@ def quiet() -> Iterator[Any]:
         yield out
 
 
-def resumed(config: DetectionConfig, settings: str, folder: Path) -> Found | None:
+def resumed(config: DetectionConfig, settings: str, folder: Path, world: World) -> Found | None:
     """The checkpoint to continue from, or None.
 
     Args:
         settings: this run's `learnt_settings`.
 
     Raises:
-        ConfigError: there is one, but resume=never, or settings that decide what is learnt have changed.
+        ConfigError: there is one, but resume=never, or settings that decide what is learnt have changed; or the
+            processes find different ones.
         CheckpointError: all checkpoints are damaged.
     """
     found = checkpoints_in(folder).newest()
+    which = found and f"{found.path}, of step {found.state['meta']['iter']}"
+    agree(world, "the checkpoint", which, "Start again once all nodes see the same files in the run folder.")
     if found is None and (folder / "last_checkpoint").exists():
         raise ConfigError(
             f"{folder} has checkpoints of MMEngine, from which a run cannot resume exactly: move it away, or set "

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import wandb_files
+from helpers import programs, wandb_files
 from helpers.disturbed_detector import speed_up
 from helpers.programs import ROOT, environment
 from hydra import compose as hydra_compose
@@ -394,7 +394,8 @@ def test_a_run_is_watched_goes_on_and_is_evaluated(digits, in_this_process, refu
     """Its checkpoint has what summary.json tells, and the same command again tells it too."""
     place = f"hydra.run.dir={tmp_path}/run"
     done = launch(place, "logger=both", cwd=tmp_path, digits=digits)
-    assert "epoch 2/2" in done.stdout and done.stdout.count("\n") == 2
+    first, second, _ = done.stdout.splitlines()
+    assert first.startswith("epoch 1/2  loss ") and "  step 1/4  " in first and second.startswith("epoch 2/2  loss ")
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["backbone"], summary["n"], summary["epochs"]) == ("resnet18", "1", 2)
@@ -418,6 +419,20 @@ def test_a_run_is_watched_goes_on_and_is_evaluated(digits, in_this_process, refu
     assert {key: summary[key] for key in ("box_ap", "mask_ap")} == {key: found[key] for key in ("box_ap", "mask_ap")}
     other = refused(f"evaluate={run}", "n=static", f"hydra.run.dir={tmp_path}/other")
     assert "does not fit" in other and "warehouse.cells" in other
+
+
+def test_a_failed_start_leaves_the_folders_that_were_there(refused, tmp_path):
+    (tmp_path / "kept" / "empty").mkdir(parents=True)
+    assert "does not exist" in refused(f"hydra.run.dir={tmp_path}/kept/empty/a/b", "data.root=/nope")
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "kept", tmp_path / "kept" / "empty"]
+
+
+@pytest.mark.slow
+def test_a_job_of_two_processes_ends_when_one_cannot_write(digits, tmp_path):
+    """Right after a collective: both leave the process group, and neither waits for ever."""
+    words = [*SMALL, f"data.root={digits}", f"hydra.run.dir={tmp_path}/run", "runtime.devices=2"]
+    done = programs.run("detection", *words, code=1, cwd=tmp_path, largest_file=100_000)
+    assert "File too large" in done.stderr and "LaunchError: process" in done.stderr
 
 
 @pytest.mark.slow

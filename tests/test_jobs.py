@@ -4,7 +4,9 @@ import dataclasses
 import errno
 import fcntl
 import itertools
+import multiprocessing
 import os
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -13,6 +15,9 @@ from hydra import initialize_config_dir
 
 from train.config import RuntimeConfig, TrainConfig, learnt_settings, load_saved, saved, to_plain, validate
 from train.jobs import folder as run_folder
+from train.jobs import lease
+from train.jobs.checkpoint import FORMAT, read
+from train.jobs.checkpoints import Checkpoints
 from train.jobs.errors import ConfigError
 from train.jobs.launch import count_processes
 from train.jobs.names import MAX_NAME, extended, same, shorten
@@ -178,6 +183,8 @@ def test_under_torchrun_the_configuration_says_how_many_processes_there_are(worl
     count_processes(runtime)  # they agree now
     with pytest.raises(ConfigError, match=rf"runtime\.devices=2 and runtime\.nodes=3 make 6 .* started {world}"):
         count_processes(RuntimeConfig(devices=2, nodes=3))
+    with pytest.raises(ConfigError, match=rf"runtime\.devices=1 .* torchrun has started {world}"):
+        count_processes(RuntimeConfig(), ["seed", "runtime.devices"])
 
 
 def test_a_rank_that_a_scheduler_sets_is_not_torchrun(monkeypatch):
@@ -197,13 +204,96 @@ def test_processes_that_start_together_agree_on_a_run_s_id(tmp_path):
     assert len(list(tmp_path.iterdir())) == 20  # no temporary file is left
 
 
-def test_a_file_system_without_locks_does_not_keep_a_job_out(tmp_path, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+def test_a_file_system_without_hard_links_keeps_the_best_checkpoint_and_the_run_s_id(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(os, "link", no_links)
+    checkpoints = Checkpoints(tmp_path)
+    for epoch, top1 in enumerate((1.0, 3.0, 2.0)):
+        checkpoints.save_epoch({"format": FORMAT}, epoch, top1)
+    assert [path.name for path in tmp_path.glob("best-*.pt")] == ["best-0001.pt"]
+    assert read(tmp_path / "best-0001.pt")["epoch"] == 1
+    assert run_id(tmp_path / "id") == run_id(tmp_path / "id")
+
+
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_a_file_system_without_locks_does_not_keep_a_job_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with run_folder.lock(tmp_path):
+        assert (tmp_path / ".lease-1").exists()
+    assert f"{tmp_path} is on a file system without locks (No locks available)" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".lease-*"))
+
+
+def compete(folder, monkeypatch, count=8):
+    """How many of `count` processes that start at once get the lock of a folder, while all of them wait for it."""
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+    fork = multiprocessing.get_context("fork")
+    start, end, got = fork.Barrier(count), fork.Barrier(count), fork.Value("i", 0)
+
+    def work():
+        start.wait()
+        try:
+            held = run_folder.lock(folder)
+            with got.get_lock():
+                got.value += bool(held)
+        except ConfigError as error:
+            assert "Another job is running" in str(error)
+        end.wait()
+        os._exit(0)  # as a killed job, without giving it back
+
+    processes = [fork.Process(target=work) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return got.value
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_of_eight_processes_on_one_folder_one_gets_it_and_the_next_job_too(locks, tmp_path, monkeypatch):
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    for _ in range(3):  # each leaves what a killed job leaves
+        assert compete(tmp_path, monkeypatch) == 1
     run_folder.lock(tmp_path).close()
-    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def test_a_job_of_another_host_is_waited_for_while_it_beats_and_replaced_when_it_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.02)
+    with monkeypatch.context() as there:
+        there.setattr(lease, "_host", lambda: "another")
+        held = run_folder.lock(tmp_path)
+    os.utime(held.path, (2e9, 2e9))  # its clock is ahead of ours
+    with pytest.raises(ConfigError, match="Another job is running"):
+        run_folder.lock(tmp_path)
+    held._closed.set()  # it was killed: nothing beats, and nothing is removed
+    held._thread.join()
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.1)
+    with run_folder.lock(tmp_path):
+        assert [path.name for path in tmp_path.glob(".lease-*")] == [".lease-2"]
+
+
+def test_a_job_that_stood_still_and_was_replaced_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.02)
+
+    def stand_still():
+        lease.Claim(tmp_path).attempt()
+        (tmp_path / ".lease-2").touch()  # another job has waited for long enough
+        time.sleep(60)
+
+    job = multiprocessing.get_context("fork").Process(target=stand_still)
+    job.start()
+    job.join(30)
+    assert job.exitcode == 1
 
 
 def test_a_rank_without_a_world_is_a_schedulers_and_errors_are_still_printed(monkeypatch):
@@ -222,10 +312,7 @@ def test_a_lock_that_another_job_may_have_is_not_removed(tmp_path, monkeypatch):
         run_folder.remove_lock(tmp_path)
         assert (tmp_path / run_folder.LOCK).exists()
 
-    def unsupported(*_):
-        raise OSError(errno.ENOLCK, "no locks")
-
-    monkeypatch.setattr(run_folder.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     run_folder.remove_lock(tmp_path)
     assert (tmp_path / run_folder.LOCK).exists()
     run_folder.lock(tmp_path).close()  # a warning

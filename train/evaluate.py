@@ -16,6 +16,7 @@ from train.config import DataConfig, TrainConfig, load_saved
 from train.data.formats import open_split
 from train.data.loader import Batch, Samples, eval_loader
 from train.data.transforms import eval_transform
+from train.jobs.agreement import once_per_node
 from train.jobs.checkpoint import FORMAT, read
 from train.jobs.checkpoints import State, newest
 from train.jobs.errors import CheckpointError, ConfigError
@@ -88,7 +89,7 @@ def evaluate_checkpoint(config: TrainConfig, typed: Sequence[str], world: World)
         saved.data = data_settings(saved.data, config.data, typed)
         saved.runtime = config.runtime
         config = saved
-    images = open_split(config.data, config.data.eval_split)
+    images = once_per_node(world, lambda: open_split(config.data, config.data.eval_split))
     if ours and list(state["classes"]) != images.classes:
         raise ConfigError(
             f"{path} was trained on {len(state['classes'])} classes ({', '.join(state['classes'][:3])}, ...); "

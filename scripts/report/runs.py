@@ -149,12 +149,17 @@ def _method(it: Checked) -> str:
 def _timed(run: Run, lines: list[Any]) -> Run:
     """The run with its device-hours: images over images per second, times devices; without evaluation."""
     recipe, runtime = (run.config.get(key) or {} for key in ("recipe", "runtime"))
-    steps, batch = (lines[-1].get("step") if lines else None), recipe.get("batch_size")
     asked = run.asked or recipe.get("epochs") or run.epochs
-    if not steps or not batch or not run.images_per_second:
+    batch = recipe.get("batch_size")
+    if not batch or not run.images_per_second or not (lines and lines[-1].get("step")):
         return replace(run, asked=asked)
-    devices = runtime.get("devices", 1) * runtime.get("nodes", 1)
-    return replace(run, asked=asked, hours=steps * batch / run.images_per_second / 3600 * devices)
+    usual = runtime.get("devices", 1) * runtime.get("nodes", 1)  # lines of older versions do not say how many
+    hours, before = 0.0, 0
+    for line in lines:  # a run that was resumed may have had other devices
+        step, speed = line.get("step", before), line.get("images_per_second") or run.images_per_second
+        hours += (step - before) * batch / speed / 3600 * line.get("devices", usual)
+        before = step
+    return replace(run, asked=asked, hours=hours)
 
 
 def _curve(lines: list[Any], key: str) -> list[tuple[int, float]]:

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.distributed import DistError
@@ -45,8 +45,11 @@ def launch(work: Callable[..., None], arguments: tuple[Any, ...], runtime: Runti
         start_workers(work, arguments, runtime, *meeting_point(runtime, name))
 
 
-def count_processes(runtime: Runtime) -> None:
+def count_processes(runtime: Runtime, typed: Sequence[str] = ()) -> None:
     """Under torchrun, set `devices` and `nodes` to the processes that it has started, for config.yaml to say.
+
+    Args:
+        typed: the keys of the command line. A number that was not typed is the default.
 
     Raises:
         ConfigError: the user has set them to other numbers.
@@ -55,7 +58,7 @@ def count_processes(runtime: Runtime) -> None:
         return
     world = int(os.environ["WORLD_SIZE"])
     asked = runtime.devices * runtime.nodes
-    if asked not in (1, world):
+    if asked != world and (asked > 1 or {"runtime.devices", "runtime.nodes"} & set(typed)):
         raise ConfigError(
             f"runtime.devices={runtime.devices} and runtime.nodes={runtime.nodes} make {asked} processes, but torchrun "
             f"has started {world}: leave both settings out."

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 from pathlib import Path
 from typing import Any
 
 from train.jobs.errors import ConfigError, writing
+from train.jobs.folder import link, temporary_for
 from train.jobs.names import shorten
 from train.jobs.settings import LoggerConfig
 
@@ -59,10 +59,10 @@ def settings(logger: LoggerConfig, place: Path, name: str, seed: int) -> dict[st
 def run_id(path: Path) -> str:
     """The id in a file, which is made if there is none. Processes that call this together get the same id: a link is
     made in one step, and only by the first of them."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    fresh = temporary_for(path)
     if not path.exists():
         fresh.write_text(secrets.token_hex(4))
         with contextlib.suppress(FileExistsError):
-            os.link(fresh, path)
+            link(fresh, path)
         fresh.unlink()
     return path.read_text()
