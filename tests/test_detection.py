@@ -14,18 +14,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import programs, wandb_files
-from helpers.disturbed_detector import speed_up
+from helpers.detectors import config, speed_up, validated
 from helpers.programs import ROOT, environment
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
 
 import detection.__main__ as entry
 from detection import loading
-from detection.compose import compose, learnt_settings
-from detection.config import DetectionConfig, added_keys, open_up, validate
+from detection.compose import learnt_settings
+from detection.config import DetectionConfig, open_up
 from detection.data import check_data
 from detection.names import run_name
 from scripts.data.digits_coco import SPLITS, make_split
@@ -59,17 +57,6 @@ def digits(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fast_configurations(monkeypatch):
     speed_up(monkeypatch)
-
-
-def validated(*overrides):
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        composed = hydra_compose("detection", open_up(overrides))
-    return validate(composed), composed
-
-
-def config(*overrides):
-    ours, composed = validated(*overrides)
-    return ours, compose(ours, composed, added_keys(open_up(overrides)))
 
 
 @pytest.fixture

@@ -9,14 +9,16 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers.disturbed_detector import detect, fork, speed_up
+from helpers.detectors import config, detect, fork, speed_up
 from mmcv.transforms import LoadImageFromFile
 from mmdet.registry import DATASETS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.dataset import sampler as mmengine_sampler
-from mmengine.runner import CheckpointLoader
+from mmengine.device import utils as mmengine_device
+from mmengine.registry import init_default_scope
+from mmengine.runner import CheckpointLoader, Runner
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -149,6 +151,25 @@ def test_another_number_of_steps_an_epoch_is_refused(digits, calm, tmp_path, cap
     assert "ConfigError: The run had 4 steps an epoch, now it has 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_mmengines_own_checkpoints_resume_exactly_with_the_loop_alone(digits, tmp_path, monkeypatch):
+    """As in MMDetection's tools: no hook of `python -m detection`."""
+
+    def train(name, **more):
+        _, cfg = config(*words(digits, "x")[:-1])
+        cfg.train_cfg.type = "ExactTrainLoop"
+        cfg.default_hooks.checkpoint = {"type": "CheckpointHook", "by_epoch": False, "interval": 3}
+        cfg.update(work_dir=str(tmp_path / name), experiment_name=name, randomness={"seed": 0}, **more)
+        monkeypatch.setattr(mmengine_device, "DEVICE", "cpu")
+        Runner.from_cfg(cfg).train()
+        state = loading.load(str(tmp_path / name / "iter_8.pth"))
+        return {key: state[key] for key in ("state_dict", "optimizer", "param_schedulers")}
+
+    init_default_scope("mmdet")
+    calm = train("calm")
+    assert differences(calm, train("resumed", resume=True, load_from=str(tmp_path / "calm" / "iter_6.pth"))) == []
+
+
 # Images
 
 
@@ -252,7 +273,7 @@ def broken_digits(digits, tmp_path):
 
 
 def test_a_run_lists_and_counts_what_it_substituted(broken_digits, tmp_path):
-    detect(*words(broken_digits, tmp_path / "run", "data.on_error=substitute", "runtime.workers=1"))
+    detect(*words(broken_digits, tmp_path / "run", "data.on_error=substitute"))
     listed = [line.split("\t") for line in (tmp_path / "run/substituted.txt").read_text().splitlines()]
     assert [(epoch, index, copy) for epoch, index, copy, _, _ in listed] == [("0", "3", "0"), ("1", "3", "0")]
     assert all(name.endswith("000003.png") and used.endswith("000004.png") for *_, name, used in listed)

@@ -1,4 +1,5 @@
-"""`python -m detection` in this process, or in forks of it, with a run that is disturbed on purpose.
+"""Configurations of `python -m detection`; and it itself, in this process or in forks of it, with a run that may be
+disturbed on purpose.
 
 A start of the program of its own takes ten seconds, nearly all of them to import MMDetection.
 """
@@ -17,12 +18,16 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
 import detection.__main__ as entry
 from detection import run
-from detection.config import open_up
+from detection.compose import compose
+from detection.config import added_keys, open_up, validate
+from helpers.programs import ROOT
 from train.jobs.command import Jobs
 
 SECONDS = 240  # after which a process counts as hung
@@ -35,6 +40,19 @@ def speed_up(monkeypatch) -> None:
     formats one by yapf, several times in a run and for 1.5 s each time: they are left as they are."""
     monkeypatch.setattr(Config, "fromfile", lambda *of, **more: copy.deepcopy(_from_file(*of, **more)))
     monkeypatch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True))
+
+
+def validated(*overrides):
+    """The program's settings, checked, and all that Hydra composed."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        composed = hydra_compose("detection", open_up(overrides))
+    return validate(composed), composed
+
+
+def config(*overrides):
+    """The program's settings, and MMDetection's configuration."""
+    ours, composed = validated(*overrides)
+    return ours, compose(ours, composed, added_keys(open_up(overrides)))
 
 
 def detect(*words: str, code: str = "") -> None:
