@@ -138,8 +138,11 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, world: World) -> N
         try:
             with stop:
                 runner.train()
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error} {saving.checkpoints.what_is_kept()}") from None
+        except BaseException as error:
+            runner.visualizer.close()  # so that services get what they have not sent
+            if isinstance(error, NonFiniteError):
+                raise NonFiniteError(f"{error} {saving.checkpoints.what_is_kept()}") from None
+            raise
         finally:
             display.stop()
     if world.is_main:
