@@ -37,4 +37,4 @@ def main(composed: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = open_up(sys.argv[1:])
-    jobs.run(main)
+    jobs.run(main, "detection")

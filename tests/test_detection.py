@@ -74,7 +74,7 @@ def in_this_process(digits, monkeypatch, capsys, safe_loading):
         jobs = Jobs()
         monkeypatch.setattr(entry, "jobs", jobs)
         monkeypatch.setattr(sys, "argv", ["detection", *open_up([*SMALL, f"data.root={digits}", *words])])
-        jobs.run(entry.main)
+        jobs.run(entry.main, "detection")
 
     return run
 
@@ -187,7 +187,7 @@ def test_a_sweep_gives_each_job_a_folder_by_what_is_swept(monkeypatch, tmp_path)
     monkeypatch.setattr(entry, "jobs", Jobs())
     words = ["-m", "config=mask_rcnn_kw1x_resnet18_1x_coco", "n=1,1/4,static", "train_cfg.max_epochs=3"]
     monkeypatch.setattr(sys, "argv", ["detection", *open_up(words)])
-    entry.jobs.run(entry.main)
+    entry.jobs.run(entry.main, "detection")
     base = "runs/detection/mask_rcnn_kw1x_resnet18_1x_coco"
     assert [str(name) for name in names] == [
         f"{base}{n}+train_cfg.max_epochs-3/seed0" for n in ("", "+n-1d4x", "+n-static")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
-from train.config import RuntimeConfig, TrainConfig, to_plain
+from train.config import RuntimeConfig, TrainConfig, to_plain, unused_in_training
 from train.data.batching import accumulation
 from train.evaluate import evaluate_checkpoint
 from train.jobs.agreement import agree, once_per_node
-from train.jobs.errors import ConfigError
+from train.jobs.errors import ConfigError, warn
 from train.jobs.folder import lock, write_atomically
 from train.jobs.launch import count_processes, launch
 from train.jobs.provenance import provenance
@@ -35,6 +35,8 @@ def start(config: TrainConfig, folder: Path, typed: Sequence[str] = ()) -> None:
     runtime = config.runtime
     count_processes(runtime, typed)
     if config.evaluate is None:
+        for sentence in unused_in_training(config, typed):
+            warn(sentence)
         accumulation(config.recipe.batch_size, runtime.micro_batch, runtime.devices * runtime.nodes)
     name = f"{config.data.name}-{config.name}-seed{config.seed}"
     launch(run, (config, folder, typed), runtime, name)

@@ -67,7 +67,7 @@ def detect(*words: str, code: str = "") -> None:
         mock.patch.object(entry, "jobs", Jobs()),
         mock.patch.object(sys, "argv", ["detection", *open_up(words)]),
     ):
-        entry.jobs.run(entry.main)
+        entry.jobs.run(entry.main, "detection")
 
 
 def disturbed(code: str, config, cfg, folder):

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
+from train.jobs.advice import advice
 from train.jobs.errors import ConfigError, report
 from train.jobs.folder import make, take_back
 from train.jobs.slurm import in_submitit
@@ -67,14 +70,20 @@ class Jobs:
         self.folders[folder] = settings
         return True
 
-    def run(self, main: Callable[[], None]) -> None:
+    def run(self, main: Callable[[], None], config_name: str) -> None:
         """Run the command: `main` by Hydra, which calls it for each job, then a list of a sweep's failed jobs.
 
+        Args:
+            config_name: of the configuration that the command line changes.
+
         Raises:
-            SystemExit: with 1 if jobs failed.
+            SystemExit: with 1 if jobs failed, or if Hydra refuses the command line.
         """
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors, for us to print
         try:
             main()
+        except (HydraException, OmegaConfBaseException) as error:
+            sys.exit(f"ConfigError: {advice(error, config_name)}")
         finally:
             if self.count > 1 and self.failed:
                 print(f"{len(self.failed)} of {self.count} jobs failed:", *self.failed, sep="\n  ", file=sys.stderr)
