@@ -146,7 +146,7 @@ class PassedOn:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         workers = multiprocessing.active_children()
-        if not workers:
+        if not workers and not self.first:
             self._without_workers(number, frame)
         again = number == self.first == signal.SIGINT
         self.first = self.first or number
