@@ -214,9 +214,10 @@ def test_a_launcher_without_a_sweep_is_refused(tmp_path):
 
 def test_submitit_runs_the_jobs_of_a_sweep_here(tmp_path):
     """Three good jobs, of which two are one run, and a bad one: that does not stop the others, and is listed."""
-    done = launch("-m", "dynamic=static,kw", "n=3/2,1", "label=x", "hydra/launcher=submitit_local", "logger=wandb",
+    done = launch("-m", "dynamic=static,kw", "n=3/2,1", "label=x", "hydra/launcher=local", "logger=wandb",
                   cwd=tmp_path, check=False)  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "runs on core" in done.stdout and "logger=wandb: done" in done.stdout  # the states
     (failed,) = done.stderr[done.stderr.index("1 jobs of this sweep are not done:") :].splitlines()[1:]
     assert "dynamic=kw n=3/2 label=x" in failed and "ConfigError: n='3/2'" in failed
     found = {json.loads(path.read_text())["n"]: path.parent for path in tmp_path.rglob("summary.json")}
