@@ -110,7 +110,12 @@ def look_up(cfg: Config, key: str, missing: Any) -> Any:
 
 
 def check_known(cfg: Config, key: str, value: Any) -> None:
-    """Raises ConfigError: the file does not have the key, or has a number there and the value is text."""
+    """Raises ConfigError: the file does not have the key, or has a number there and the value is text; or the program
+    does not use it."""
+    if f"{key}.".startswith("default_hooks.checkpoint."):
+        raise ConfigError(
+            f"{key}: this program keeps checkpoints itself; runtime.checkpoint_steps and runtime.keep_best set how."
+        )
     missing = object()
     parts = key.split(".")
     for depth in range(1, len(parts) + 1):

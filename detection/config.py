@@ -17,8 +17,10 @@ from train.jobs.settings import RESUMABLE, LoggerConfig, Runtime, resumable
 class DataConfig:
     root: str | None = resumable(None)  # in place of data_root in the file; laid out as COCO is
     classes: str = "config"  # those that the file names (COCO's 80); data: those of the annotations, heads follow
+    on_error: str = "stop"  # at a broken training image; substitute: use the next one that can be read
 
     def __post_init__(self) -> None:
+        check_choice("data.on_error", self.on_error, ("stop", "substitute"))
         check_choice("data.classes", self.classes, ("config", "data"))
 
 
@@ -27,9 +29,14 @@ class RuntimeConfig(Runtime):
     """A batch size in the file is that of each process."""
 
     workers: int | None = resumable(None)  # processes that load data; null: as in the file
+    checkpoint_steps: int | None = resumable(None)  # checkpoints within an epoch, besides those at its end
+    keep_best: int = resumable(1)  # checkpoints of the best epochs to keep
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        steps = self.checkpoint_steps
+        check(steps is None or steps >= 1, "runtime.checkpoint_steps", steps, "must be at least 1, or null")
+        check(self.keep_best >= 0, "runtime.keep_best", self.keep_best, "must not be negative")
         check(self.workers is None or self.workers >= 0, "runtime.workers", self.workers, "must not be negative")
 
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from detection import loading
 from detection.data import class_names
 from detection.run import calm, quiet
+from detection.saving import latest
 from scripts.arguments import argument_parser
 from train.jobs.errors import CheckpointError, RunError
 
@@ -54,17 +55,15 @@ def detected(run: Path, count: int, score: float, zoom: int) -> Any:
     from mmdet.apis import inference_detector, init_detector
     from mmdet.registry import DATASETS
     from mmengine.config import Config
-    from mmengine.runner import find_latest_checkpoint
 
     configuration = next(run.glob("*.py"), None)
-    checkpoint = find_latest_checkpoint(str(run)) if (run / "last_checkpoint").exists() else None
-    if configuration is None or checkpoint is None:
-        missing = "configuration (*.py)" if configuration is None else "checkpoint"
+    if configuration is None:
         raise CheckpointError(
-            f"{run} has no {missing}: name a folder in which python -m detection has trained an epoch."
+            f"{run} has no configuration (*.py): name a folder in which python -m detection has trained an epoch."
         )
+    checkpoint = latest(run)
     cfg = Config.fromfile(configuration)
-    detector = init_detector(cfg, checkpoint, device="cpu")
+    detector = init_detector(cfg, str(checkpoint), device="cpu")
     names = class_names(cfg.val_dataloader.dataset)
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
     for index in range(min(count, len(dataset))):

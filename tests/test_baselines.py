@@ -26,8 +26,8 @@ from scripts.bench.step_time import composed
 from scripts.report.published import COSTS, RIVALS, published
 from scripts.report.rows import sections
 from scripts.report.runs import find_runs
-from train.checkpoint import newest
 from train.config import run_name
+from train.jobs.checkpoints import newest
 from train.jobs.errors import ConfigError
 from train.model import build_model
 

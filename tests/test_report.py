@@ -178,13 +178,12 @@ def test_a_copy_of_a_run_tells_nothing_of_the_spread(tmp_path):
 
 def test_a_detector_stands_beside_its_published_ap(tmp_path):
     folder = tmp_path / "seed0"
-    (folder / "2026" / "vis_data").mkdir(parents=True)
+    folder.mkdir()
     (folder / "settings.json").write_text("{}")
     named = {"name": "mask_rcnn_kw1x_resnet50_1x_coco", "backbone": "resnet50", "n": "1", "seed": 0, "epochs": 12}
     (folder / "summary.json").write_text(json.dumps({**named, "box_ap": 42.0, "mask_ap": 38.0, "params": 5}))
-    evaluations = [{"coco/bbox_mAP": 0.1 * epoch, "step": epoch} for epoch in (1, 2)]
-    text = "".join(json.dumps(each) + "\n" for each in [{"loss": 1.0, "step": 50}, *evaluations])
-    (folder / "2026" / "vis_data" / "scalars.json").write_text(text)
+    lines = [{"epoch": epoch, "box_ap": 10.0 * (epoch + 1)} for epoch in (0, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     made, remarks = rows_of(tmp_path)
     (row,) = find(made, named["name"])
     assert not remarks and row.difference("box_ap") == pytest.approx(0.2) and row.figure("mask_ap") == 38.4

@@ -18,11 +18,11 @@ from helpers.training import ALONE, NARROW, TINY, config, launch
 
 import kw
 from scripts.kill_storm import differences, outcome
-from train.checkpoint import Checkpoints, newest
 from train.config import RecipeConfig
 from train.data.batching import MicroBatches, accumulation
 from train.data.order import epoch_order
 from train.jobs.checkpoint import FORMAT, read
+from train.jobs.checkpoints import Checkpoints, newest
 from train.jobs.errors import CheckpointError, ConfigError
 from train.model import build_model
 from train.optim import build_optimizer

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import kw
 from kw.layers import KWLayer
 from scripts.options import imagenet_defaults
-from train.checkpoint import State, newest
 from train.config import TrainConfig, compose, load_saved, validate
 from train.data.formats import open_split
 from train.data.transforms import eval_transform
 from train.jobs.checkpoint import FORMAT, read
+from train.jobs.checkpoints import State, newest
 from train.jobs.errors import CheckpointError, ConfigError, check
 from train.model import build_model
 
