@@ -147,6 +147,7 @@ class RecipeConfig:
     lr: float = 1e-3
     min_lr: float = 0.0
     warmup_epochs: float = 0.0
+    warmup_from_zero: bool = False  # the first step's rate is 0, as in KernelWarehouse's release, and learns nothing
     schedule: str = "cosine"
     decay_epochs: list[float] = field(default_factory=list)  # schedule=step: when lr is multiplied by decay_rate
     decay_rate: float = 0.1
