@@ -132,9 +132,14 @@ def se(state, shape, tau, x):
     ).sigmoid()
 
 
+def fdconv(state, shape, tau, x):
+    """Layers as narrow as these are static (tests/test_fdconv.py has dynamic ones)."""
+    return state["weight"], 1
+
+
 # A new method goes here too; the last test of this file asks for it. (state, shape, tau, pooled) -> (kernel, 1 or a
 # function of the output `(C_out, ...)` that returns a factor for each channel).
-DEFINITIONS = {method.__name__: method for method in (condconv, dyconv, odconv, dcd, se)}
+DEFINITIONS = {method.__name__: method for method in (condconv, dyconv, odconv, dcd, se, fdconv)}
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -247,10 +252,14 @@ def test_every_backbone_builds_by_every_method_and_adds_up(name, by):
 
 @pytest.mark.parametrize("name, method", paired(["resnet18", "mobilenetv2_050", "convnext_tiny"], METHODS))
 def test_a_step_moves_every_parameter_and_samples_are_independent(name, method, tmp_path):
-    model = timm.create_model(f"kw_{name}", dynamic=method, n=2, num_classes=7).double().train()
+    settings = {"dynamic": method, "n": 2, "num_classes": 7}
+    if name == "resnet18":
+        settings["channels"] = (24, 24, 32, 32)
+    model = timm.create_model(f"kw_{name}", **settings).double().train()
     if kw.temperatures(model):
         kw.set_temperature(model, 0.5)
-    F.cross_entropy(model(torch.randn(4, 3, 32, 32, dtype=torch.float64)), torch.arange(4)).backward()
+    side = 64 if method == "fdconv" else 32  # a single pixel has no frequencies to scale
+    F.cross_entropy(model(torch.randn(4, 3, side, side, dtype=torch.float64)), torch.arange(4)).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
@@ -263,7 +272,7 @@ def test_a_step_moves_every_parameter_and_samples_are_independent(name, method, 
         torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9 * size)
         assert model(batch[:0]).shape == (0, 7)
         torch.save(model.state_dict(), tmp_path / "state.pt")
-        again = timm.create_model(f"kw_{name}", dynamic=method, n=2, num_classes=7).double().eval()
+        again = timm.create_model(f"kw_{name}", **settings).double().eval()
         again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         torch.testing.assert_close(again(batch), together, rtol=0, atol=0)
 
