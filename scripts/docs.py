@@ -15,14 +15,13 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import mean, stdev
 
+from scripts.cifar10 import table as cifar10_table
 from scripts.report.published import CLASSIFICATION, COCO, IMAGENET, RIVALS_TITLE, Published, published
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
-METHODS = {"static": "static", "kw": "KernelWarehouse", "dyconv": "DY-Conv", "odconv": "ODConv"}
 BACKBONES = {
     "resnet18": "ResNet18",
     "resnet50": "ResNet50",
@@ -79,31 +78,8 @@ def coco() -> str:
 
 
 def cifar10() -> str:
-    """Runs of docs/cifar10.csv, those that differ only in their seed as one row."""
-    runs: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for run in csv_rows("cifar10.csv"):
-        runs.setdefault((run["dynamic"], run["n"]), []).append(run)
-    static = mean(float(run["top1"]) for run in runs["static", "static"])
-    order = sorted(runs, key=lambda key: (list(METHODS).index(key[0]), _number(key[1])))
-    lines = []
-    for method, n in order:
-        group = runs[method, n]
-        over = mean(float(run["top1"]) for run in group) - static
-        lines.append(
-            [
-                METHODS[method],
-                "-" if method == "static" else n,
-                f"{int(group[0]['params']):,}",
-                f"{int(group[0]['macs']) / 1e6:.1f} M",
-                _spread(group, "top1"),
-                "" if method == "static" else f"{over:+.2f}",
-                _spread(group, "top5"),
-                str(len(group)),
-                f"{mean(float(run['images_per_second']) for run in group):.0f}",
-            ]
-        )
-    head = ["method", "n", "parameters", "multiply-adds", "top-1", "over static", "top-5", "seeds", "images/s"]
-    return table(head, "ll", lines)
+    """Runs of docs/cifar10.csv, with what is missing."""
+    return cifar10_table.text(csv_rows("cifar10.csv"))
 
 
 def speed() -> str:
@@ -160,16 +136,6 @@ def _score(row: Published, key: str) -> str:
 
 def _millions(count: int | None) -> str:
     return "-" if count is None else f"{count / 1e6:.2f} M"
-
-
-def _number(n: str) -> float:
-    numerator, _, denominator = n.partition("/")
-    return float(numerator) / float(denominator or 1) if n != "static" else 0.0
-
-
-def _spread(runs: list[dict[str, str]], key: str) -> str:
-    values = [float(run[key]) for run in runs]
-    return f"{mean(values):.2f} ± {stdev(values):.2f}"
 
 
 def filled(text: str, source: str) -> str:
