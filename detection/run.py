@@ -30,7 +30,7 @@ from detection.data import check_data
 from detection.display import DisplayHook, line
 from detection.errors import as_job_errors
 from detection.services import watch
-from kw.config import STATIC
+from kw.config import KW, STATIC
 from train.jobs.display import Display
 from train.jobs.errors import CheckpointError, ConfigError, warn
 from train.jobs.folder import lock, write_atomically
@@ -224,6 +224,7 @@ def summary(config: DetectionConfig, cfg: Config, metrics: dict[str, Any], runne
     """Results, and what decides them besides the configuration."""
     backbone = cfg.model.backbone
     of = {"name": config.name, "backbone": backbone.get("name", backbone.type), "n": str(backbone.get("n", STATIC))}
+    of["dynamic"] = STATIC if of["n"] == STATIC else backbone.get("dynamic", KW)
     operators = "torchvision" if torchvision_ops.in_use() else "compiled"
     params = sum(parameter.numel() for parameter in runner.model.parameters())
     ran = {"epochs": runner.epoch, "params": params, "operators": operators}

@@ -8,7 +8,6 @@ from helpers.training import config
 
 from scripts.cifar10.__main__ import main
 from scripts.cifar10.cases import AUGMENTED, CASES, ORDER, collect
-from scripts.cifar10.figure import draw
 from scripts.cifar10.table import missing, text
 from train.config import to_plain
 
@@ -91,7 +90,6 @@ def test_files_are_written_from_whatever_there_is(runs, tmp_path, capsys, monkey
     assert (tmp_path / "cifar10.csv").read_text().count("\n") == 1 + 4 * 16 + 16 + 5 + 24
     assert (tmp_path / "cifar10.png").stat().st_size > 10_000
     assert "missing: DY-Conv, n = 4: seed 0, seed 1, seed 2" in capsys.readouterr().out
-    draw([], tmp_path / "none.png")
     monkeypatch.setattr("sys.argv", ["cifar10", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="No such folder"):
         main()

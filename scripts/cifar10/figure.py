@@ -19,10 +19,12 @@ from scripts.page import COLORS
 
 
 def draw(lines: list[Mapping[str, Any]], path: Path) -> None:
-    """One row of axes for each protocol: over epochs, the mean of the seeds with a band from the least to the greatest;
-    over hours of training, each seed's own line, for machines and loads differ."""
-    figure, axes = plt.subplots(len(TITLES), 2, figsize=(11, 4.2 * len(TITLES)), squeeze=False, layout="constrained")
-    for (over_epochs, over_time), (protocol, title) in zip(axes, TITLES.items(), strict=True):
+    """One row of axes for each protocol that has runs, at least one. Over epochs: the mean of the seeds with a band from
+    the least to the greatest. Over hours of training: each seed's own line, for machines and loads differ."""
+    run = {line["protocol"] for line in lines}
+    titles = {protocol: title for protocol, title in TITLES.items() if protocol in run}
+    figure, axes = plt.subplots(len(titles), 2, figsize=(11, 4.2 * len(titles)), squeeze=False, layout="constrained")
+    for (over_epochs, over_time), (protocol, title) in zip(axes, titles.items(), strict=True):
         for number, case in enumerate(case for case in CASES if case.protocol == protocol):
             _add(over_epochs, over_time, lines, case, COLORS[number])
         over_epochs.set(title=title, xlabel="epoch", ylabel="test top-1 (%)")
@@ -30,8 +32,7 @@ def draw(lines: list[Mapping[str, Any]], path: Path) -> None:
         for axis in (over_epochs, over_time):
             axis.set_ylim(bottom=50)
             axis.grid(alpha=0.3)
-        if over_epochs.lines:
-            over_epochs.legend(fontsize=8, loc="lower right")
+        over_epochs.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
