@@ -49,15 +49,21 @@ demo: $(READY)
 # The paper's tables, row by row: make table-resnet18 DATA=imagenet, with SET="runtime.devices=8 seed=0,1,2" for settings.
 # make report shows what runs there are next to what was published.
 TABLES := $(addprefix table-,resnet18 resnet50 convnext_tiny mobilenetv2_100 mobilenetv2_050 deit_tiny)
-COCO := resnet50 kw1x_resnet50 kw4x_resnet50 mobilenetv2_100 kw1x_mobilenetv2_100 kw4x_mobilenetv2_100 convnext_tiny kw1x_convnext_tiny
+COCO := resnet50 kw1x_resnet50 kw4x_resnet50 mobilenetv2_100 kw1x_mobilenetv2_100 kw4x_mobilenetv2_100 convnext_tiny kw1x_convnext_tiny \
+	dyconv4x_resnet50 odconv4x_resnet50 fdconv_resnet50
 COMMA := ,
 EMPTY :=
 NAMED := $(EMPTY) $(EMPTY)
-.PHONY: $(TABLES) table-coco report
+RIVALS := $(patsubst configs/experiment/%.yaml,%,$(wildcard configs/experiment/rivals/*.yaml))
+.PHONY: $(TABLES) table-rivals table-coco report
 
 $(TABLES): table-%: $(READY)
 	$(if $(DATA),,$(error DATA=PATH is needed: the folder with train/<class>/* and val/<class>/*))
 	$(BIN)/python -m train -m 'experiment=glob($**)' data.root=$(DATA) $(SET)
+
+table-rivals: $(READY)
+	$(if $(DATA),,$(error DATA=PATH is needed: the folder with train/<class>/* and val/<class>/*))
+	$(BIN)/python -m train -m experiment=$(subst $(NAMED),$(COMMA),$(RIVALS)) data.root=$(DATA) $(SET)
 
 table-coco: $(DETECTION)
 	$(if $(DATA),,$(error DATA=PATH is needed: the folder with annotations/, train2017/ and val2017/))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from scripts.cifar10 import table as cifar10_table
-from scripts.report.published import CLASSIFICATION, COCO, IMAGENET, RIVALS_TITLE, Published, published
+from scripts.report.published import CLASSIFICATION, COCO, DETECTION, HANDS, IMAGENET, Published, published
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -35,7 +35,7 @@ Row = list[str]
 
 
 def rows_of(table: str) -> list[Published]:
-    return [row for row in published() if row.table == table]
+    return [row for row in published() if row.table.title == table]
 
 
 def csv_rows(name: str) -> list[dict[str, str]]:
@@ -64,17 +64,31 @@ def imagenet() -> str:
 
 
 def others() -> str:
-    """The rows of ODConv's release."""
-    lines = [
-        [f"`python -m train {' '.join(row.overrides)} data.root=PATH`", _millions(row.params), _score(row, "top1")]
-        for row in rows_of(RIVALS_TITLE)
-    ]
-    return table(["command", "parameters", "top-1"], "l", lines)
+    """The rows of other tables, with the experiment that trains each."""
+    lines = []
+    for row in published():
+        if row.table.title not in (IMAGENET, COCO) and row.task == CLASSIFICATION:
+            source = f"{row.table.source.partition(';')[0].partition(', which')[0]} ({HANDS[row.hand]})"
+            command = (
+                f"`{row.overrides[0].removeprefix('experiment=')}`" if row.has_code else f"{row.id}: published only"
+            )
+            lines.append([command, source, _millions(row.params), _score(row, "top1"), _score(row, "top5")])
+    return table(["`experiment=`", "source", "parameters", "top-1", "top-5"], "ll", lines)
 
 
 def coco() -> str:
-    lines = [[f"`{row.name}`", row.n, _score(row, "box_ap"), _score(row, "mask_ap")] for row in rows_of(COCO)]
-    return table(["`config=`", "n", "box AP", "mask AP"], "ll", lines)
+    rows = [row for row in published() if row.task == DETECTION]
+    lines = [
+        [
+            f"`{row.name}`",
+            row.n if row.dynamic != "fdconv" else "-",
+            HANDS[row.hand],
+            _score(row, "box_ap"),
+            _score(row, "mask_ap"),
+        ]
+        for row in rows
+    ]
+    return table(["`config=`", "n", "figures", "box AP", "mask AP"], "lll", lines)
 
 
 def cifar10() -> str:

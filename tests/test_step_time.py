@@ -16,6 +16,7 @@ def test_a_row_is_timed_and_read_by_the_report(tmp_path):
     line = json.loads(out.read_text())
     assert (line["row"], line["micro_batch"], line["precision"]) == ("mobilenetv2_050_kw1x", 2, "float32")
     (step,), remarks = read_steps(out)
+    assert 0.05 < step.memory_gb == line["memory_gb"] < 100
     assert step.images_per_second == line["images_per_second"] > 0 and step.device.startswith("cpu") and not remarks
 
 

@@ -1,4 +1,5 @@
-"""How fast this machine trains the paper's ImageNet rows: the report's hours of rows that were not run come from it.
+"""How fast this machine trains the ImageNet rows, and in how much memory: the report's costs of rows that were not run
+come from it.
 
     python -m scripts.bench.step_time rows=all                        every row, on the GPU if there is one
     python -m scripts.bench.step_time rows=resnet18_kw1d4x,resnet50 runtime.precision=bfloat16 runtime.micro_batch=128
@@ -9,7 +10,7 @@ out        the file that the lines are appended to; the report reads it, and tak
 
 All other keys are those of `python -m train`. Model, optimizer, loss and mixup are the row's own; images are random
 numbers in memory, so loading is not counted. A batch consists of micro-batches, of which a few are timed, and of one
-step of the optimizer.
+step of the optimizer. Memory is the peak of what tensors take on a GPU, and of the process on a CPU.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 
+from scripts.bench.machine import machine_name
+from scripts.bench.memory import free, peak, reset_peak
 from scripts.bench.timing import in_turns, medians
 from scripts.options import one_line_errors, parse
 from scripts.report.published import CLASSIFICATION, published
@@ -47,7 +50,7 @@ class Options:
 
 def rows_of(names: str) -> list[str]:
     """Raises ConfigError naming the unknown ones."""
-    known = [row.id for row in published() if row.task == CLASSIFICATION]
+    known = list(dict.fromkeys(row.id for row in published() if row.task == CLASSIFICATION and row.has_code))
     chosen = known if names == "all" else [name for name in names.split(",") if name]
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
@@ -57,16 +60,18 @@ def rows_of(names: str) -> list[str]:
 
 
 def composed(row: str, overrides: list[str]) -> TrainConfig:
-    (own,) = [known.overrides for known in published() if known.id == row]
+    own = next(known.overrides for known in published() if known.id == row)
     return compose([*own, "data.root=unused", *overrides])
 
 
 def measure(row: str, overrides: list[str], repeats: int) -> dict[str, Any]:
-    """Images per second of training, as a line of the report's file."""
+    """Images per second of training and memory, as a line of the report's file."""
     config = composed(row, overrides)
     device = connect(config.runtime).device
     micro = config.runtime.micro_batch or MICRO_BATCH[device.type]
     size = config.data.image_size
+    free()
+    reset_peak(device.type)
     model = build_model(config, CLASSES).to(device).train()
     optimizer, mixup = build_optimizer(model, config.recipe), build_mixup(config.recipe, CLASSES)
     loss = build_loss(config.recipe, mixup)
@@ -81,10 +86,19 @@ def measure(row: str, overrides: list[str], repeats: int) -> dict[str, Any]:
     calls = {"micro-batch": backward, "optimizer": optimizer.step}
     part, step = medians(in_turns(calls, repeats, warm_up=2))
     batch = config.recipe.batch_size
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    name = f"{'' if device.type == 'cuda' else 'cpu, '}{machine_name(device.type)}{threads}"
     speed = batch / (batch / micro * part + step)
-    return {"row": row, "device": name, "images_per_second": round(speed, 3), "micro_batch": micro,
-            "precision": config.runtime.precision, "repeats": repeats, **provenance()}  # fmt: skip
+    return {
+        "row": row,
+        "device": name,
+        "images_per_second": round(speed, 3),
+        "memory_gb": round(peak(device.type) / 1e9, 3),
+        "micro_batch": micro,
+        "precision": config.runtime.precision,
+        "repeats": repeats,
+        **provenance(),
+    }
 
 
 def main(words: list[str]) -> None:
@@ -96,8 +110,8 @@ def main(words: list[str]) -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            speed = f"{line['images_per_second']:,.1f} images/s ({line['device']}, {line['precision']})"
-            print(f"{row}: {speed}", flush=True)
+            speed = f"{line['images_per_second']:,.1f} images/s, {line['memory_gb']:.1f} GB"
+            print(f"{row}: {speed} ({line['device']}, {line['precision']})", flush=True)
 
 
 if __name__ == "__main__":

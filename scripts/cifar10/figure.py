@@ -19,8 +19,11 @@ from scripts.page import COLORS
 
 
 def draw(lines: list[Mapping[str, Any]], path: Path) -> None:
-    """One row of axes for each protocol that has runs, at least one. Over epochs: the mean of the seeds with a band from
-    the least to the greatest. Over hours of training: each seed's own line, for machines and loads differ."""
+    """One row of axes for each protocol that has runs, at least one.
+
+    Over epochs: the mean of the seeds, and a band from the least to the greatest. Over hours of training: each seed's
+    own line, for machines and loads differ.
+    """
     run = {line["protocol"] for line in lines}
     titles = {protocol: title for protocol, title in TITLES.items() if protocol in run}
     figure, axes = plt.subplots(len(titles), 2, figsize=(11, 4.2 * len(titles)), squeeze=False, layout="constrained")
