@@ -204,6 +204,40 @@ def test_a_batch_of_kernels_is_not_made_where_another_implementation_is_faster()
     assert kept("grouped") == 64 * 128 * 128 * 9 > 2 * kept("blocks") and kept("auto") == kept("blocks")
 
 
+@pytest.mark.parametrize("name", ["dyconv", "condconv"])
+@pytest.mark.parametrize("tau", [0.0, 0.4, 1.0])
+def test_kernelwarehouses_attention_function_in_another_method(name, tau, each_choice):
+    arguments, side = LAYERS["3x3"]
+    made = shaken(BASELINES[name].layer(*arguments, n=3, attention_function="caf").double()).eval()
+    kw.set_temperature(made, tau)
+    state, images = made.state_dict(), torch.randn(2, arguments[0], side, side, dtype=torch.float64)
+    for image, out in zip(images, made(images), strict=True):
+        pooled = image.mean((1, 2))
+        hidden = linear(state, "fc1", pooled).clamp(min=0) if name == "dyconv" else pooled
+        z = linear(state, "fc2" if name == "dyconv" else "fc", hidden)
+        alpha = tau * torch.tensor([1.0, 0, 0]) + (1 - tau) * z / (z.abs().sum() + 1e-3)
+        kernel = mixture(state, alpha, (arguments[1], arguments[0], 3, 3))
+        torch.testing.assert_close(out, F.conv2d(image[None], kernel, state["bias"], padding=1)[0])
+
+
+def test_the_attention_function_is_one_switch_of_the_methods_that_have_it():
+    made = config("dynamic=dyconv", "n=4", "kw.attention_function=caf")
+    assert made.name == "resnet_digits_dyconv4x+kw.attention_function-caf"
+    assert len(kw.temperatures(build_model(made, 10))) == 1
+    model = meta("kw_resnet18", dynamic="condconv", n=4, attention_function="caf")
+    assert model.layer1[0].conv1.attention.contrast is not None
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        p.numel() for p in meta("kw_resnet18", dynamic="condconv", n=4).parameters()
+    )
+    for words, message in (
+        (["dynamic=odconv", "kw.attention_function=caf"], r"kw\.attention_function.*odconv"),
+        (["dynamic=dyconv", "kw.attention_function=tanh"], r"kw\.attention_function='tanh'.*softmax, caf"),
+        (["n=static", "kw.attention_function=caf"], r"kw\.attention_function.*n=static"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config(*words)
+
+
 @pytest.mark.parametrize("dynamic", ["kw", *METHODS])
 def test_a_model_is_traced_for_a_batch_size(dynamic):
     narrow = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
@@ -406,7 +440,7 @@ def test_settings_are_checked_and_runs_named_like_published_rows():
         config("dynamic=odcon")
     with pytest.raises(ConfigError, match=r"n='1/2'.*odconv.*integer"):
         config("dynamic=odconv", "n=1/2")
-    with pytest.raises(ConfigError, match=r"kw\.reduction.*dynamic=odconv"):
+    with pytest.raises(ConfigError, match=r"kw\.reduction.*odconv"):
         config("dynamic=odconv", "kw.reduction=1/8")
     made = config("backbone=timm", "backbone.name=regnety_002", "dynamic=dcd")
     assert any(isinstance(module, BASELINES["dcd"].layer) for module in build_model(made, 10).modules())

@@ -278,12 +278,8 @@ def test_a_stem_that_cannot_be_is_refused(stride, words):
 def test_an_experiment_tells_its_command_and_parameters_and_trains_shrunk(name, root, tmp_path):
     word = f"experiment=cifar10/{name}"
     made = config(word, "data.root=x")
-    budget = "static" if "wide" in name else "1"
-    assert (made.data.name, made.n, made.name) == (
-        "cifar10",
-        budget,
-        f"{made.backbone.label}{'' if budget == 'static' else '_kw1x'}",
-    )
+    method, budget = ("", "static") if "wide" in name else ("_dyconv4x", "4") if "caf" in name else ("_kw1x", "1")
+    assert (made.data.name, made.n, made.name) == ("cifar10", budget, f"{made.backbone.label}{method}")
     with torch.device("meta"):
         params = kw.profile(build_model(made, 10), (3, 32, 32)).params
     text = (ROOT / f"configs/experiment/cifar10/{name}.yaml").read_text()

@@ -125,7 +125,7 @@ def _best(section: Section) -> list[str]:
             found = score(row, key)
             value = found[0] if isinstance(found, tuple) else found
             if value is not None and row.published and (kind == "published" or row.state == DONE):
-                has_budget = row.dynamic not in BASELINES or BASELINES[row.dynamic].budget
+                has_budget = row.dynamic in (KW, STATIC) or (row.dynamic in BASELINES and BASELINES[row.dynamic].budget)
                 budget = f"at n = {row.n}" if has_budget else "without n"
                 groups.setdefault((row.published.backbone, budget), []).append((value, row.name))
         best = [f"{name} ({value:.2f}) {n}" for (_, n), rows in groups.items() if len(rows) > 1
