@@ -120,7 +120,7 @@ def test_a_timed_step_tells_what_a_row_would_cost(tmp_path):
         and text.count("~12.3 GB") == 2  # the row is in two tables
         and "~10,676 CPU" in text
         and "a step timed on NVIDIA H100, cpu, 2 threads" in text
-        and "no step of a detector was timed" in text
+        and "step_time rows=coco" in text
     )
 
 

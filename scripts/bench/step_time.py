@@ -4,13 +4,14 @@ come from it.
     python -m scripts.bench.step_time rows=all                        every row, on the GPU if there is one
     python -m scripts.bench.step_time rows=resnet18_kw1d4x,resnet50 runtime.precision=bfloat16 runtime.micro_batch=128
 
-rows       names of rows, or all
+rows       names of rows; all: those on ImageNet; coco: detectors, which need `make setup-detection`
 repeats    micro-batches that are timed, after two to warm up
 out        the file that the lines are appended to; the report reads it, and takes the last line of a row
 
-All other keys are those of `python -m train`. Model, optimizer, loss and mixup are the row's own; images are random
-numbers in memory, so loading is not counted. A batch consists of micro-batches, of which a few are timed, and of one
-step of the optimizer. Memory is the peak of what tensors take on a GPU, and of the process on a CPU.
+Other keys are those of `python -m train`; detectors take runtime.device alone. Model, optimizer, loss and mixup are the
+row's own; images are random numbers in memory, so loading is not counted. A batch consists of micro-batches, of which a
+few are timed, and of one step of the optimizer. Memory is the peak of what tensors take on a GPU, and of the process on
+a CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from scripts.bench.machine import machine_name
 from scripts.bench.memory import free, peak, reset_peak
 from scripts.bench.timing import in_turns, medians
 from scripts.options import one_line_errors, parse
-from scripts.report.published import CLASSIFICATION, published
+from scripts.report.published import CLASSIFICATION, DETECTION, Published, published
 from scripts.report.steps import STEPS
 from train.config import TrainConfig, compose
 from train.evaluate import cast
@@ -50,12 +51,15 @@ class Options:
 
 def rows_of(names: str) -> list[str]:
     """Raises ConfigError naming the unknown ones."""
-    known = list(dict.fromkeys(row.id for row in published() if row.task == CLASSIFICATION and row.has_code))
-    chosen = known if names == "all" else [name for name in names.split(",") if name]
+    groups = {"all": CLASSIFICATION, "coco": DETECTION}
+    rows = {row.id: row.task for row in published() if row.has_code}
+    known = list(rows)
+    task = groups.get(names)
+    chosen = [name for name in known if rows[name] == task] if task else [name for name in names.split(",") if name]
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         problem = f"there is no {', '.join(unknown)}" if unknown else "must name rows"
-        raise ConfigError(f"rows={names}: {problem}. Rows are all, {', '.join(known)}")
+        raise ConfigError(f"rows={names}: {problem}. Rows are all, coco, {', '.join(known)}")
     return chosen
 
 
@@ -66,6 +70,9 @@ def composed(row: str, overrides: list[str]) -> TrainConfig:
 
 def measure(row: str, overrides: list[str], repeats: int) -> dict[str, Any]:
     """Images per second of training and memory, as a line of the report's file."""
+    known = next(one for one in published() if one.id == row)
+    if known.task == DETECTION:
+        return measure_detector(known, overrides, repeats)
     config = composed(row, overrides)
     device = connect(config.runtime).device
     micro = config.runtime.micro_batch or MICRO_BATCH[device.type]
@@ -86,12 +93,10 @@ def measure(row: str, overrides: list[str], repeats: int) -> dict[str, Any]:
     calls = {"micro-batch": backward, "optimizer": optimizer.step}
     part, step = medians(in_turns(calls, repeats, warm_up=2))
     batch = config.recipe.batch_size
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    name = f"{'' if device.type == 'cuda' else 'cpu, '}{machine_name(device.type)}{threads}"
     speed = batch / (batch / micro * part + step)
     return {
         "row": row,
-        "device": name,
+        "device": device_name(device),
         "images_per_second": round(speed, 3),
         "memory_gb": round(peak(device.type) / 1e9, 3),
         "micro_batch": micro,
@@ -99,6 +104,22 @@ def measure(row: str, overrides: list[str], repeats: int) -> dict[str, Any]:
         "repeats": repeats,
         **provenance(),
     }
+
+
+def measure_detector(row: Published, overrides: list[str], repeats: int) -> dict[str, Any]:
+    device = connect(compose([word for word in overrides if word.startswith("runtime.device=")]).runtime).device
+    try:
+        from scripts.bench import detector_step
+    except ImportError as error:
+        raise ConfigError(f"rows={row.id}: a detector needs MMDetection, make setup-detection ({error})") from None
+    measured = detector_step.measure(row.name, device.type, repeats)
+    return {"row": row.id, "device": device_name(device), **measured, **provenance()}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return machine_name("cuda")
+    return f"cpu, {machine_name('cpu')}, {torch.get_num_threads()} threads"
 
 
 def main(words: list[str]) -> None:

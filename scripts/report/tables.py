@@ -94,12 +94,11 @@ def notes(section: Section) -> list[str]:
         made.append(
             f"Hours and memory of rows that were not run are estimates from a step timed on {', '.join(devices)}."
         )
-    elif waiting and section.task == CLASSIFICATION:
-        made.append(
-            "To see what rows that were not run would take, time a step: python -m scripts.bench.step_time rows=all"
-        )
     elif waiting:
-        made.append("What rows that were not run would take is unknown: no step of a detector was timed.")
+        rows = "all" if section.task == CLASSIFICATION else "coco"
+        made.append(
+            f"To see what rows that were not run would take, time a step: python -m scripts.bench.step_time rows={rows}"
+        )
     return made
 
 
