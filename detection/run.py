@@ -34,7 +34,7 @@ from kw.config import KW, STATIC
 from train.jobs.display import Display
 from train.jobs.errors import CheckpointError, ConfigError, warn
 from train.jobs.folder import lock, write_atomically
-from train.jobs.launch import count_processes, launch
+from train.jobs.launch import launch
 from train.jobs.provenance import provenance
 from train.jobs.world import World, connect, disconnect
 
@@ -58,7 +58,6 @@ def start(config: DetectionConfig, cfg: Config, folder: Path) -> None:
     with quiet():
         init_default_scope("mmdet")
         check_data(cfg, ["test"] if config.evaluate is not None else ["train", "val"])
-    count_processes(config.runtime)
     launch(run, (config, cfg, folder), config.runtime, f"{config.name}-seed{config.seed}")
 
 

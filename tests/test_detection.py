@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import wandb_files
+from helpers import programs, wandb_files
 from helpers.programs import ROOT, environment
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -93,7 +93,7 @@ def in_this_process(digits, monkeypatch, capsys, safe_loading):
         jobs = Jobs()
         monkeypatch.setattr(entry, "jobs", jobs)
         monkeypatch.setattr(sys, "argv", ["detection", *open_up([*SMALL, f"data.root={digits}", *words])])
-        jobs.run(entry.main)
+        jobs.run(entry.main, "detection")
 
     return run
 
@@ -219,7 +219,7 @@ def test_a_sweep_gives_each_job_a_folder_by_what_is_swept(monkeypatch, tmp_path)
     monkeypatch.setattr(entry, "jobs", Jobs())
     words = ["-m", "config=mask_rcnn_kw1x_resnet18_1x_coco", "n=1,1/4,static", "train_cfg.max_epochs=3"]
     monkeypatch.setattr(sys, "argv", ["detection", *open_up(words)])
-    entry.jobs.run(entry.main)
+    entry.jobs.run(entry.main, "detection")
     base = "runs/detection/mask_rcnn_kw1x_resnet18_1x_coco"
     assert [str(name) for name in names] == [
         f"{base}{n}+train_cfg.max_epochs-3/seed0" for n in ("", "+n-1d4x", "+n-static")
@@ -415,7 +415,8 @@ def test_a_run_is_watched_goes_on_and_is_evaluated(digits, in_this_process, refu
     """Its checkpoint has what summary.json tells, and the same command again tells it too."""
     place = f"hydra.run.dir={tmp_path}/run"
     done = launch(place, "logger=both", cwd=tmp_path, digits=digits)
-    assert "epoch 2/2" in done.stdout and done.stdout.count("\n") == 2
+    first, second, _ = done.stdout.splitlines()
+    assert first.startswith("epoch 1/2  loss ") and "  step 1/4  " in first and second.startswith("epoch 2/2  loss ")
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["backbone"], summary["n"], summary["epochs"]) == ("resnet18", "1", 2)
@@ -452,6 +453,20 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(digits, tmp_path):
     assert "epoch_1.pth" in done.stdout
     whole, part = (loading.load(str(tmp_path / name / "epoch_2.pth"))["state_dict"] for name in ("whole", "part"))
     assert all(torch.equal(whole[key], part[key]) for key in whole)
+
+
+def test_a_failed_start_leaves_the_folders_that_were_there(refused, tmp_path):
+    (tmp_path / "kept" / "empty").mkdir(parents=True)
+    assert "does not exist" in refused(f"hydra.run.dir={tmp_path}/kept/empty/a/b", "data.root=/nope")
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "kept", tmp_path / "kept" / "empty"]
+
+
+@pytest.mark.slow
+def test_a_job_of_two_processes_ends_when_one_cannot_write(digits, tmp_path):
+    """Right after a collective: both leave the process group, and neither waits for ever."""
+    words = [*SMALL, f"data.root={digits}", f"hydra.run.dir={tmp_path}/run", "runtime.devices=2"]
+    done = programs.run("detection", *words, code=1, cwd=tmp_path, largest_file=100_000)
+    assert "File too large" in done.stderr and "LaunchError: process" in done.stderr
 
 
 @pytest.mark.slow

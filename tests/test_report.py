@@ -137,6 +137,12 @@ def test_the_hours_of_a_run_are_those_of_all_its_devices(tmp_path):
     assert find(made, "x")[0].hours == pytest.approx(20 * 8 / 4.0 / 3600 * 2)
 
 
+def test_the_hours_of_a_run_that_was_resumed_on_other_devices_are_those_of_each_epoch(tmp_path):
+    put(tmp_path / "a", metrics=[{**line(0), "devices": 8}, {**line(1), "devices": 2}], top1=50.0)
+    made, _ = rows_of(tmp_path)
+    assert find(made, "x")[0].hours == pytest.approx(10 * 8 / 4.0 / 3600 * (8 + 2))
+
+
 def test_a_run_with_other_settings_than_its_row_is_marked(tmp_path):
     short = {"recipe": {"epochs": 5, "lr": PUBLISHED["resnet18"].settings["recipe.lr"]}}
     put(tmp_path / "a", config=short, **{"name": "resnet18", "backbone": "resnet18", "n": "static", "data": "imagenet"})

@@ -26,4 +26,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    jobs.run(main)
+    jobs.run(main, "train")

@@ -10,6 +10,7 @@ import torch
 
 from train.jobs.checkpoint import FORMAT, read
 from train.jobs.errors import CheckpointError, writing
+from train.jobs.folder import link
 
 State = dict[str, Any]
 NAMES = ("fresh.pt", "last.pt", "previous.pt")  # of a run's checkpoints, newest first
@@ -115,7 +116,7 @@ class Checkpoints:
         kept = self.folder / f"best-{epoch:04d}.pt" if epoch is not None else None
         with writing(kept or self.folder):
             if kept in wanted and not kept.exists():
-                os.link(path, kept)  # checkpoints are replaced, never rewritten: so a link is as good as a copy
+                link(path, kept)  # checkpoints are replaced, never rewritten: so a link is as good as a copy
             for stale in set(self.folder.glob("best-*.pt")) - wanted:
                 stale.unlink()
 

@@ -19,6 +19,7 @@ import yaml
 
 from kw.config import KW, STATIC
 from scripts.report.published import CLASSIFICATION, DETECTION, SCORES
+from train.jobs.outcomes import PLACE, not_done
 
 MARKS = {"config.yaml", "metrics.jsonl", "summary.json", "settings.json"}  # any of them makes a folder a run's
 # The loader in C, where there is one, is ten times as fast.
@@ -88,6 +89,8 @@ def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
 def _run_folders(root: Path, remarks: list[str]) -> Iterator[Path]:
     """Does not descend into run folders: services keep copies of a run's files there."""
     for place, folders, files in os.walk(root, onerror=lambda error: remarks.append(f"{error.filename}: {error}")):
+        if PLACE in folders:
+            remarks.extend(f"sweeps in {place}: {job}" for job in not_done(Path(place, PLACE).iterdir()))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if MARKS & {*files, *folders}:
             folders.clear()
@@ -149,12 +152,17 @@ def _method(it: Checked) -> str:
 def _timed(run: Run, lines: list[Any]) -> Run:
     """The run with its device-hours: images over images per second, times devices; without evaluation."""
     recipe, runtime = (run.config.get(key) or {} for key in ("recipe", "runtime"))
-    steps, batch = (lines[-1].get("step") if lines else None), recipe.get("batch_size")
     asked = run.asked or recipe.get("epochs") or run.epochs
-    if not steps or not batch or not run.images_per_second:
+    batch = recipe.get("batch_size")
+    if not batch or not run.images_per_second or not (lines and lines[-1].get("step")):
         return replace(run, asked=asked)
-    devices = runtime.get("devices", 1) * runtime.get("nodes", 1)
-    return replace(run, asked=asked, hours=steps * batch / run.images_per_second / 3600 * devices)
+    usual = runtime.get("devices", 1) * runtime.get("nodes", 1)  # lines of older versions do not say how many
+    hours, before = 0.0, 0
+    for line in lines:  # a run that was resumed may have had other devices
+        step, speed = line.get("step", before), line.get("images_per_second") or run.images_per_second
+        hours += (step - before) * batch / speed / 3600 * line.get("devices", usual)
+        before = step
+    return replace(run, asked=asked, hours=hours)
 
 
 def _curve(lines: list[Any], key: str) -> list[tuple[int, float]]:

@@ -12,6 +12,7 @@ from train.config.schema import (
     SettingsConfig,
     TrainConfig,
 )
+from train.config.unused import unused_in_evaluation, unused_in_training
 
 __all__ = [
     "AugmentConfig",
@@ -27,5 +28,7 @@ __all__ = [
     "load_saved",
     "run_name",
     "to_plain",
+    "unused_in_evaluation",
+    "unused_in_training",
     "validate",
 ]
