@@ -6,7 +6,7 @@
     python -m scripts.bench --device cuda --dtype bfloat16 --choices grouped auto triton triton+folded frozen
     python -m scripts.bench --device cuda --dtype bfloat16 --what eval one --cuda-graph --choices auto frozen
 
-A case is BACKBONE:N or BACKBONE:N@BATCH; in place of N also another method with its n (`dcd` and `se` have one
+A case is BACKBONE:N or BACKBONE:N@BATCH; in place of N also another method (`dcd`, `se` and `fdconv` have one
 implementation: a difference between their columns is noise). `small` is for small images: ResNet18 with one block a
 stage and a 3x3 stem of stride 2 without max pooling, so that its last stage has 2x2 positions; it always takes images
 of 32 pixels.
