@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import kw
+from kw.layers import KWLayer
 from scripts.options import imagenet_defaults
 from train.checkpoint import State, newest
 from train.config import TrainConfig, compose, load_saved, validate
@@ -35,7 +36,7 @@ class Opened:
     averaged: bool
 
 
-def open_checkpoint(text: str, overrides: list[str], ema: bool | None = None) -> Opened:
+def open_checkpoint(text: str, overrides: list[str], ema: bool | None = None, attentive: bool = False) -> Opened:
     """Build and load the model of a run folder or file.
 
     Our own checkpoint contains its configuration, in which `data.*` can be overridden. For a released one, the
@@ -43,10 +44,11 @@ def open_checkpoint(text: str, overrides: list[str], ema: bool | None = None) ->
 
     Args:
         ema: whether to take the averaged weights; None: if there are any.
+        attentive: whether the model must have attentions to cells.
 
     Raises:
         CheckpointError: it cannot be read or does not fit.
-        ConfigError: settings are missing or too many, or there is no average.
+        ConfigError: settings are missing or too many, or the model has no average or no attentions.
     """
     path = Path(text).expanduser()
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -58,6 +60,11 @@ def open_checkpoint(text: str, overrides: list[str], ema: bool | None = None) ->
     averaged = ours and bool(state["ema"]) and ema is not False
     classes = list(map(str, state["classes"])) if ours else None
     model = build_model(config, len(classes) if classes else config.data.num_classes or 1000)
+    if attentive and not any(isinstance(module, KWLayer) for module in model.modules()):
+        raise ConfigError(
+            f"{path} is of {config.backbone.label} at n={config.n}, dynamic={config.dynamic}: "
+            f"it has no attentions to a warehouse's cells."
+        )
     try:
         if ours:
             load_weights(model, state["ema" if averaged else "model"])

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kw.layers import KWLayer
 from scripts.checkpoints import open_checkpoint
 from scripts.pictures import SUFFIXES, pictures_in, read_picture
 from train.config import TrainConfig
@@ -47,13 +46,8 @@ def load_model(options: Options, overrides: list[str]) -> tuple[nn.Module, Train
         CheckpointError: it cannot be read or does not fit.
         ConfigError: settings are missing or too many, or the model has no dynamic layer.
     """
-    opened = open_checkpoint(options.checkpoint, overrides, options.ema)
+    opened = open_checkpoint(options.checkpoint, overrides, options.ema, attentive=True)
     model, config = opened.model, opened.config
-    if not any(isinstance(module, KWLayer) for module in model.modules()):
-        raise ConfigError(
-            f"{opened.path} is of {config.backbone.label} at n={config.n}, dynamic={config.dynamic}: "
-            f"it has no attentions to a warehouse's cells."
-        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device), config, f"{config.name}, {opened.path.name}"
 
