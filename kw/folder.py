@@ -170,7 +170,7 @@ def _contents(
     unknown = [key for key in data or {} if key not in DATA]
     if unknown:
         raise FolderError(f"data has {unknown[0]!r}; there are {', '.join(DATA)}.")
-    timms: dict[str, Any] = resolve_data_config(pretrained_cfg=cfg)  # type: ignore[no-untyped-call]
+    timms: dict[str, Any] = resolve_data_config(pretrained_cfg=cfg or {"crop_pct": 0.875})  # type: ignore[no-untyped-call]
     try:
         description = describe(model, args)
         if classes is None and cfg.get("label_names"):
