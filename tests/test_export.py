@@ -23,8 +23,8 @@ LEAST = {  # the least blocks of each backbone
     "mobilenetv2_100": {},
     "mobilenetv2_050": {},
     "convnext_tiny": {"depths": [1, 1, 1, 1]},
-    "deit_tiny_patch16_224": {"depth": 3, "img_size": 64},
-    "deit_small_patch16_224": {"depth": 3, "img_size": 64},
+    "deit_tiny_patch16_224": {"depth": 1, "img_size": 64},
+    "deit_small_patch16_224": {"depth": 1, "img_size": 64},
 }
 SLOW = pytest.mark.slow
 
@@ -103,7 +103,9 @@ def test_a_file_that_differs_from_the_model_is_refused(layers_and_file):
 CASES = [(name, n) for name in BACKBONES for n in ("1/2" if name != "resnet18" else "1/4", 1, 4)]
 
 
-@pytest.mark.parametrize(("name", "n"), representative(CASES, lambda name, n: (name, n) == ("resnet18", "1/4")))
+@pytest.mark.parametrize(
+    ("name", "n"), representative(CASES, lambda name, n: (name, n) == ("deit_tiny_patch16_224", "1/2"))
+)
 def test_backbones_agree_with_onnxruntime(name, n, tmp_path):
     model = backbone(name, n)
     done = kw.export.onnx(model, tmp_path / "model.onnx", torch.randn(2, 3, 64, 64))
@@ -146,18 +148,20 @@ def test_several_outputs_are_numbered(tmp_path):
     assert [value.name for value in onnx.load(done.path).graph.output] == ["output_0", "output_1"]
 
 
-def test_float16_weights_halve_the_file(layers_and_file, tmp_path):
+def two_layers():
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3))
-    kw.convert(model, {"1": "w"}, kw.KWConfig(n=2))
-    trained(model)
-    whole = kw.export.onnx(model, tmp_path / "whole.onnx", torch.randn(2, 3, 16, 16))
-    half = kw.export.onnx(model, tmp_path / "half.onnx", torch.randn(2, 3, 16, 16), half=True)
-    assert half.path.stat().st_size < 0.6 * whole.path.stat().st_size
-    assert 0 < half.difference < 1e-2
+    return trained(kw.convert(model, {"1": "w"}, kw.KWConfig(n=2)))
+
+
+def test_float16_weights_halve_the_file(tmp_path):
+    model = two_layers()
+    done = kw.export.onnx(model, tmp_path / "half.onnx", torch.randn(2, 3, 16, 16), half=True, sizes=False)
+    assert done.path.stat().st_size < 0.6 * sum(parameter.nbytes for parameter in model.parameters())
+    assert 0 < done.difference < 1e-2 and done.varying == ("batch",)
 
 
 def test_a_program_of_torch_runs_at_any_batch_and_size(tmp_path):
-    model = layers()
+    model = two_layers()
     done = kw.export.program(model, tmp_path / "model.pt2", torch.randn(2, 3, 20, 24))
     run = torch.export.load(done.path).module()
     assert_runs(lambda inputs: [run(*inputs)], model, (3, 20, 24), (3, 33, 17))
