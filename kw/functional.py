@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kw.compute import IMPLEMENTATIONS, MAKES, Geometry, assemble
-from kw.compute.cost import Choice, applies, best
+from kw.compute.cost import Choice, Input, applies, best
 from kw.compute.gathering import in_backward
 from kw.compute.prices import device_kind
 from kw.compute.tracing import is_recorded, is_transformed
@@ -138,10 +138,12 @@ def choose(
         # Where sizes vary, torch's compiler fails to lay out a convolution with a number of groups that varies.
         names, plain = tuple(name for name in names if name != plain), "batched"
     makes = makes if setting.make == AUTO else tuple(make for make in makes if make == setting.make) or makes[:1]
-    possible = tuple(Choice(make, name) for make in makes for name in names if applies(name, make, x, geometry))
+    compiling = torch.compiler.is_compiling()  # torch.compile cannot look into caches
+    possible = (_possible if compiling else _seen)(names, makes, Input(x.shape, x.dtype, x.device), geometry)
     possible = possible or tuple(Choice(make, plain) for make in makes)
-    pick = best if torch.compiler.is_compiling() else _remembered  # torch.compile cannot look into caches
-    return pick(possible, tuple(x.shape), tuple(cells.shape), geometry, features or 0, step, device_kind(x.device))
+    return (best if compiling else _remembered)(
+        possible, tuple(x.shape), tuple(cells.shape), geometry, features or 0, step, device_kind(x.device)
+    )
 
 
 def _for_tools(setting: Setting, x: Tensor, geometry: Geometry, makes: tuple[str, ...]) -> Choice:
@@ -153,7 +155,13 @@ def _for_tools(setting: Setting, x: Tensor, geometry: Geometry, makes: tuple[str
     return Choice(make, setting.apply if kept else "batched")
 
 
-_remembered = lru_cache(maxsize=4096)(best)  # comparing the choices of a small layer takes as long as computing it
+def _possible(names: tuple[str, ...], makes: tuple[str, ...], x: Input, geometry: Geometry) -> tuple[Choice, ...]:
+    return tuple(Choice(make, name) for make in makes for name in names if applies(name, make, x, geometry))
+
+
+# Looking for the choices of a small layer, and comparing them, takes as long as computing it.
+_seen = lru_cache(maxsize=4096)(_possible)
+_remembered = lru_cache(maxsize=4096)(best)
 
 
 def compute(

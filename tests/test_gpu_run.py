@@ -12,7 +12,7 @@ import torch
 from scripts.gpu import __main__ as entry
 from scripts.gpu.parts import Part, Run, parts_of
 
-PARTS = ["exactness", "prices", "benchmark", "blocks", "trainer", "detection", "graphs", "training"]
+PARTS = ["exactness", "trainer", "detection", "prices", "graphs", "benchmark", "profile", "blocks", "training"]
 
 
 def code(text):

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kw
 from kw.compute import Geometry, cost, implicit, samples
+from kw.compute.mixing import mix
 from kw.functional import Choice
 
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a block of threads can have, by compute capability
@@ -78,6 +79,17 @@ def test_models_run_on_fake_tensors_of_a_gpu(backbone, choice, train):
     assert out.device.type == "cuda" and out.shape == (4, 10) and out.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("dtype", "terms"), [(torch.bfloat16, 48), (torch.float32, 48), (torch.float64, 48)])
+def test_products_read_rows_of_16_bytes(dtype, terms):
+    """And so not number by number, which takes a GPU several times as long."""
+    weights, basis = torch.randn(2, 3, 47), torch.randn(47, 4, 5)
+    wide, long = samples._aligned(weights, basis, dtype)
+    assert wide.shape == (2, 3, terms) and long.shape == (terms, 4, 5) and {wide.dtype, long.dtype} == {dtype}
+    torch.testing.assert_close(
+        mix(wide.double(), long.double()), mix(weights.to(dtype).double(), basis.to(dtype).double())
+    )
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """Choices as on a GPU without a table, for inputs that are not there."""
@@ -107,15 +119,17 @@ def test_without_measured_prices_a_gpu_takes_triton_where_it_applies(on_a_gpu, g
 
 def test_without_triton_products_are_batched(on_a_gpu, monkeypatch):
     monkeypatch.setattr(implicit, "AVAILABLE", False)
+    monkeypatch.setattr(kw.functional, "_seen", kw.functional._possible)
     choice = kw.functional.choose(kw.functional.Setting(), on_a_gpu(8, 64, 14, 14), on_a_gpu(20, 32, 32), THREE)
     assert choice == Choice("cells", "batched")
 
 
-def test_without_measured_prices_kernels_are_made_by_the_fewest_multiply_adds(on_a_gpu):
-    """|W| n B of cells, |W| (n (H + 1) + B (H + 1)) folded."""
-    cells, hidden = on_a_gpu(108, 32, 32), 31
-    for batch in (1, 16, 44, 47, 128):
-        folded = 108 * 32 + batch * 32 < 108 * batch
+def test_without_measured_prices_kernels_are_made_by_the_least_arithmetic_and_traffic(on_a_gpu):
+    """For each of |W| entries: n B of cells and B moved; (n + B) (H + 1) folded and B + H + 1 moved."""
+    hidden = 15
+    for n, batch in ((108, 2), (108, 16), (108, 128), (1000, 8), (1000, 16), (1000, 32), (1000, 128)):
+        folded = (n + batch) * 16 + cost.MOVED * (batch + 16) < n * batch + cost.MOVED * batch
+        cells = on_a_gpu(n, 32, 32)
         choice = kw.functional.choose(kw.functional.Setting(), on_a_gpu(batch, 64, 14, 14), cells, THREE, hidden)
         assert choice == Choice("folded" if folded else "cells", "triton")
 

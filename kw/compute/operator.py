@@ -29,14 +29,13 @@ def remade(name: str) -> Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]:
 
     def compute(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
         eager = (
-            not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
+            not torch.compiler.is_compiling()
             and not is_recorded(x.shape)
             and not is_observed()
             and type(x) in (Tensor, torch.nn.Parameter)
         )
         if eager:  # the operator's overhead is as much as a small layer
-            out: Tensor = REMADE[name].forward(x, weights, basis, geometry)
+            out: Tensor = _Eager.apply(x, weights, basis, name, geometry)  # type: ignore[no-untyped-call]
             return out
         return _forward(  # type: ignore[no-any-return]
             x, weights, basis, name, geometry.grid, geometry.kernel_size, geometry.stride, geometry.padding,
@@ -44,6 +43,34 @@ def remade(name: str) -> Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]:
         )  # fmt: skip
 
     return compute
+
+
+class _Eager(torch.autograd.Function):
+    """The same without the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, basis: Tensor, name: str, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(x, weights, basis)
+        ctx.name, ctx.geometry = name, geometry
+        out: Tensor = REMADE[name].forward(x, weights, basis, geometry)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second(ctx.name)
+        needed = ctx.needs_input_grad[:3]
+        x, weights, basis = ctx.saved_tensors
+        total = sum_of(basis) if needed[2] and is_shared(basis) else None
+        grads = REMADE[ctx.name].backward(grad, x, weights, basis, ctx.geometry, needed, total)
+        return grads[0], grads[1], None if total is not None else grads[2], None, None
+
+
+def _refuse_second(name: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"Implementation {name!r} has no gradient of its gradient (create_graph=True): "
+            f'run the forward pass within kw.functional.use("grouped").'
+        )
 
 
 @torch.library.custom_op("kw::convolve", mutates_args=())
@@ -109,11 +136,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"Implementation {ctx.how[0]!r} has no gradient of its gradient (create_graph=True): "
-            f'run the forward pass within kw.functional.use("grouped").'
-        )
+    _refuse_second(ctx.how[0])
     needed = ctx.needs_input_grad[:3]
     x, weights, basis = ctx.saved_tensors
     total = sum_of(basis) if needed[2] and is_shared(basis) and not is_observed() else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,13 @@ from kw.compute.geometry import Geometry, empty_like
 from kw.compute.mixing import grad_basis, grad_weights, mix_into
 
 ENTRIES = 1 << 27  # kernel entries at a time: 256 MiB in half precision, enough to fill a GPU with products of any size
+ALIGNMENT = 16  # bytes, of rows that matrix units read
 SAMPLES = 65_535  # at a time: CUDA's limit for the second axis of a grid
 
 
 def forward(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
     """The output `(B, C_out, *out)`, computed in the precision of `x`, with sums in float32."""
-    weights, basis = weights.to(x.dtype), basis.to(x.dtype)
+    weights, basis = _aligned(weights, basis, x.dtype)
     out = geometry.empty_out(x, basis.shape[-2])
     with _device_of(x):
         for part, kernels in _kernels(x, weights, basis, geometry):
@@ -59,7 +61,8 @@ def _backward(
     needed: tuple[bool, bool, bool],
     total: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    low_weights, low_basis = weights.to(x.dtype), basis.to(x.dtype)
+    terms = weights.shape[2]
+    low_weights, low_basis = _aligned(weights, basis, x.dtype)
     grad_x = empty_like(x) if needed[0] else None
     of_weights: list[Tensor] = []
     of_basis = total
@@ -71,13 +74,30 @@ def _backward(
         _grad_kernels(grad[part], x[part], geometry, kernels)  # overwrites the kernels
         mixtures = kernels.flatten(1, 3)  # (b, m, o, i)
         if needed[1]:
-            of_weights.append(grad_weights(mixtures, low_basis).to(weights.dtype))
+            of_weights.append(grad_weights(mixtures, low_basis)[..., :terms].to(weights.dtype))
         if needed[2]:
-            of_part = grad_basis(mixtures, low_weights[part], basis.shape)
+            of_part = grad_basis(mixtures, low_weights[part], low_basis.shape)[:terms]
             # Parts add up in float32: half precision would lose what many samples add.
             of_basis = of_part.to(_sums(basis, kernels, x)) if of_basis is None else of_basis.add_(of_part)
-    joined = of_weights[0] if len(of_weights) == 1 else torch.cat(of_weights) if of_weights else None
+    joined = of_weights[0].contiguous() if len(of_weights) == 1 else torch.cat(of_weights) if of_weights else None
     return grad_x, joined, None if of_basis is None else of_basis.to(basis.dtype)
+
+
+def _aligned(weights: Tensor, basis: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights and basis in this dtype, filled with terms of zeros up to a multiple of 16 bytes. Rows of other lengths
+    are read number by number: on an H100 that was half of a training step's time (docs/gpu.md)."""
+    missing = -weights.shape[2] % (ALIGNMENT // dtype.itemsize)
+    if not missing:
+        return weights.to(dtype), basis.to(dtype)
+    return _filled(weights, 2, missing, dtype), _filled(basis, 0, missing, dtype)
+
+
+def _filled(x: Tensor, dim: int, missing: int, dtype: torch.dtype) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] += missing
+    filled = x.new_zeros(shape, dtype=dtype)
+    filled.narrow(dim, 0, x.shape[dim]).copy_(x)
+    return filled
 
 
 def _sums(basis: Tensor, kernels: Tensor, x: Tensor) -> torch.dtype:
@@ -140,13 +160,13 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.bmm(a, b, out=out)
 
 
-def applies(x: Tensor, geometry: Geometry) -> bool:
+def applies(x: Any, geometry: Geometry) -> bool:
     """Whether this implementation can compute the layer for this input, with the software and device at hand."""
     return (
         implicit.AVAILABLE
         and x.dtype in implicit.DTYPES
         and geometry.groups == 1
         and not geometry.spans_positions
-        and (x.dim() <= 4 or _is_matrix(geometry))
+        and (len(x.shape) <= 4 or _is_matrix(geometry))
         and (implicit.INTERPRETED if x.device.type == "cpu" else implicit.runs_on(x.device))
     )

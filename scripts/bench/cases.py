@@ -42,6 +42,7 @@ class Settings:
     choices: tuple[str, ...] = ("grouped", "auto")
     what: tuple[str, ...] = ()
     cuda_graph: bool = False
+    compile: bool = False
     in_process: bool = False
 
     @property

@@ -28,7 +28,9 @@ def machine(settings: Settings) -> dict[str, str]:
         "threads": str(settings.threads),
         "torch": torch.__version__,
         "dtype": settings.dtype,
-        "layout": settings.layout_name + (", evaluation as a CUDA graph" if settings.cuda_graph else ""),
+        "layout": settings.layout_name
+        + (", evaluation as a CUDA graph" if settings.cuda_graph else "")
+        + (", compiled" if settings.compile else ""),
         "environment": " ".join(f"{key}={os.environ[key]}" for key in keys) or "nothing set",
         "commit": re.sub(r"(?<=^\w{8})\w+", "", provenance()["commit"] or "unknown"),
     }

@@ -117,6 +117,7 @@ def prepare(model: nn.Module, name: str, what: str, case: Case, settings: Settin
     targets = torch.arange(len(images), device=settings.device) % 10
     dtype = DTYPES[settings.dtype]
     model.train(what in ("train", "memory"))
+    called = torch.compile(model) if settings.compile else model
     # Neither a static model nor one that is only evaluated has implementations to choose from.
     choice = ["auto"] if name in (STATIC, *EVALUATED) else name.split("+")
 
@@ -124,7 +125,7 @@ def prepare(model: nn.Module, name: str, what: str, case: Case, settings: Settin
         # A captured graph has to cast weights in each pass: it cannot use the cache of the one before.
         cache = not settings.cuda_graph
         with torch.autocast(settings.device, dtype, enabled=dtype != torch.float32, cache_enabled=cache):
-            return F.cross_entropy(model(images), targets) if model.training else model(images)
+            return F.cross_entropy(called(images), targets) if model.training else called(images)
 
     def train() -> None:
         with kw.functional.use(*choice):

@@ -44,12 +44,13 @@ def parts_of(run: Run) -> list[Part]:
     scale = run.minutes / BUDGET
     commands: list[tuple[str, Callable[[float], list[str]], float | None]] = [
         ("exactness", lambda limit: tests("implementations", run), 150),
-        ("prices", lambda limit: prices(limit, run), 75),
-        ("benchmark", lambda limit: benchmark(limit, run), 110),
-        ("blocks", lambda limit: blocks(limit, run), 50),
-        ("trainer", lambda limit: tests("trainer", run), 60),
-        ("detection", lambda limit: tests("detection", run), 40),
-        ("graphs", lambda limit: graphs(limit, run), 30),
+        ("trainer", lambda limit: tests("trainer", run), 75),
+        ("detection", lambda limit: tests("detection", run), 45),
+        ("prices", lambda limit: prices(limit, run), 60),
+        ("graphs", lambda limit: graphs(limit, run), 40),
+        ("benchmark", lambda limit: benchmark(limit, run), 60),
+        ("profile", lambda limit: profile(run), 30),
+        ("blocks", lambda limit: blocks(limit, run), 40),
         ("training", lambda limit: training(limit, run), None),
     ]
     tables = (Path(__file__).parents[2] / "kw/compute/price_tables",)
@@ -68,7 +69,7 @@ def parts_of(run: Run) -> list[Part]:
 
 def tests(name: str, run: Run) -> list[str]:
     """Several processes, to compile Triton's kernels in parallel."""
-    processes = {"implementations": 2 if run.dry else 12, "trainer": 0 if run.dry else 4}.get(name, 0)
+    processes = {"implementations": 2 if run.dry else 8, "trainer": 0 if run.dry else 4}.get(name, 0)
     options = ["-m", "gpu", "-rfEs", "--tb=short", "--show-capture=stdout", "--durations=8", "-p", "no:cacheprovider"]
     return python("pytest", f"tests/gpu/test_gpu_{name}.py", *options, "-n", str(processes))
 
@@ -84,8 +85,9 @@ def benchmark(limit: float, run: Run) -> list[str]:
     out = ["--in-process", "--out", str(run.out / "benchmark")]
     if run.dry:  # memory on a CPU needs a process for each measurement
         return python("scripts.bench", *DRY_MEASURE, "--what", "train", "eval", "one", *out)
-    # 8 cases with 3 timed quantities each; half of the time goes to building models, warm-up and memory.
-    return python("scripts.bench", *on_gpu(), "--seconds", f"{limit / 2 / 24:.1f}", *out)
+    # 4 cases with 3 timed quantities each; two thirds of the time go to building models, warm-up and memory.
+    cases = ["resnet18:1", "resnet18:4", "resnet50:1", "resnet50:4"]
+    return python("scripts.bench", *cases, *on_gpu(), "--seconds", f"{limit / 3 / 12:.1f}", *out)
 
 
 def graphs(limit: float, run: Run) -> list[str]:
@@ -93,8 +95,14 @@ def graphs(limit: float, run: Run) -> list[str]:
     out = ["--in-process", "--out", str(run.out / "graphs"), "--what", "eval", "one", "--choices", "auto", "frozen"]
     if run.dry:
         return python("scripts.bench", *DRY_MEASURE, *out)
-    cases = ["resnet18:1", "resnet18:4", "resnet50:4", "mobilenetv2_100:4"]
-    return python("scripts.bench", *cases, *on_gpu(), "--cuda-graph", "--seconds", f"{limit / 2 / 8:.1f}", *out)
+    cases = ["resnet18:1", "resnet18:4", "resnet50:1", "resnet50:4"]
+    return python("scripts.bench", *cases, *on_gpu(), "--cuda-graph", "--seconds", f"{limit / 3 / 8:.1f}", *out)
+
+
+def profile(run: Run) -> list[str]:
+    if run.dry:
+        return python("scripts.gpu.profile", "small:1@2", "--what", "eval")
+    return python("scripts.gpu.profile", "resnet18:1", *on_gpu())
 
 
 def on_gpu() -> list[str]:

@@ -27,6 +27,14 @@ def device():
     return torch.device("cpu" if DRY else "cuda")
 
 
+@pytest.fixture(autouse=True)
+def memory_for_others():
+    """Give back the memory that a test leaves with its allocator: several processes share the GPU."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def dry():
     return DRY
@@ -42,3 +50,9 @@ def tf32():
 
     yield allow
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def pytest_runtest_logreport(report):
+    """Print a failure at once: a run that is stopped at its time limit prints no summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.nodeid}: failed\n{report.longreprtext}", flush=True)

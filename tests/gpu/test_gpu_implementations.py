@@ -185,7 +185,8 @@ def grads_of(model, x, setting, call=None):
 
 
 def assert_near(found, expected, tolerance=2e-4):
-    assert all(error(value, other.double()) <= tolerance for value, other in zip(found, expected, strict=True))
+    errors = [error(value, other.double()) for value, other in zip(found, expected, strict=True)]
+    assert all(value <= tolerance for value in errors), errors
 
 
 @pytest.mark.parametrize("setting", ["auto", "triton", "triton folded"])
@@ -193,17 +194,18 @@ def assert_near(found, expected, tolerance=2e-4):
 def test_a_compiled_model_trains_and_evaluates_the_same(mode, setting, small, dry):
     if dry and (mode, setting) != ("default", "triton folded"):
         pytest.skip("one is enough on a CPU")
-    model, x = small
+    """In float64: the norms over a small batch multiply rounding, which the compiler's order of operations changes."""
+    model, x = (value.double() for value in small)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager") if dry else torch.compile(model, mode=mode)
     for _ in range(1 if dry else 4):  # CUDA graphs are recorded in the second call, and replayed from the third on
         x = torch.randn_like(x)
-        assert_near(grads_of(model, x, setting, compiled), grads_of(model, x, setting))
+        assert_near(grads_of(model, x, setting, compiled), grads_of(model, x, setting), 1e-8)
     model.eval()
     for _ in range(1 if dry else 4):
         x = torch.randn_like(x)
         with torch.no_grad(), force(setting):
-            assert_near([compiled(x).clone()], [model(x)])
+            assert_near([compiled(x).clone()], [model(x)], 1e-8)
 
 
 @pytest.mark.no_dry
@@ -317,7 +319,7 @@ def backbone(name, device, dry):
     more = {"img_size": size} if "deit" in name else {}
     model = timm.create_model(f"kw_{name}", n=n, num_classes=10, **more, **(tiny if dry else {})).to(device)
     kw.set_temperature(model, 0.5)
-    return model, torch.randn(4 if dry else 16, 3, size, size, device=device)
+    return model, torch.randn(4 if dry else 8, 3, size, size, device=device)
 
 
 def gradients(model, x, setting):
@@ -353,9 +355,16 @@ def test_a_backbone_is_the_same_whatever_computes_it(name, device, dry, tf32):
 @pytest.mark.parametrize(("dtype", "channels"), [(torch.bfloat16, "last"), (torch.float16, "first")])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_under_autocast_a_backbone_is_about_as_exact_as_the_plain_implementation(name, dtype, channels, device, dry):
+    """In evaluation mode, since batch norms in training multiply rounding, in MobileNet until no gradient is left."""
     if dry and (name, channels) != ("resnet18", "last"):
         pytest.skip("one is enough on a CPU")
     model, x = backbone(name, device, dry)
+    for norm in model.modules():
+        if hasattr(norm, "momentum"):
+            norm.momentum = None  # the mean of all batches so far
+    with torch.no_grad(), force("grouped"):
+        model(x)
+    model.eval()
     exact = gradients(copy.deepcopy(model).double(), x.double(), "grouped")
     if channels == "last":
         model, x = (value.to(memory_format=torch.channels_last) for value in (model, x))
