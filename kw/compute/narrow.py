@@ -22,7 +22,7 @@ def narrow_product(a: Tensor, b: Tensor) -> Tensor:
         return (left @ b).to(a.dtype)
     out = left.new_empty(len(a), b.shape[1])
     width = max(PIECE // len(b), 1)
-    for piece, part in zip(b.split(width, dim=1), out.split(width, dim=1), strict=True):
+    for piece, part in zip(torch.split(b, width, dim=1), torch.split(out, width, dim=1), strict=True):
         torch.mm(left, piece.to(dtype), out=part)
     return out.to(a.dtype)
 

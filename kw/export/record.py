@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,8 +73,6 @@ def _program(model: nn.Module, examples: tuple[Tensor, ...], more: tuple[int, ..
 
 def _takes_all(model: nn.Module) -> bool:
     """Whether `forward` takes its inputs as *args, for which torch.export wants the shapes in one more tuple."""
-    import inspect
-
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
     return kinds[:1] == [inspect.Parameter.VAR_POSITIONAL]
 
@@ -81,7 +80,8 @@ def _takes_all(model: nn.Module) -> bool:
 def _varies(program: torch.export.ExportedProgram, examples: tuple[Tensor, ...], dim: int) -> bool:
     names = program.graph_signature.user_inputs
     inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    return all(isinstance(node.meta["val"].shape[dim], torch.SymInt) for node in inputs[: len(examples)])
+    # A size that was found to be constant may still be a SymInt.
+    return bool(inputs) and not any(str(node.meta["val"].shape[dim]).isdigit() for node in inputs[: len(examples)])
 
 
 @contextmanager
