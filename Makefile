@@ -11,7 +11,7 @@ DETECTION := $(VENV)/ready-detection
 # index, pip takes over.
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
-WHOLE := -c requirements.lock -e ".[train,report,slurm,wandb,dev]"
+WHOLE := -c requirements.lock -e ".[train,report,export,slurm,wandb,dev]"
 MMDET := -c requirements.lock -e ".[detection]"
 # Threads that wait must not burn the core that another one needs: on a busy machine that costs several times over.
 export OMP_WAIT_POLICY ?= PASSIVE

@@ -201,6 +201,20 @@ def test_a_checkpoint_of_ours_fills_it_and_the_temperature_is_zero(n, tmp_path):
     assert_same_body(filled(tmp_path / "last.pt", n=n, frozen_stages=1), whole)
 
 
+def test_a_model_folder_fills_it(tmp_path):
+    whole = classifier(n="1/2", num_classes=7, **SMALL)
+    for name, value in whole.state_dict().items():  # images of 224 pixels would need tame weights
+        if name.endswith("running_var"):
+            value.add_(1e4)
+    kw.save(whole, tmp_path / "mine", data={"input_size": (3, 32, 32)})
+    assert_same_body(filled(tmp_path / "mine", n="1/2"), whole)
+    with pytest.raises(PretrainedError, match=r"the folder's model is .*n=1/2.* and this backbone .*tanh"):
+        filled(tmp_path / "mine", n="1/2", warehouse={"attention_function": "tanh"})
+    (tmp_path / "mine/config.json").unlink()
+    with pytest.raises(PretrainedError, match=r"has no config\.json"):
+        filled(tmp_path / "mine", n="1/2")
+
+
 RELEASED = [("mobilenetv2_050", "1/2"), ("mobilenetv2_050", "1"), ("convnext_tiny", "1")]
 
 

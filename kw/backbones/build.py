@@ -83,11 +83,12 @@ class Backbone:
             model = self.vanilla(self.base, pretrained=pretrained, **kwargs)
         except TypeError as error:
             raise TypeError(f"{self.base}: {error}. Settings of its warehouses are {', '.join(SETTINGS)}.") from error
+        model.kw_args = {**kwargs}  # type: ignore[assignment]  # kw/description.py reads them
         if dynamic == KW:
             self._convert(model, parse_budget(n), settings, from_weights)
         elif dynamic != STATIC:
             convert_to_baseline(model, dynamic, n, **settings)
-        return self._features_of(model, features) if features_only else model
+        return self.features_of(model, features) if features_only else model
 
     def _convert(self, model: nn.Module, n: Fraction, settings: dict[str, Any], from_weights: bool) -> None:
         if self.scope is None:
@@ -97,7 +98,7 @@ class Backbone:
                 model, self.scope(n), lambda warehouse: self.config(n, warehouse).replace(**settings), from_weights
             )
 
-    def _features_of(self, model: nn.Module, options: dict[str, Any]) -> nn.Module:
+    def features_of(self, model: nn.Module, options: dict[str, Any]) -> nn.Module:
         """The model in timm's FeatureGetterNet. FeatureListNet, timm's default for most models, would take layers out
         of the model and leave the warehouses behind."""
         if not hasattr(model, "forward_intermediates"):
