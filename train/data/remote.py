@@ -189,7 +189,7 @@ class Cache:
     """
 
     def __init__(self, remote: RemoteConfig):
-        self.remote, self.limit = remote, int(remote.cache_gb * 1e9)
+        self.remote, self.limit = remote, round(remote.cache_gb * 1e9)
         default = Path(tempfile.gettempdir()) / f"kernelwarehouse-shards-{os.getuid()}"
         self.folder = Path(remote.cache).expanduser() if remote.cache else default
         try:
