@@ -8,6 +8,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kw.baselines.registry import choices
 from kw.config import STATIC, parse_budget
 from train.jobs.errors import ConfigError, check, check_choice
 from train.jobs.settings import RESUMABLE, LoggerConfig, Runtime, resumable
@@ -50,6 +51,7 @@ class DetectionConfig:
 
     config: str = field(default="", metadata=IN_THE_FILE)
     n: int | float | str | None = field(default=None, metadata=IN_THE_FILE)
+    dynamic: str | None = field(default=None, metadata=IN_THE_FILE)  # kw, static, or a method of kw.baselines
     init: str | None = field(default=None, metadata=IN_THE_FILE)
     scratch: bool = False
     data: DataConfig = field(default_factory=DataConfig)
@@ -67,6 +69,8 @@ class DetectionConfig:
                 self.n = str(parse_budget(self.n))
             except ValueError as error:
                 raise ConfigError(f"{error} Or n={STATIC} for the vanilla backbone.") from None
+        if self.dynamic is not None:
+            check_choice("dynamic", self.dynamic, choices())
         both = self.scratch and self.init is not None
         check(not both, "scratch", self.scratch, f"means to begin without a checkpoint, but init={self.init}")
         check_choice("resume", self.resume, ("auto", "never"))

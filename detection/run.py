@@ -32,7 +32,7 @@ from detection.guard import Guard
 from detection.prepare import prepare
 from detection.saving import SavingHook, checkpoints_in, latest
 from detection.services import watch
-from kw.config import STATIC
+from kw.config import KW, STATIC
 from train.jobs.agreement import agree, once_per_node
 from train.jobs.checkpoints import Found
 from train.jobs.display import Display
@@ -262,6 +262,7 @@ def summary(config: DetectionConfig, cfg: Config, figures: dict[str, Any], runne
     """Results, and what decides them besides the configuration."""
     backbone = cfg.model.backbone
     of = {"name": config.name, "backbone": backbone.get("name", backbone.type), "n": str(backbone.get("n", STATIC))}
+    of["dynamic"] = STATIC if of["n"] == STATIC else backbone.get("dynamic", KW)
     operators = "torchvision" if torchvision_ops.in_use() else "compiled"
     params = sum(parameter.numel() for parameter in runner.model.parameters())
     ran = {"epochs": runner.epoch, "params": params, "operators": operators}

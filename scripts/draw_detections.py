@@ -46,14 +46,13 @@ def main() -> None:
     print(f"{len(images)} images in {options.picture}")
 
 
-def detected(run: Path, count: int, score: float, zoom: int) -> Any:
-    """The first images of the evaluation set, with their detections drawn on them.
+def load_detector(run: Path) -> tuple[Any, Any]:
+    """The trained detector of a run folder, on the CPU, and its configuration.
 
     Raises:
         CheckpointError: the folder has no configuration, or no checkpoint.
     """
-    from mmdet.apis import inference_detector, init_detector
-    from mmdet.registry import DATASETS
+    from mmdet.apis import init_detector
     from mmengine.config import Config
 
     configuration = next(run.glob("*.py"), None)
@@ -63,7 +62,19 @@ def detected(run: Path, count: int, score: float, zoom: int) -> Any:
         )
     checkpoint = latest(run)
     cfg = Config.fromfile(configuration)
-    detector = init_detector(cfg, str(checkpoint), device="cpu")
+    return init_detector(cfg, str(checkpoint), device="cpu"), cfg
+
+
+def detected(run: Path, count: int, score: float, zoom: int) -> Any:
+    """The first images of the evaluation set, with their detections drawn on them.
+
+    Raises:
+        CheckpointError: the folder has no configuration, or no checkpoint.
+    """
+    from mmdet.apis import inference_detector
+    from mmdet.registry import DATASETS
+
+    detector, cfg = load_detector(run)
     names = class_names(cfg.val_dataloader.dataset)
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
     for index in range(min(count, len(dataset))):

@@ -129,10 +129,22 @@ def test_sizes_on_the_command_line_are_tuples_as_mmcv_wants_them():
 
 
 def test_from_scratch_nothing_is_frozen_and_the_temperature_is_warmed_up():
-    for n, hooks in (("4", [{"type": "TemperatureWarmup"}]), ("static", [])):
-        _, cfg = config("config=mask_rcnn_kw1x_resnet50_1x_coco", f"n={n}", "scratch=true")
+    warmed = [{"type": "TemperatureWarmup"}]
+    for words, hooks in (("n=4", warmed), ("n=static", []), ("n=4 dynamic=odconv", warmed), ("dynamic=fdconv", [])):
+        _, cfg = config("config=mask_rcnn_kw1x_resnet50_1x_coco", *words.split(), "scratch=true")
         assert (cfg.model.backbone.frozen_stages, cfg.model.backbone.norm_eval) == (-1, "attention")
         assert list(cfg.get("custom_hooks", [])) == hooks
+
+
+def test_a_method_is_chosen_for_any_file():
+    def chosen(file, *words):
+        backbone = config(f"config=mask_rcnn_{file}resnet50_1x_coco", *words)[1].model.backbone
+        return backbone.get("dynamic", "kw"), backbone.n
+
+    assert chosen("", "dynamic=dyconv", "n=4") == ("dyconv", "4") and chosen("", "dynamic=fdconv") == ("fdconv", "1")
+    assert chosen("kw4x_", "dynamic=odconv") == ("odconv", "4") and chosen("kw4x_", "dynamic=se") == ("se", "1")
+    assert chosen("kw4x_", "dynamic=static") == chosen("kw4x_", "n=static", "dynamic=se") == ("kw", "static")
+    assert chosen("odconv4x_", "dynamic=kw", "n=1/2") == ("kw", "1/2")
 
 
 def test_the_neck_follows_another_backbone():
@@ -158,6 +170,10 @@ def test_a_configuration_may_leave_the_channels_out(tmp_path):
         (["train_cfgs.max_epochs=1"], r"no 'train_cfgs' there; near are train_cfg"),
         (["param_scheduler.7.gamma=1"], r"param_scheduler\.7"),
         (["n=3/2"], "n='3/2'"),
+        (["dynamic=odcon"], r"dynamic='odcon'.*odconv"),
+        (["dynamic=odconv", "n=1/2"], r"n='1/2'.*odconv.*integer"),
+        (["config=mask_rcnn_resnet50_1x_coco", "dynamic=odconv"], r"dynamic='odconv'.*such as n=4"),
+        (["model.backbone.type=ResNet", "dynamic=se"], "dynamic='se': not for a backbone ResNet"),
         (["n=static", "model.backbone.name=resnet19"], "resnet19.*resnet18"),
         (["model.backbone.type=ResNet", "n=1"], "n='1': not for a backbone ResNet"),
         (["data.classes=own"], r"data\.classes='own'"),
@@ -202,6 +218,9 @@ def test_a_name_follows_from_values_and_not_from_how_they_were_typed():
 
     assert name() == name("n=1", "train_cfg.max_epochs=12", "scratch=false", "runtime.devices=4", "logger=both") == ""
     assert name("n=0.25") == name("n=1/4") == "+n-1d4x"
+    assert name("dynamic=kw") == "" and name("dynamic=odconv", "n=4") == "+dynamic-odconv+n-4x"
+    assert name("dynamic=fdconv", "n=4") == name("dynamic=fdconv") == "+dynamic-fdconv"
+    assert name("dynamic=static") == name("n=static") == name("n=static", "dynamic=se") == "+n-static"
     assert name("optim_wrapper.optimizer.lr=1e-3") == name("optim_wrapper.optimizer.lr=0.0010")
     assert name("optim_wrapper.optimizer.lr=1e-3") == "+optim_wrapper.optimizer.lr-0.001"
     assert name("val_dataloader.dataset.pipeline.1.scale=[1333,800]") == ""  # as the file has it, a tuple there

@@ -23,16 +23,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from detection import loading
+from detection.config import DetectionConfig
 from detection.guard import Guard
 from detection.plugin.errors import BrokenImage, UnreadableImage
 from detection.plugin.exact import NumberedBatches, SeededDataset
 from detection.plugin.images import LoadWholeImage
 from detection.prepare import every_image_once
+from detection.saving import SavingHook
 from scripts.data.digits_coco import SPLITS, make_split
 from scripts.kill_storm import SMALL_DETECTOR, differences, outcome_of_detector
 from train.data.digits import Digits
 from train.jobs import signals
-from train.jobs.errors import NonFiniteError
+from train.jobs.errors import ConfigError, NonFiniteError
 from train.jobs.signals import StopRequest
 from train.jobs.world import World
 
@@ -133,22 +135,12 @@ def test_gradients_that_are_not_finite_stop_before_the_update():
     assert torch.equal(weight, torch.zeros(2))
 
 
-def test_another_number_of_steps_an_epoch_is_refused(digits, calm, tmp_path, capsys):
-    fork(tmp_path, *words(digits, tmp_path / "run"), code="at(3, lambda: os.kill(os.getpid(), signal.SIGKILL))")
-    with pytest.raises(SystemExit):
-        annotations = digits / "annotations/instances_train2017.json"
-        content = json.loads(annotations.read_text())
-        moved = tmp_path / "data"
-        (moved / "annotations").mkdir(parents=True)
-        for name in ("val2017", "train2017"):
-            (moved / name).symlink_to(digits / name)
-        (moved / "annotations/instances_val2017.json").symlink_to(digits / "annotations/instances_val2017.json")
-        kept = {image["id"] for image in content["images"][:6]}
-        content["images"] = content["images"][:6]
-        content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
-        (moved / "annotations/instances_train2017.json").write_text(json.dumps(content))
-        detect(*words(moved, tmp_path / "run"))
-    assert "ConfigError: The run had 4 steps an epoch, now it has 3" in capsys.readouterr().err
+def test_another_number_of_steps_an_epoch_is_refused(tmp_path):
+    hook = SavingHook(DetectionConfig("x"), tmp_path, ALONE, None, None, None)
+    runner = type("Runner", (), {"train_dataloader": range(3)})
+    hook.after_load_checkpoint(runner, {"steps_per_epoch": 3, "processes": 2})
+    with pytest.raises(ConfigError, match=r"The run had 4 steps an epoch, now it has 3: .* processes back to 2"):
+        hook.after_load_checkpoint(runner, {"steps_per_epoch": 4, "processes": 2})
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import multiprocessing
 import os
+import secrets
 import time
 from concurrent.futures import ProcessPoolExecutor
 
@@ -15,7 +16,7 @@ from hydra import initialize_config_dir
 
 from train.config import RuntimeConfig, TrainConfig, learnt_settings, load_saved, saved, to_plain, validate
 from train.jobs import folder as run_folder
-from train.jobs import lease
+from train.jobs import lease, outcomes
 from train.jobs.checkpoint import FORMAT, read
 from train.jobs.checkpoints import Checkpoints
 from train.jobs.errors import ConfigError
@@ -24,7 +25,6 @@ from train.jobs.names import MAX_NAME, extended, same, shorten
 from train.jobs.settings import fixed_settings
 from train.jobs.sweep import CONFIGS, sweep_name
 from train.jobs.torchrun import is_main, under_torchrun
-from train.jobs.weights_and_biases import run_id
 from train.trainer import Trainer
 
 # ---- names --------------------------------------------------------------------------------------------------------
@@ -199,7 +199,8 @@ def test_a_rank_that_a_scheduler_sets_is_not_torchrun(monkeypatch):
 def test_processes_that_start_together_agree_on_a_run_s_id(tmp_path):
     with ProcessPoolExecutor(4) as pool:
         for number in range(20):
-            ids = set(pool.map(run_id, itertools.repeat(tmp_path / str(number), 4)))
+            tries = [secrets.token_hex(4) for _ in range(4)]
+            ids = set(pool.map(run_folder.write_once, itertools.repeat(tmp_path / str(number), 4), tries))
             assert ids == {(tmp_path / str(number)).read_text()} and len(ids.pop()) == 8
     assert len(list(tmp_path.iterdir())) == 20  # no temporary file is left
 
@@ -214,7 +215,7 @@ def test_a_file_system_without_hard_links_keeps_the_best_checkpoint_and_the_run_
         checkpoints.save_epoch({"format": FORMAT}, epoch, top1)
     assert [path.name for path in tmp_path.glob("best-*.pt")] == ["best-0001.pt"]
     assert read(tmp_path / "best-0001.pt")["epoch"] == 1
-    assert run_id(tmp_path / "id") == run_id(tmp_path / "id")
+    assert run_folder.write_once(tmp_path / "id", "a") == run_folder.write_once(tmp_path / "id", "b") == "a"
 
 
 def no_locks(*_):
@@ -340,3 +341,27 @@ def test_a_sweep_of_detectors_is_named_by_the_file_and_the_budget():
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         name = sweep_name(["config=mask_rcnn_kw1x_digits", "seed=0,1", "n=4"], "detection")
     assert "mask_rcnn_kw1x_digits" in name and "n-4" in name
+
+
+def test_jobs_of_a_sweep_in_processes_of_their_own_do_not_share_a_run_folder(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert outcomes.claim(tmp_path, 0, a, {"n": 1}) is None and outcomes.claim(tmp_path, 1, b, {"n": 2}) is None
+    assert outcomes.claim(tmp_path, 0, a, {"n": 1}) is None  # it was put back into the queue
+    assert outcomes.claim(tmp_path, 2, a, {"n": 1}) == 0
+    with pytest.raises(ConfigError, match="Another job of this sweep has the run folder"):
+        outcomes.claim(tmp_path, 3, a, {"n": 4})
+
+
+def test_jobs_that_are_not_done_are_listed_until_another_sweep_has_done_them(tmp_path):
+    first, second = tmp_path / "1", tmp_path / "2"
+    for sweep, states in (
+        (first, ("done", "DataError: x", outcomes.RUNS)),
+        (second, ("done", "done", "left with 143")),
+    ):
+        sweep.mkdir()
+        for number, state in enumerate(states):
+            outcomes.note(sweep, number, f"n={number}", state)
+    assert outcomes.not_done([first]) == ["n=1: DataError: x", f"n=2: {outcomes.RUNS}"]
+    assert outcomes.not_done([first, second]) == ["n=2: left with 143"]
+    outcomes.note(second, 2, "n=2", "done")
+    assert outcomes.end(second) == [] and not second.exists() and first.exists()

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.kill_storm import case_of
+from scripts.report.runs import find_runs
 from train.config import learnt_settings
 from train.jobs.errors import ConfigError
 from train.jobs.launch import meeting_point
@@ -213,15 +214,20 @@ def test_a_launcher_without_a_sweep_is_refused(tmp_path):
 
 
 def test_submitit_runs_the_jobs_of_a_sweep_here(tmp_path):
-    """Two good jobs and a bad one: the bad one does not stop the others, and the exit code tells."""
-    done = launch("-m", "n=static,3/2,1/2", "label=x", "hydra/launcher=submitit_local", "logger=wandb",
+    """Three good jobs, of which two are one run, and a bad one: that does not stop the others, and is listed."""
+    done = launch("-m", "dynamic=static,kw", "n=3/2,1", "label=x", "hydra/launcher=local", "logger=wandb",
                   cwd=tmp_path, check=False)  # fmt: skip
-    assert done.returncode != 0 and "3/2" in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "runs on core" in done.stdout and "logger=wandb: done" in done.stdout  # the states
+    (failed,) = done.stderr[done.stderr.index("1 jobs of this sweep are not done:") :].splitlines()[1:]
+    assert "dynamic=kw n=3/2 label=x" in failed and "ConfigError: n='3/2'" in failed
     found = {json.loads(path.read_text())["n"]: path.parent for path in tmp_path.rglob("summary.json")}
-    assert found.keys() == {"static", "1/2"}
+    assert found.keys() == {"static", "1"}
     (one, group, _), (other, same, _) = map(wandb_run, found.values())
     assert len(one) == len(other) == 1 and one != other
-    assert group == same and group.pop().startswith("n-static,1.5,0.5+backbone.kwargs")
+    assert group == same and group.pop().startswith("dynamic-static,kw+n-1.5,1+backbone.kwargs")
+    assert sum("Skipped, the same run as job" in path.read_text() for path in tmp_path.rglob("*.out")) == 1
+    assert any("dynamic=kw n=3/2" in remark for remark in find_runs([tmp_path])[1])
 
 
 FAKES = {

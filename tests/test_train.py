@@ -77,6 +77,13 @@ def test_learning_rate_rises_then_falls_to_its_minimum():
     assert learning_rate(50, 5, recipe) == pytest.approx(0.1)
 
 
+def test_a_warm_up_from_zero_is_the_releases_rule():
+    recipe = RecipeConfig(epochs=10, lr=1.0, warmup_epochs=2, warmup_from_zero=True)
+    rates = [learning_rate(step, 5, recipe) for step in range(12)]
+    assert rates[:10] == pytest.approx([k / 9 for k in range(10)]) and rates[10] == 1.0 > rates[11]
+    assert learning_rate(0, 1, RecipeConfig(epochs=10, warmup_epochs=1, warmup_from_zero=True)) == 0.0  # one step
+
+
 def test_steps_multiply_the_learning_rate():
     recipe = RecipeConfig(epochs=100, lr=0.1, schedule="step", decay_epochs=[30, 60, 90], decay_rate=0.1)
     at = [learning_rate(epoch * 7, 7, recipe) for epoch in (0, 29, 30, 60, 90)]

@@ -19,6 +19,7 @@ import yaml
 
 from kw.config import KW, STATIC
 from scripts.report.published import CLASSIFICATION, DETECTION, SCORES
+from train.jobs.outcomes import PLACE, not_done
 
 MARKS = {"config.yaml", "metrics.jsonl", "summary.json", "settings.json"}  # any of them makes a folder a run's
 # The loader in C, where there is one, is ten times as fast.
@@ -88,6 +89,8 @@ def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
 def _run_folders(root: Path, remarks: list[str]) -> Iterator[Path]:
     """Does not descend into run folders: services keep copies of a run's files there."""
     for place, folders, files in os.walk(root, onerror=lambda error: remarks.append(f"{error.filename}: {error}")):
+        if PLACE in folders:
+            remarks.extend(f"sweeps in {place}: {job}" for job in not_done(Path(place, PLACE).iterdir()))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if MARKS & {*files, *folders}:
             folders.clear()

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from train.data.ahead import Ahead
 from train.data.batching import MicroBatches
 from train.data.images import BrokenImage, Images
 from train.data.order import Key, seed_everything
@@ -68,17 +69,27 @@ class Samples(Dataset[Loaded]):
 
 
 class Loader:
-    """The batches of a DataLoader. Replaced images are recorded when their batch is used, not when it is prefetched."""
+    """The batches of a DataLoader. Replaced images are recorded when their batch is used, not when it is prefetched.
 
-    def __init__(self, loaded: DataLoader[Loaded], substitutes: Substitutes | None = None):
-        self.loaded, self.substitutes = loaded, substitutes
+    Args:
+        ahead: with data at URLs, what downloads it for batches to come.
+    """
+
+    def __init__(self, loaded: DataLoader[Loaded], substitutes: Substitutes | None = None, ahead: Ahead | None = None):
+        self.loaded, self.substitutes, self.ahead = loaded, substitutes, ahead
 
     def __len__(self) -> int:
         return len(self.loaded)
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            for batch in self.loaded:
+            batches = iter(self.loaded)  # starts the workers, which should not be forked of several threads
+            if self.ahead:
+                self.ahead.start()
+                self.ahead.advance(0)
+            for used, batch in enumerate(batches, start=1):
+                if self.ahead:
+                    self.ahead.advance(used)
                 if self.substitutes:
                     self.substitutes.record(batch)
                 yield Batch(batch.image, batch.target, batch.index)
@@ -86,6 +97,9 @@ class Loader:
         except DataError as error:
             message = without_trace(str(error))
             error.__traceback__ = None  # it holds the workers' handles in a cycle, whose collection waits 5 s for each
+        finally:
+            if self.ahead:
+                self.ahead.close()
         raise DataError(message)
 
 
@@ -93,11 +107,15 @@ def train_loader(
     samples: Samples, batches: MicroBatches, workers: int, pin: bool, substitutes: Substitutes | None = None
 ) -> Loader:
     loaded = DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=pin)
-    return Loader(loaded, substitutes)
+    ahead = Ahead(samples.images, batches, batches.micro * batches.world) if samples.images.ahead else None
+    return Loader(loaded, substitutes, ahead)
 
 
 def eval_loader(samples: Samples, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1) -> Loader:
-    """Every sample once: `rank` takes every `world`-th, without padding."""
-    keys = [Key(0, index) for index in range(rank, len(samples.images), world)]
+    """Every sample once, without padding: `rank` takes the samples from `rank / world` of the data set on."""
+    begin, end = (number * len(samples.images) // world for number in (rank, rank + 1))
+    keys = [Key(0, index) for index in range(begin, end)]
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
-    return Loader(DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=pin))
+    loaded = DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=pin)
+    ahead = Ahead(samples.images, batches, batch_size * samples.images.parts) if samples.images.ahead else None
+    return Loader(loaded, ahead=ahead)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -73,6 +74,18 @@ def link(path: Path, name: Path) -> None:
             raise
         with path.open("rb") as source, name.open("xb") as copy:
             shutil.copyfileobj(source, copy)
+
+
+def write_once(path: Path, text: str) -> str:
+    """Write a text file if there is none, and return what is in it. Processes that call this together get the same: a
+    link is made in one step, and only by the first of them."""
+    if not path.exists():
+        fresh = temporary_for(path)
+        fresh.write_text(text)
+        with contextlib.suppress(FileExistsError):
+            link(fresh, path)
+        fresh.unlink()
+    return path.read_text()
 
 
 def write_atomically(path: Path, text: str) -> None:
