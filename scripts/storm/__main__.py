@@ -31,7 +31,9 @@ SHOWN = 20  # of what was wrong with one fault
 def main(arguments: list[str] | None = None) -> None:
     parser = argument_parser("storm", __doc__)
     names = ["settings", "checkpoints", "images", "disk", "read_only", "clock", "folder", "kills"]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="FAULT", help=f"of {', '.join(names)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, metavar="FAULT", help=f"of {', '.join(names)}"
+    )
     parser.add_argument("--count", type=int, default=500, help="random settings (default: 500)")
     parser.add_argument("--images", type=int, default=2000, help="corrupted images (default: 2000)")
     parser.add_argument("--kills", type=int, default=3, help="of each kind of process (default: 3)")

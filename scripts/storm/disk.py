@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from scripts.kill_storm import SMALL, differences, outcome
-from scripts.storm.trials import Ended, Row, end_of, is_kind, run, start
+from scripts.storm.trials import Ended, Row, end_of, is_kind, run
 
 # `python -m train` with a clock that is an hour earlier at every tenth reading.
 JUMPING = """
@@ -70,8 +71,6 @@ def read_only(place: Path) -> Row:
 
 def clock_back(place: Path, calm: Path) -> Row:
     row = Row("clock that jumps back")
-    import sys
-
     process = subprocess.Popen(
         [sys.executable, "-c", JUMPING, *SMALL, f"hydra.run.dir={place / 'jumping'}"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -84,6 +83,3 @@ def clock_back(place: Path, calm: Path) -> Row:
 def _as_calm(folder: Path, expected: dict[str, object]) -> str | None:
     different = differences(expected, outcome(folder))
     return f"different: {', '.join(different[:3])}" if different else None
-
-
-__all__ = ["clock_back", "full_disks", "read_only", "start"]

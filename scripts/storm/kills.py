@@ -47,7 +47,11 @@ def kills(count: int, place: Path, calm: dict[int, Path], seed: int = 0) -> Row:
             if child and ended.status and ended.status != -signal.SIGKILL:
                 wrong = wrong or is_kind(ended)
         last = run(words)
-        different = differences(outcome(calm[2 if "devices=2" in settings[0] else 1]), outcome(folder)) if not last.status else []
+        different = (
+            differences(outcome(calm[2 if "devices=2" in settings[0] else 1]), outcome(folder))
+            if not last.status
+            else []
+        )
         wrong = wrong or (last.last_line if last.status else None)
         row.add(name, wrong or (f"different: {', '.join(different[:3])}" if different else None))
     return row

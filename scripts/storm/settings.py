@@ -1,5 +1,5 @@
-"""Random misconfigurations: keys, groups, types, ranges and combinations. Each must end in an error without a traceback,
-or run."""
+"""Random misconfigurations: keys, groups, types, ranges and combinations. Each must end in an error without a
+traceback, or run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from train.jobs.sweep import CONFIGS
 
 # So that what is valid is a run of seconds. They come first: what is wrong may replace them.
 TINY = [*SMALL, "recipe.epochs=1", "recipe.temperature_epochs=0", "recipe.warmup_epochs=0", "data.train_images=32"]
-VALUES = ["-1", "0", "1", "2", "3", "0.5", "1e-9", "1e30", "-0.1", "nan", "inf", "null", "true", "[]", "[1,2]", "{a:1}",
-          "abc", "''", "1/0", "1/3", "1/4", "two words", "99999999999999999999", "static", "auto", "/nowhere", "é", "1,2",
-          "${n}", "${nothing}"]  # fmt: skip
-ODD = ["n=", "=3", "n=[", "n==1", "+", "~n", "++n=1/2", "+n=1", "+nothing=1", "hydra.run.dir=", "n=1 n=2", "--nothing", "recipe",
-       "@recipe=digits", "recipe@x=digits", "n=${oc.env:NOTHING}", "hydra/launcher=slurm", "hydra/launcher=nothing", "-m",
-       "--config-name=nothing", "evaluate=/nowhere", "start_from=/nowhere", "resume=never"]  # fmt: skip
+VALUES = (
+    "-1 0 1 2 3 0.5 1e-9 1e30 -0.1 nan inf null true [] [1,2] {a:1} abc '' 1/0 1/3 1/4 99999999999999999999 static auto "
+    "/nowhere é 1,2 ${n} ${nothing}"
+).split(" ")
+ODD = (
+    "n= =3 n=[ n==1 + ~n ++n=1/2 +n=1 +nothing=1 hydra.run.dir= --nothing recipe @recipe=digits recipe@x=digits "
+    "n=${oc.env:NOTHING} hydra/launcher=slurm hydra/launcher=nothing -m --config-name=nothing evaluate=/nowhere "
+    "start_from=/nowhere resume=never"
+).split(" ")
 
 
 def misconfigure(count: int, place: Path, seed: int = 0) -> Row:
@@ -53,7 +56,9 @@ def word_of(chance: random.Random, keys: list[str], groups: list[str]) -> str:
     if kind < 0.75:
         return f"{misspelt(chance, chance.choice(keys))}={chance.choice(VALUES)}"
     if kind < 0.9:
-        return f"{chance.choice(groups)}={chance.choice(['nothing', 'resnet19', 'digits', 'imagenet', 'null', '[a,b]'])}"
+        return (
+            f"{chance.choice(groups)}={chance.choice(['nothing', 'resnet19', 'digits', 'imagenet', 'null', '[a,b]'])}"
+        )
     return chance.choice(ODD)
 
 

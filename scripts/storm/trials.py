@@ -93,6 +93,7 @@ def forked(work: Callable[[], object], seconds: float = 60) -> Ended:
             os.setsid()
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             status = 1
             try:
                 work()
