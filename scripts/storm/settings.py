@@ -20,15 +20,14 @@ from train.jobs.sweep import CONFIGS
 
 # So that what is valid is a run of seconds. They come first: what is wrong may replace them.
 TINY = [*SMALL, "recipe.epochs=1", "recipe.temperature_epochs=0", "recipe.warmup_epochs=0", "data.train_images=32"]
-VALUES = (
-    "-1 0 1 2 3 0.5 1e-9 1e30 -0.1 nan inf null true [] [1,2] {a:1} abc '' 1/0 1/3 1/4 99999999999999999999 static auto "
-    "/nowhere é 1,2 ${n} ${nothing}"
-).split(" ")
-ODD = (
-    "n= =3 n=[ n==1 + ~n ++n=1/2 +n=1 +nothing=1 hydra.run.dir= --nothing recipe @recipe=digits recipe@x=digits "
-    "n=${oc.env:NOTHING} hydra/launcher=slurm hydra/launcher=nothing -m --config-name=nothing evaluate=/nowhere "
-    "start_from=/nowhere resume=never"
-).split(" ")
+_VALUES = """
+    -1 0 1 2 3 0.5 1e-9 1e30 -0.1 nan inf null true [] [1,2] {a:1} abc '' 1/0 1/3 1/4 99999999999999999999 static auto
+    /nowhere é 1,2 ${n} ${nothing}"""
+_ODD = """
+    n= =3 n=[ n==1 + ~n ++n=1/2 +n=1 +nothing=1 hydra.run.dir= --nothing recipe @recipe=digits recipe@x=digits
+    n=${oc.env:NOTHING} hydra/launcher=slurm hydra/launcher=nothing -m --config-name=nothing evaluate=/nowhere
+    start_from=/nowhere resume=never"""
+VALUES, ODD = _VALUES.split(), _ODD.split()
 
 
 def misconfigure(count: int, place: Path, seed: int = 0) -> Row:
