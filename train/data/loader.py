@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
@@ -99,12 +100,22 @@ def without_trace(message: str) -> str:
 def train_loader(
     samples: Samples, batches: MicroBatches, workers: int, pin: bool, substitutes: Substitutes | None = None
 ) -> Loader:
-    loaded = DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=pin)
-    return Loader(loaded, substitutes)
+    return Loader(_load(samples, batches, workers, pin), substitutes)
 
 
 def eval_loader(samples: Samples, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1) -> Loader:
     """Every sample once: `rank` takes every `world`-th, without padding."""
     keys = [Key(0, index) for index in range(rank, len(samples.images), world)]
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
-    return Loader(DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=pin))
+    return Loader(_load(samples, batches, workers, pin))
+
+
+def _load(samples: Samples, batches: Iterable[list[Key]], workers: int, pin: bool) -> DataLoader[Loaded]:
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals)
+
+
+def leave_signals(worker: int) -> None:
+    """Have a process that loads data go on after a Ctrl-C or SIGUSR1, which all processes of a job may get: those that
+    train still need data for their last steps. At SIGTERM of its parent it ends: torch sees to that."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
