@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
@@ -106,9 +107,8 @@ class Loader:
 def train_loader(
     samples: Samples, batches: MicroBatches, workers: int, pin: bool, substitutes: Substitutes | None = None
 ) -> Loader:
-    loaded = DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=pin)
     ahead = Ahead(samples.images, batches, batches.micro * batches.world) if samples.images.ahead else None
-    return Loader(loaded, substitutes, ahead)
+    return Loader(_load(samples, batches, workers, pin), substitutes, ahead)
 
 
 def eval_loader(samples: Samples, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1) -> Loader:
@@ -116,6 +116,16 @@ def eval_loader(samples: Samples, batch_size: int, workers: int, pin: bool, rank
     begin, end = (number * len(samples.images) // world for number in (rank, rank + 1))
     keys = [Key(0, index) for index in range(begin, end)]
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
-    loaded = DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=pin)
     ahead = Ahead(samples.images, batches, batch_size * samples.images.parts) if samples.images.ahead else None
-    return Loader(loaded, ahead=ahead)
+    return Loader(_load(samples, batches, workers, pin), ahead=ahead)
+
+
+def _load(samples: Samples, batches: Iterable[list[Key]], workers: int, pin: bool) -> DataLoader[Loaded]:
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals)
+
+
+def leave_signals(worker: int) -> None:
+    """Have a process that loads data go on after a Ctrl-C or SIGUSR1, which all processes of a job may get: those that
+    train still need data for their last steps. At SIGTERM of its parent it ends: torch sees to that."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
