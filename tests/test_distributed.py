@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sys
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from helpers.programs import ROOT, Program, command, finish, ranks, wait_for
 
 from scripts.kill_storm import differences, outcome
 from train.jobs.checkpoint import read
+from train.jobs.launch import PassedOn
 
 SMALL = (
     "recipe.batch_size=32",
@@ -98,7 +100,8 @@ at(trainer, 7, lambda: until_signalled(trainer, f"{trainer.folder}/waits{world.r
 
 
 @pytest.mark.parametrize("devices, number", [
-    pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow), (1, signal.SIGINT), (2, signal.SIGUSR1)
+    pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow), (1, signal.SIGINT), (2, signal.SIGUSR1),
+    pytest.param(2, signal.SIGINT, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_signal_saves_and_the_same_command_resumes_to_the_same_end(devices, number, two, tmp_path):
     """The signal goes to the launcher, which passes it on; Ctrl-C to all processes, those that load data too."""
@@ -122,6 +125,43 @@ def test_a_signal_saves_and_the_same_command_resumes_to_the_same_end(devices, nu
         resumed, _ = run_both(folder, "n=static")
     assert "Resumed" in resumed.stdout
     assert differences(outcome(two if devices == 2 else tmp_path / "calm"), outcome(folder)) == []
+
+
+def interrupted(folder, seconds):
+    """Workers that need so many seconds to save, after a Ctrl-C, which all of them and their launcher get."""
+    process = Program("helpers.slow_to_leave", folder, seconds, start_new_session=True)
+    for rank in range(2):
+        wait_for(folder / f"waits{rank}", process)
+    os.killpg(process.pid, signal.SIGINT)
+    return process
+
+
+@pytest.mark.slow
+def test_after_a_ctrl_c_workers_have_the_time_that_they_need_to_save(tmp_path):
+    """torch's launcher gives them 30 seconds."""
+    finish(interrupted(tmp_path, 35), code=128 + signal.SIGINT)
+    assert {"saved0", "saved1"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_second_ctrl_c_ends_workers_that_do_not_leave(tmp_path):
+    process = interrupted(tmp_path, 1000)
+    while process.poll() is None:  # one may fall together with the first
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    finish(process, code=128 + signal.SIGINT)
+
+
+def test_a_signal_before_there_are_workers_goes_to_who_had_it_before(monkeypatch):
+    """As submitit's handler of a time limit, which puts the job back into the queue."""
+    came = []
+    monkeypatch.setattr("multiprocessing.active_children", list)
+    before = signal.signal(signal.SIGUSR1, lambda number, _: came.append(number))
+    try:
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGUSR1)), PassedOn():
+            signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert came == [signal.SIGUSR1]
 
 
 STOPPED_IN_AN_EVALUATION = """

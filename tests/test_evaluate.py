@@ -5,6 +5,7 @@ import torch
 from helpers.training import NARROW, TINY, config
 from PIL import Image
 
+from train.config import unused_in_evaluation, unused_in_training
 from train.evaluate import data_settings, evaluate_checkpoint
 from train.jobs.errors import ConfigError
 from train.jobs.world import World
@@ -65,3 +66,25 @@ def test_a_root_for_the_digits_is_refused():
     made, typed = overridden("data.root=x")
     with pytest.raises(ConfigError, match=r"data\.root='x'"):
         data_settings(config().data, made.data, typed)
+
+
+@pytest.mark.parametrize("word", ["data.train_images=10", "runtime.compile=true", "logger=wandb", "logger.mode=online"])
+def test_what_an_evaluation_does_not_use_is_refused(run, word):
+    with pytest.raises(ConfigError, match=f"does not use {word.partition('=')[0]}: leave it out"):
+        evaluate_checkpoint(*overridden(f"evaluate={run}", word), ALONE)
+
+
+def test_what_an_evaluation_of_a_released_checkpoint_does_not_use_is_told():
+    typed = ["n", "recipe.lr", "recipe.augment.eval_resize", "seed", "data.root", "data.train_split", "recipe"]
+    assert unused_in_evaluation(typed) == ["recipe.lr", "seed", "data.train_split"]
+
+
+def test_what_a_training_does_not_use_is_told():
+    typed = ["recipe.decay_rate", "recipe.min_lr", "data.root", "recipe.lr", "logger.mode"]
+    assert unused_in_training(config("recipe.schedule=cosine"), typed) == [
+        "recipe.decay_rate is not used with recipe.schedule=cosine.",
+        "data.root is not used with data.format=digits.",
+        "logger.mode is not used with logger.services=[].",
+    ]
+    used = config("recipe.schedule=step", "data=folder", "data.root=x", "logger=both")
+    assert unused_in_training(used, typed) == ["recipe.min_lr is not used with recipe.schedule=step."]

@@ -4,7 +4,10 @@ import dataclasses
 import errno
 import fcntl
 import itertools
+import multiprocessing
 import os
+import secrets
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -13,13 +16,15 @@ from hydra import initialize_config_dir
 
 from train.config import RuntimeConfig, TrainConfig, learnt_settings, load_saved, saved, to_plain, validate
 from train.jobs import folder as run_folder
+from train.jobs import lease, outcomes
+from train.jobs.checkpoint import FORMAT, read
+from train.jobs.checkpoints import Checkpoints
 from train.jobs.errors import ConfigError
 from train.jobs.launch import count_processes
 from train.jobs.names import MAX_NAME, extended, same, shorten
 from train.jobs.settings import fixed_settings
 from train.jobs.sweep import CONFIGS, sweep_name
 from train.jobs.torchrun import is_main, under_torchrun
-from train.jobs.weights_and_biases import run_id
 from train.trainer import Trainer
 
 # ---- names --------------------------------------------------------------------------------------------------------
@@ -178,6 +183,8 @@ def test_under_torchrun_the_configuration_says_how_many_processes_there_are(worl
     count_processes(runtime)  # they agree now
     with pytest.raises(ConfigError, match=rf"runtime\.devices=2 and runtime\.nodes=3 make 6 .* started {world}"):
         count_processes(RuntimeConfig(devices=2, nodes=3))
+    with pytest.raises(ConfigError, match=rf"runtime\.devices=1 .* torchrun has started {world}"):
+        count_processes(RuntimeConfig(), ["seed", "runtime.devices"])
 
 
 def test_a_rank_that_a_scheduler_sets_is_not_torchrun(monkeypatch):
@@ -192,18 +199,102 @@ def test_a_rank_that_a_scheduler_sets_is_not_torchrun(monkeypatch):
 def test_processes_that_start_together_agree_on_a_run_s_id(tmp_path):
     with ProcessPoolExecutor(4) as pool:
         for number in range(20):
-            ids = set(pool.map(run_id, itertools.repeat(tmp_path / str(number), 4)))
+            tries = [secrets.token_hex(4) for _ in range(4)]
+            ids = set(pool.map(run_folder.write_once, itertools.repeat(tmp_path / str(number), 4), tries))
             assert ids == {(tmp_path / str(number)).read_text()} and len(ids.pop()) == 8
     assert len(list(tmp_path.iterdir())) == 20  # no temporary file is left
 
 
-def test_a_file_system_without_locks_does_not_keep_a_job_out(tmp_path, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+def test_a_file_system_without_hard_links_keeps_the_best_checkpoint_and_the_run_s_id(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(os, "link", no_links)
+    checkpoints = Checkpoints(tmp_path)
+    for epoch, top1 in enumerate((1.0, 3.0, 2.0)):
+        checkpoints.save_epoch({"format": FORMAT}, epoch, top1)
+    assert [path.name for path in tmp_path.glob("best-*.pt")] == ["best-0001.pt"]
+    assert read(tmp_path / "best-0001.pt")["epoch"] == 1
+    assert run_folder.write_once(tmp_path / "id", "a") == run_folder.write_once(tmp_path / "id", "b") == "a"
+
+
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_a_file_system_without_locks_does_not_keep_a_job_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with run_folder.lock(tmp_path):
+        assert (tmp_path / ".lease-1").exists()
+    assert f"{tmp_path} is on a file system without locks (No locks available)" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".lease-*"))
+
+
+def compete(folder, monkeypatch, count=8):
+    """How many of `count` processes that start at once get the lock of a folder, while all of them wait for it."""
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+    fork = multiprocessing.get_context("fork")
+    start, end, got = fork.Barrier(count), fork.Barrier(count), fork.Value("i", 0)
+
+    def work():
+        start.wait()
+        try:
+            held = run_folder.lock(folder)
+            with got.get_lock():
+                got.value += bool(held)
+        except ConfigError as error:
+            assert "Another job is running" in str(error)
+        end.wait()
+        os._exit(0)  # as a killed job, without giving it back
+
+    processes = [fork.Process(target=work) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return got.value
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_of_eight_processes_on_one_folder_one_gets_it_and_the_next_job_too(locks, tmp_path, monkeypatch):
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    for _ in range(3):  # each leaves what a killed job leaves
+        assert compete(tmp_path, monkeypatch) == 1
     run_folder.lock(tmp_path).close()
-    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def test_a_job_of_another_host_is_waited_for_while_it_beats_and_replaced_when_it_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.02)
+    with monkeypatch.context() as there:
+        there.setattr(lease, "_host", lambda: "another")
+        held = run_folder.lock(tmp_path)
+    os.utime(held.path, (2e9, 2e9))  # its clock is ahead of ours
+    with pytest.raises(ConfigError, match="Another job is running"):
+        run_folder.lock(tmp_path)
+    held._closed.set()  # it was killed: nothing beats, and nothing is removed
+    held._thread.join()
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.1)
+    with run_folder.lock(tmp_path):
+        assert [path.name for path in tmp_path.glob(".lease-*")] == [".lease-2"]
+
+
+def test_a_job_that_stood_still_and_was_replaced_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.02)
+
+    def stand_still():
+        lease.Claim(tmp_path).attempt()
+        (tmp_path / ".lease-2").touch()  # another job has waited for long enough
+        time.sleep(60)
+
+    job = multiprocessing.get_context("fork").Process(target=stand_still)
+    job.start()
+    job.join(30)
+    assert job.exitcode == 1
 
 
 def test_a_rank_without_a_world_is_a_schedulers_and_errors_are_still_printed(monkeypatch):
@@ -222,10 +313,7 @@ def test_a_lock_that_another_job_may_have_is_not_removed(tmp_path, monkeypatch):
         run_folder.remove_lock(tmp_path)
         assert (tmp_path / run_folder.LOCK).exists()
 
-    def unsupported(*_):
-        raise OSError(errno.ENOLCK, "no locks")
-
-    monkeypatch.setattr(run_folder.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     run_folder.remove_lock(tmp_path)
     assert (tmp_path / run_folder.LOCK).exists()
     run_folder.lock(tmp_path).close()  # a warning
@@ -253,3 +341,27 @@ def test_a_sweep_of_detectors_is_named_by_the_file_and_the_budget():
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         name = sweep_name(["config=mask_rcnn_kw1x_digits", "seed=0,1", "n=4"], "detection")
     assert "mask_rcnn_kw1x_digits" in name and "n-4" in name
+
+
+def test_jobs_of_a_sweep_in_processes_of_their_own_do_not_share_a_run_folder(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert outcomes.claim(tmp_path, 0, a, {"n": 1}) is None and outcomes.claim(tmp_path, 1, b, {"n": 2}) is None
+    assert outcomes.claim(tmp_path, 0, a, {"n": 1}) is None  # it was put back into the queue
+    assert outcomes.claim(tmp_path, 2, a, {"n": 1}) == 0
+    with pytest.raises(ConfigError, match="Another job of this sweep has the run folder"):
+        outcomes.claim(tmp_path, 3, a, {"n": 4})
+
+
+def test_jobs_that_are_not_done_are_listed_until_another_sweep_has_done_them(tmp_path):
+    first, second = tmp_path / "1", tmp_path / "2"
+    for sweep, states in (
+        (first, ("done", "DataError: x", outcomes.RUNS)),
+        (second, ("done", "done", "left with 143")),
+    ):
+        sweep.mkdir()
+        for number, state in enumerate(states):
+            outcomes.note(sweep, number, f"n={number}", state)
+    assert outcomes.not_done([first]) == ["n=1: DataError: x", f"n=2: {outcomes.RUNS}"]
+    assert outcomes.not_done([first, second]) == ["n=2: left with 143"]
+    outcomes.note(second, 2, "n=2", "done")
+    assert outcomes.end(second) == [] and not second.exists() and first.exists()

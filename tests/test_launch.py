@@ -37,7 +37,7 @@ def command(monkeypatch, capsys):
     def run(*words, left=False):
         monkeypatch.setattr(sys, "argv", ["train", *words])
         with contextlib.nullcontext() if left else contextlib.suppress(SystemExit):
-            entry.jobs.run(entry.main)
+            entry.jobs.run(entry.main, "train")
         return capsys.readouterr().err, entry.jobs.failed
 
     return run

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.jobs.display import Display, duration
+from train.jobs.display import Display, duration, per_second
 
 
 class EpochDisplay(Display):
     """The display of a run of `epochs` epochs."""
 
     def __init__(self, main: bool, epochs: int, steps_per_epoch: int):
-        super().__init__(main, epochs * steps_per_epoch, steps_per_epoch)
+        super().__init__(main, epochs * steps_per_epoch)
         self.epochs = epochs
-
-    def show(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        epoch = step // self.steps_per_epoch + 1
-        text = f"epoch {epoch}/{self.epochs}  loss {loss:.3f}  acc {accuracy:.1f}%  {images_per_second:,.0f} images/s"
-        self.update(step, text)
 
     def epoch(self, line: dict[str, Any], left: float) -> None:
         """Show a line of metrics.jsonl; `left` is in seconds."""
@@ -25,5 +20,5 @@ class EpochDisplay(Display):
         self.print(
             f"epoch {line['epoch'] + 1:>3}/{self.epochs}  loss {line['train_loss']:.3f}  "
             f"top-1 {line['top1']:.2f}  top-5 {line['top5']:.2f}{ema}  tau {line['temperature']:.2f}  "
-            f"{line['images_per_second']:,.0f} images/s  {duration(left)} left"
+            f"{per_second(line['images_per_second'])} images/s  {duration(left)} left"
         )

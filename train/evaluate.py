@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 import kw
-from train.checkpoint import State, newest
-from train.config import DataConfig, TrainConfig, load_saved
+from train.config import DataConfig, TrainConfig, load_saved, unused_in_evaluation
 from train.data.formats import open_split
 from train.data.loader import Batch, Samples, eval_loader
 from train.data.transforms import eval_transform
+from train.jobs.agreement import once_per_node
 from train.jobs.checkpoint import FORMAT, read
-from train.jobs.errors import CheckpointError, ConfigError
+from train.jobs.checkpoints import State, newest
+from train.jobs.errors import CheckpointError, ConfigError, check, warn
+from train.jobs.sweep import GROUP
 from train.jobs.world import World
 from train.model import build_model, load_weights
 
@@ -78,6 +80,9 @@ def evaluate_checkpoint(config: TrainConfig, typed: Sequence[str], world: World)
     path = Path(str(config.evaluate)).expanduser()
     path, state = newest(path / "checkpoints")[:2] if path.is_dir() else (path, read(path))
     ours = state.get("format") == FORMAT
+    unused = [key for key in unused_in_evaluation(typed) if key != GROUP]
+    if unused and not ours:
+        warn(f"evaluate={config.evaluate} does not use {', '.join(unused)}.")
     if ours:
         saved = load_saved(state["config"])
         for key in typed:
@@ -85,10 +90,11 @@ def evaluate_checkpoint(config: TrainConfig, typed: Sequence[str], world: World)
                 raise ConfigError(
                     f"{path} is a checkpoint of {saved.name} and contains its settings: leave {key}=... out."
                 )
+        check(not unused, "evaluate", config.evaluate, f"an evaluation does not use {', '.join(unused)}: leave it out")
         saved.data = data_settings(saved.data, config.data, typed)
         saved.runtime = config.runtime
         config = saved
-    images = open_split(config.data, config.data.eval_split)
+    images = once_per_node(world, lambda: open_split(config.data, config.data.eval_split))
     if ours and list(state["classes"]) != images.classes:
         raise ConfigError(
             f"{path} was trained on {len(state['classes'])} classes ({', '.join(state['classes'][:3])}, ...); "

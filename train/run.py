@@ -9,12 +9,14 @@ from pathlib import Path
 
 import yaml
 
-from train.config import RuntimeConfig, TrainConfig, to_plain
+from train.config import RuntimeConfig, TrainConfig, to_plain, unused_in_training
 from train.data.batching import accumulation
 from train.evaluate import evaluate_checkpoint
-from train.jobs.errors import ConfigError
+from train.jobs.agreement import agree, once_per_node
+from train.jobs.errors import ConfigError, warn
 from train.jobs.folder import lock, write_atomically
 from train.jobs.launch import count_processes, launch
+from train.jobs.provenance import provenance
 from train.jobs.world import World, connect, disconnect
 from train.trainer import Trainer
 
@@ -31,8 +33,10 @@ def start(config: TrainConfig, folder: Path, typed: Sequence[str] = ()) -> None:
         ConfigError: the batch cannot be shared by the devices, or the processes cannot be launched as asked.
     """
     runtime = config.runtime
-    count_processes(runtime)
+    count_processes(runtime, typed)
     if config.evaluate is None:
+        for sentence in unused_in_training(config, typed):
+            warn(sentence)
         accumulation(config.recipe.batch_size, runtime.micro_batch, runtime.devices * runtime.nodes)
     name = f"{config.data.name}-{config.name}-seed{config.seed}"
     launch(run, (config, folder, typed), runtime, name)
@@ -48,6 +52,7 @@ def run(config: TrainConfig, folder: Path, typed: Sequence[str] = ()) -> None:
     world = connect(config.runtime)
     try:
         check_sync_norm(config.runtime, world)
+        agree(world, "the code", once_per_node(world, provenance), "Bring all nodes to one commit and its versions.")
         if config.evaluate is None:
             train_in(config, folder, world)
         else:

@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import itertools
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-from train.checkpoint import Checkpoints, State
 from train.config import TrainConfig, to_plain
 from train.data.loader import Batch
 from train.data.run_data import RunData
 from train.display import EpochDisplay
 from train.evaluate import cast, evaluate
+from train.jobs.agreement import agree
 from train.jobs.checkpoint import FORMAT
+from train.jobs.checkpoints import Checkpoints, State
+from train.jobs.display import progress
 from train.jobs.errors import CheckpointError, ConfigError, NonFiniteError, RunError
 from train.jobs.folder import write_atomically
-from train.jobs.signals import StopRequest, first_signal, requeue
+from train.jobs.metrics import MetricsFile
+from train.jobs.signals import StopRequest, first_signal, leave
 from train.jobs.world import World
 from train.learner import Learner
-from train.metrics import MetricsFile
 from train.profiling import StepProfiler
 from train.resume import check_same_data, check_same_settings
 from train.services import Services
@@ -76,7 +77,7 @@ class Trainer:
     def resume(self) -> None:
         """Resume from the folder's newest checkpoint, if there is one. If not, begin with the weights of `start_from`.
 
-        1. Read the newest complete checkpoint, passing over damaged ones.
+        1. Read the newest complete checkpoint, passing over damaged ones. All ranks must find the same.
         2. Compare its settings and its data with this run's.
         3. Load weights, average, optimizer, scaler, the epoch's sums and the step.
         4. On rank 0: drop the metrics of epochs that will be repeated, and checkpoints that are no longer the best.
@@ -86,6 +87,8 @@ class Trainer:
             CheckpointError: all checkpoints are damaged, or the newest does not fit the model.
         """
         found = self.checkpoints.newest()
+        which = found and f"{found.path}, of step {found.state['step']}"
+        agree(self.world, "the checkpoint", which, "Start again once all nodes see the same files in the run folder.")
         if found is None:
             self._start_from(self.config.start_from)
             return
@@ -183,7 +186,7 @@ class Trainer:
         while self.step < self.steps:
             stopping = self.train_step(batches)
             self.profiler.step()
-            if self.display.wants(self.step - 1):
+            if self.display.wants():
                 self._show(started, first)
             last = self.step % self.steps_per_epoch == 0
             if last:
@@ -217,17 +220,19 @@ class Trainer:
             f"the temperature ends at {end:.2f}, not at 0."
         ]
 
-    def _leave(self, number: int) -> None:
-        """Exit after signal `number`; the last step is saved. SIGUSR1 says that the job's time is up: it goes back into
-        SLURM's queue. At SIGTERM SLURM itself requeues what it preempts, and the user may have cancelled the job."""
-        again = self.world.is_main and number == signal.SIGUSR1 and requeue()
-        how = "it is back in the queue" if again else "the same command resumes it"
-        self.display.print(f"Stopped by a signal after step {self.step} of {self.steps}, and saved: {how}.")
-        raise SystemExit(128 + number)
+    def _leave(self, number: int) -> NoReturn:
+        leave(number, self.world.is_main, f"after step {self.step} of {self.steps}", self.display.print)
 
     def _show(self, started: float, first: int) -> None:
         samples, loss, hits = self.learner.sums.tolist()
-        self.display.show(self.step - 1, loss / samples, 100 * hits / samples, self._speed(started, first))
+        epoch, speed = (self.step - 1) // self.steps_per_epoch + 1, self._speed(started, first)
+        rate, accuracy = self.learner.learning_rate(self.step - 1), f"  acc {100 * hits / samples:.1f}%"
+        text = progress(epoch, self.config.recipe.epochs, loss / samples, rate, speed, accuracy)
+        self.display.show(text, self.step, self._left(speed))
+
+    def _left(self, speed: float) -> float:
+        """Seconds of training that are left, at so many images per second."""
+        return (self.steps - self.step) * self.config.recipe.batch_size / speed
 
     def _speed(self, started: float, first: int) -> float:
         """Images per second since step `first`."""
@@ -250,7 +255,7 @@ class Trainer:
             self.checkpoints.save_epoch(state, epoch, score(line))
         self.services.log(line)
         self.world.barrier()
-        self.display.epoch(line, (self.steps - self.step) * self.config.recipe.batch_size / speed)
+        self.display.epoch(line, self._left(speed))
         for callback in self.on_epoch_end:
             callback(self)
 
@@ -269,6 +274,7 @@ class Trainer:
         line["lr"] = self.learner.learning_rate(self.step - 1)
         line["temperature"] = self.learner.temperature(self.step * self.data.accumulation - 1)
         line["images_per_second"] = speed
+        line["devices"] = self.world.size
         if self.data.substitutes:  # all ranks have finished the epoch: their sums are here
             line["substituted"] = self.data.substitutes.count(epoch)
         return line
@@ -286,9 +292,12 @@ class Trainer:
         """The batches of an evaluation. Before each, the ranks agree on whether to leave: also those that have a batch
         less than others, so that no rank waits alone."""
         batches, watch = iter(self.data.eval_batches()), Watch()
-        for _ in range(self.data.most_eval_batches):
+        most = self.data.most_eval_batches
+        for done in range(most):
             if stopping := self._asked_to_stop(watch):
                 self._leave(stopping)
+            if self.display.wants():
+                self.display.show_evaluation(done, most)
             yield from itertools.islice(batches, 1)
 
     def _asked_to_stop(self, watch: Watch) -> int:

@@ -24,7 +24,7 @@ from train.data.order import order_generator
 from train.data.remote_shards import make_index, write_index
 from train.data.shards import SIZES, list_shards, read_sizes
 from train.jobs.errors import ConfigError, DataError
-from train.jobs.folder import write_atomically
+from train.jobs.folder import temporary_for, write_atomically
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def make_shards(source: str, out: Path, splits: list[str], samples: int = 2000, 
 
 def write_shard(path: Path, images: Files, indices: list[int], begin: int) -> None:
     """Write a shard atomically. Keys are a number and the file's name without dots."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_for(path)
     with tarfile.open(temporary, "w") as shard:
         for number, index in enumerate(indices, start=begin):
             stem, _, ending = images.describe(index).rpartition("/")[2].rpartition(".")

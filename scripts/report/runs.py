@@ -1,7 +1,7 @@
 """Reads run folders, finished or not; broken ones are reported and skipped.
 
 A folder of `python -m train` has config.yaml, metrics.jsonl and, once finished, summary.json; one of
-`python -m detection` has settings.json, MMEngine's */vis_data/scalars.json, and summary.json.
+`python -m detection` has settings.json, metrics.jsonl and summary.json.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import yaml
 
 from kw.config import KW, STATIC
 from scripts.report.published import CLASSIFICATION, DETECTION, SCORES
+from train.jobs.outcomes import PLACE, not_done
 
 MARKS = {"config.yaml", "metrics.jsonl", "summary.json", "settings.json"}  # any of them makes a folder a run's
 # The loader in C, where there is one, is ten times as fast.
@@ -88,6 +89,8 @@ def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
 def _run_folders(root: Path, remarks: list[str]) -> Iterator[Path]:
     """Does not descend into run folders: services keep copies of a run's files there."""
     for place, folders, files in os.walk(root, onerror=lambda error: remarks.append(f"{error.filename}: {error}")):
+        if PLACE in folders:
+            remarks.extend(f"sweeps in {place}: {job}" for job in not_done(Path(place, PLACE).iterdir()))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if MARKS & {*files, *folders}:
             folders.clear()
@@ -100,7 +103,7 @@ def read_run(folder: Path) -> Run:
     config = _mapping(folder / "config.yaml", lambda text: yaml.load(text, Loader)) or {}
     detection = (folder / "settings.json").exists() or (summary is not None and "box_ap" in summary)
     task = DETECTION if detection else CLASSIFICATION
-    lines = _scalars(folder) if detection else _lines(folder / "metrics.jsonl")
+    lines = _lines(folder / "metrics.jsonl")
     if summary is not None:
         return _finished(folder, task, summary, config, lines)
     if not lines:
@@ -149,12 +152,17 @@ def _method(it: Checked) -> str:
 def _timed(run: Run, lines: list[Any]) -> Run:
     """The run with its device-hours: images over images per second, times devices; without evaluation."""
     recipe, runtime = (run.config.get(key) or {} for key in ("recipe", "runtime"))
-    steps, batch = (lines[-1].get("step") if lines else None), recipe.get("batch_size")
     asked = run.asked or recipe.get("epochs") or run.epochs
-    if not steps or not batch or not run.images_per_second:
+    batch = recipe.get("batch_size")
+    if not batch or not run.images_per_second or not (lines and lines[-1].get("step")):
         return replace(run, asked=asked)
-    devices = runtime.get("devices", 1) * runtime.get("nodes", 1)
-    return replace(run, asked=asked, hours=steps * batch / run.images_per_second / 3600 * devices)
+    usual = runtime.get("devices", 1) * runtime.get("nodes", 1)  # lines of older versions do not say how many
+    hours, before = 0.0, 0
+    for line in lines:  # a run that was resumed may have had other devices
+        step, speed = line.get("step", before), line.get("images_per_second") or run.images_per_second
+        hours += (step - before) * batch / speed / 3600 * line.get("devices", usual)
+        before = step
+    return replace(run, asked=asked, hours=hours)
 
 
 def _curve(lines: list[Any], key: str) -> list[tuple[int, float]]:
@@ -235,14 +243,3 @@ def _lines(path: Path) -> list[Any]:
         Checked(_parsed(line, json.loads, source), source).values
         for source, line in zip(sources, complete, strict=True)
     ]
-
-
-def _scalars(folder: Path) -> list[Any]:
-    """MMEngine's evaluations from all starts of the run; the latest of an epoch counts."""
-    found = {}
-    for path in sorted(folder.glob("*/vis_data/scalars.json")):
-        for line in _lines(path):
-            if _is_number(line.get("coco/bbox_mAP")) and _is_number(line.get("step")):
-                epoch, value = int(line["step"]), 100 * line["coco/bbox_mAP"]
-                found[epoch] = {"epoch": epoch - 1, "box_ap": value}
-    return [found[epoch] for epoch in sorted(found)]

@@ -15,6 +15,7 @@ from train.config import DataConfig
 from train.data.formats import open_split
 from train.data.images import BrokenImage
 from train.data.order import Key
+from train.data.run_data import check_same_classes
 from train.jobs.errors import ConfigError, DataError
 
 
@@ -71,6 +72,41 @@ def test_a_class_without_images_is_named(folder, tmp_path, format_):
     (folder / "train" / "leer").mkdir()
     root = make_tar(folder, tmp_path / "x.tar") if format_ == "tar" else folder
     assert "leer" in refusal(format=format_, root=root)
+
+
+@pytest.mark.parametrize("format_", ["folder", "tar"])
+def test_hidden_files_and_folders_are_no_classes_and_no_images(folder, tmp_path, format_):
+    """As notebooks, git, disk stations and archives of macOS add them: beside the classes, and in them."""
+    before = open_split(DataConfig(format="folder", root=str(folder)), "train")
+    for name in (".ipynb_checkpoints", ".git", "@eaDir", "__MACOSX", "lost+found"):
+        (folder / "train" / name).mkdir()
+        save_image(folder / "train" / "猫" / name / "copy.png", 0)
+    save_image(folder / "train" / "@eaDir" / "x.png", 0)
+    (folder / "train" / "猫" / "._2.webp").write_bytes(b"of macOS")
+    root = folder
+    if format_ == "tar":
+        root = tmp_path / "x.tar"
+        with tarfile.open(root, "w") as archive:
+            archive.add(folder, arcname="data")
+            archive.add(folder, arcname="__MACOSX")
+    found = open_split(DataConfig(format=format_, root=str(root)), "train")
+    assert found.classes == before.classes and len(found) == len(before) == 17
+
+
+def test_a_folder_without_a_class_is_named(tmp_path):
+    (tmp_path / "train" / ".git").mkdir(parents=True)
+    assert f"{tmp_path}/train has no folder of a class" in refusal(format="folder", root=tmp_path)
+
+
+def test_splits_say_in_which_classes_they_differ():
+    data = DataConfig()
+    with pytest.raises(ConfigError, match=r"same classes: only 'train' has 'c'; only 'val' has 'a', 'd'\.$"):
+        check_same_classes(data, ["b", "c"], ["a", "b", "d"])
+    with pytest.raises(ConfigError, match=r"only 'val' has 'a', 'b', 'c', 'd', 'e' and 2 more\.$"):
+        check_same_classes(data, [], list("abcdefg"))
+    with pytest.raises(ConfigError, match="another order"):
+        check_same_classes(data, ["b", "a"], ["a", "b"])
+    check_same_classes(data, ["a"], ["a"])
 
 
 def test_a_missing_root_or_split_is_a_configuration_error(data, tmp_path):

@@ -13,6 +13,7 @@ from train.config.schema import (
     SettingsConfig,
     TrainConfig,
 )
+from train.config.unused import unused_in_evaluation, unused_in_training
 
 __all__ = [
     "AugmentConfig",
@@ -29,5 +30,7 @@ __all__ = [
     "load_saved",
     "run_name",
     "to_plain",
+    "unused_in_evaluation",
+    "unused_in_training",
     "validate",
 ]

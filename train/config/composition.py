@@ -51,8 +51,10 @@ def validate(settings: DictConfig | Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: naming the key.
     """
+    # As plain values: nodes that have the schema already would keep keys that were added to them by "+".
+    plain = OmegaConf.to_container(settings) if isinstance(settings, DictConfig) else settings
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), settings))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), plain))
     except MissingMandatoryValue as error:
         key = error.full_key or str(error).rpartition(" ")[2]
         raise ConfigError(f"{key} must be set: {key}=... on the command line.") from None

@@ -17,7 +17,7 @@ from timm.data import create_transform
 from timm.optim import list_optimizers
 
 from kw import KWConfig
-from kw.baselines.registry import check_budget, choices
+from kw.baselines.registry import check_budget, check_settings, choices
 from kw.config import KW, STATIC, parse_budget
 from train.data.formats import FORMATS
 from train.data.remote import is_url
@@ -51,7 +51,8 @@ class SettingsConfig:
     nonlocal_basis: Number | None = None
     attention_norm: str | None = None
     # The paper's ablations (what each value means: kw/config.py).
-    attention_function: str | None = None  # caf (published), contrast, softmax, sigmoid, tanh
+    # caf (published), contrast, softmax, sigmoid, tanh; dyconv and condconv: their own, or caf
+    attention_function: str | None = None
     anchoring: str | None = None  # one_to_one (published), all_to_one, random, none
     sharing: str | None = None  # stage (published), none, kind, model
     partition: str | None = None  # spatial_channel (published), channel, none
@@ -176,6 +177,7 @@ class RecipeConfig:
     lr: float = 1e-3
     min_lr: float = 0.0
     warmup_epochs: float = 0.0
+    warmup_from_zero: bool = False  # the first step's rate is 0, as in KernelWarehouse's release, and learns nothing
     schedule: str = "cosine"
     decay_epochs: list[float] = field(default_factory=list)  # schedule=step: when lr is multiplied by decay_rate
     decay_rate: float = 0.1
@@ -274,9 +276,13 @@ class TrainConfig:
                 self.n = str(parse_budget(self.n) if self.dynamic == KW else check_budget(self.dynamic, self.n))
             except ValueError as error:
                 raise ConfigError(f"{error} Or n={STATIC} for the vanilla backbone.") from None
-        if self.kw.changes() and self.dynamic != KW:
-            key, method = next(iter(self.kw.changes())), f"n={STATIC}" if self.is_static else f"dynamic={self.dynamic}"
-            raise ConfigError(f"kw.{key} applies to dynamic=kw only, not to {method}.")
+        if self.kw.changes() and self.is_static:
+            raise ConfigError(f"kw.{next(iter(self.kw.changes()))} applies to dynamic=kw only, not to n={STATIC}.")
+        if self.dynamic not in (KW, STATIC):
+            try:
+                check_settings(self.dynamic, self.kw.changes())
+            except ValueError as error:
+                raise ConfigError(f"kw.{error}") from None
         rule = f"needs dynamic=kw or static, not {self.dynamic}: other methods have no place for static weights"
         check(self.start_from is None or self.dynamic in (KW, STATIC), "start_from", self.start_from, rule)
         check_choice("resume", self.resume, ("auto", "never"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from train.data import tar
-from train.data.images import Files
+from train.data.images import ADDED, Files, is_hidden
 from train.jobs.errors import ConfigError
 
 
@@ -69,6 +69,8 @@ def split_of(path: Path, index: tar.Arrays, split: str, setting: str) -> tuple[t
     for row, name in enumerate(names):
         if name.startswith(base + "/"):
             parts = name.split("/")
+            if any(map(is_hidden, parts[depth:])):
+                continue
             if index["sizes"][row] != tar.FOLDER and len(parts) > depth + 1:
                 files.append((parts[depth], posixpath.dirname(name), parts[-1], row))
             elif index["sizes"][row] == tar.FOLDER:
@@ -88,6 +90,8 @@ def _split_folder(path: Path, names: list[str], split: str, setting: str) -> str
     found, others = set(), set()
     for name in names:
         parts = name.split("/")
+        if parts[0] in ADDED:
+            continue
         if split in parts[:-2]:
             found.add("/".join(parts[: parts.index(split) + 1]))
         elif len(parts) > 2:

@@ -7,13 +7,32 @@ from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from train.data.images import Files
+from train.data.images import Files, is_hidden
 from train.jobs.errors import ConfigError, DataError
 
 
+class _Listing(ImageFolder):  # type: ignore[misc]  # torchvision has no types
+    """As ImageFolder, without hidden files and folders (`is_hidden`)."""
+
+    def __init__(self, root: str):
+        super().__init__(root, is_valid_file=lambda path: _is_image(path[len(root) :]))
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        classes = [name for name in super().find_classes(directory)[0] if not is_hidden(name)]
+        if not classes:
+            raise FileNotFoundError(f"{directory} has no folder of a class.")
+        return classes, {name: number for number, name in enumerate(classes)}
+
+
+def _is_image(path: str) -> bool:
+    """Whether a file, by its path within the split, is an image that counts."""
+    return path.lower().endswith(IMG_EXTENSIONS) and not any(map(is_hidden, path.split(os.sep)))
+
+
 class Folder(Files):
-    """Images at `root/split/<class>/*`.
+    """Images at `root/split/<class>/*`; hidden files and folders do not count.
 
     Args:
         setting: the key that names the split, for messages.
@@ -25,9 +44,11 @@ class Folder(Files):
     def __init__(self, root: Path, split: str, setting: str):
         _check_folder(root, split, setting)
         try:
-            listing = ImageFolder(str(root / split))
+            listing = _Listing(str(root / split))
         except FileNotFoundError as error:
-            raise ConfigError(f"data.root={str(root)!r}: {error}") from None
+            raise ConfigError(
+                f"data.root={str(root)!r}: {error} Images end with {', '.join(IMG_EXTENSIONS)}."
+            ) from None
         self.classes = listing.classes
         # Arrays, whose memory forked processes share. They would copy lists, by counting references.
         self.paths = np.array([os.fsencode(path) for path, _ in listing.samples])  # (N,)

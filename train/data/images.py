@@ -18,6 +18,16 @@ from train.jobs.errors import ConfigError, DataError
 Array = np.ndarray[Any, Any]
 
 
+# What file managers, notebooks and network disks add to folders.
+ADDED = ("@eaDir", "#recycle", "__MACOSX", "lost+found")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is not part of a data set: `.ipynb_checkpoints`, `.git`, `._1.jpg`,
+    `@eaDir`."""
+    return name.startswith(".") or name in ADDED
+
+
 class BrokenImage(DataError):
     """A file was read, but is not a complete image."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +14,7 @@ from train.data.batching import MicroBatches
 from train.data.images import BrokenImage, Images
 from train.data.order import Key, seed_everything
 from train.data.transforms import Transform
-from train.jobs.errors import DataError
+from train.jobs.errors import DataError, without_trace
 
 if TYPE_CHECKING:
     from train.data.substitutes import Substitutes
@@ -102,12 +101,6 @@ class Loader:
             if self.ahead:
                 self.ahead.close()
         raise DataError(message)
-
-
-def without_trace(message: str) -> str:
-    """A worker's error without its stack trace, which would bury the message."""
-    said = re.search(r"^[\w.]*(?:DataError|BrokenImage): (.*)", message, re.MULTILINE | re.DOTALL)
-    return said[1].strip() if message.startswith("Caught ") and said else message
 
 
 def train_loader(

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from train.config import TrainConfig
+from train.config import DataConfig, TrainConfig
 from train.data.batching import MicroBatches, accumulation
 from train.data.formats import open_split
-from train.data.images import Part, identity
+from train.data.images import Images, Part, identity
 from train.data.loader import Batch, Loader, Samples, eval_loader, train_loader
 from train.data.substitutes import Substitutes
 from train.data.transforms import eval_transform, train_transform
+from train.jobs.agreement import agree, once_per_node
 from train.jobs.errors import ConfigError
 from train.jobs.world import World
+
+
+def open_splits(data: DataConfig) -> tuple[Images, Images]:
+    """The images to train and to evaluate on."""
+    return open_split(data, data.train_split), open_split(data, data.eval_split)
+
+
+def check_same_classes(data: DataConfig, train: Sequence[str], evaluation: Sequence[str]) -> None:
+    """Raises ConfigError: the splits differ in their classes; it says in which."""
+    apart = [(data.train_split, set(train) - set(evaluation)), (data.eval_split, set(evaluation) - set(train))]
+    said = [f"only {split!r} has {_some(sorted(names))}" for split, names in apart if names]
+    if not said and list(train) != list(evaluation):
+        said = ["they have them in another order"]
+    if said:
+        raise ConfigError(f"data.root={data.root!r}: the splits do not have the same classes: {'; '.join(said)}.")
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + rest
 
 
 class RunData:
@@ -33,17 +54,17 @@ class RunData:
     def __init__(self, config: TrainConfig, folder: Path, world: World):
         self.config, self.world = config, world
         data, recipe = config.data, config.recipe
-        train_images, eval_images = open_split(data, data.train_split), open_split(data, data.eval_split)
+        train_images, eval_images = once_per_node(world, lambda: open_splits(data))
         if data.train_images is not None:
             train_images = Part(train_images, data.train_images, "data.train_images")
-        if train_images.classes != eval_images.classes:
-            raise ConfigError(f"data.root={data.root!r}: the splits do not have the same classes.")
+        check_same_classes(data, train_images.classes, eval_images.classes)
         self.classes = train_images.classes
         substitute = data.on_error == "substitute"
         self.train_samples = Samples(train_images, train_transform(data, recipe), config.seed, substitute)
         self.eval_samples = Samples(eval_images, eval_transform(data, recipe), config.seed)
         self.substitutes = Substitutes(folder, train_images, world.rank) if substitute else None
         self.identity = {"training": identity(train_images), "evaluation": identity(eval_images)}
+        agree(world, "the data", self.identity, "data.root must have the same images on all nodes.")
         self.accumulation = accumulation(recipe.batch_size, config.runtime.micro_batch, world.size)
         micro = recipe.batch_size // (self.accumulation * world.size)
         if micro % 2 and (recipe.mixup or recipe.cutmix):

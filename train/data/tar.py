@@ -22,6 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from train.data.images import Array
 from train.jobs.errors import ConfigError, DataError
+from train.jobs.folder import temporary_for
 
 Stamp = tuple[int, int, int]  # of a file: size, time of change in nanoseconds, inode
 Arrays = dict[str, Array]
@@ -146,7 +147,7 @@ def cached(paths: list[Path], build: Callable[[], Arrays]) -> Arrays:
 
 
 def _keep(place: Path, arrays: Arrays) -> None:
-    temporary = place.with_name(f"{place.stem}.{os.getpid()}.tmp")
+    temporary = temporary_for(place)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

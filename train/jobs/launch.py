@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import traceback
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, cast
 
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -19,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from train.jobs.errors import ConfigError, LaunchError, report
 from train.jobs.settings import Runtime
+from train.jobs.signals import SIGNALS
 from train.jobs.slurm import rendezvous
 from train.jobs.torchrun import under_torchrun
 
@@ -45,8 +49,11 @@ def launch(work: Callable[..., None], arguments: tuple[Any, ...], runtime: Runti
         start_workers(work, arguments, runtime, *meeting_point(runtime, name))
 
 
-def count_processes(runtime: Runtime) -> None:
+def count_processes(runtime: Runtime, typed: Sequence[str] = ()) -> None:
     """Under torchrun, set `devices` and `nodes` to the processes that it has started, for config.yaml to say.
+
+    Args:
+        typed: the keys of the command line. A number that was not typed is the default.
 
     Raises:
         ConfigError: the user has set them to other numbers.
@@ -55,7 +62,7 @@ def count_processes(runtime: Runtime) -> None:
         return
     world = int(os.environ["WORLD_SIZE"])
     asked = runtime.devices * runtime.nodes
-    if asked not in (1, world):
+    if asked != world and (asked > 1 or {"runtime.devices", "runtime.nodes"} & set(typed)):
         raise ConfigError(
             f"runtime.devices={runtime.devices} and runtime.nodes={runtime.nodes} make {asked} processes, but torchrun "
             f"has started {world}: leave both settings out."
@@ -101,22 +108,57 @@ def start_workers(
         max_restarts=0,  # a run continues from its checkpoint, by the same command
         monitor_interval=0.2,
         local_addr="localhost" if endpoint.startswith(("localhost", "127.")) else None,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # passed on to the workers
+        signals_to_handle="SIGHUP,SIGQUIT",  # as torch does: pass them on, and kill after 30 seconds
     )
     silence()
-    before = signal.getsignal(signal.SIGUSR1)
-    try:
-        elastic_launch(settings, _work)(work, arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 128:  # a worker that saved and left
-            sys.exit(failure.exitcode)
-        processes = runtime.devices * runtime.nodes
-        raise LaunchError(f"process {rank} of {processes} failed ({failure.exitcode})") from None
-    except SignalException as error:
-        sys.exit(128 + error.sigval)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    with PassedOn() as signals:
+        try:
+            elastic_launch(settings, _work)(work, arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if signals.first or failure.exitcode > 128:  # a worker that saved and left
+                sys.exit(128 + signals.first if signals.first else failure.exitcode)
+            processes = runtime.devices * runtime.nodes
+            raise LaunchError(f"process {rank} of {processes} failed ({failure.exitcode})") from None
+        except SignalException as error:
+            sys.exit(128 + error.sigval)
+
+
+class PassedOn:
+    """In a `with` block, the launcher passes SIGNALS on to its workers, and waits until they have saved and left,
+    however long that takes: torch's launcher would kill them after 30 seconds. At a second Ctrl-C it kills them.
+
+    Attributes:
+        first: the number of the first signal, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.first = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> PassedOn:
+        self._before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        workers = multiprocessing.active_children()
+        if not workers and not self.first:
+            self._without_workers(number, frame)
+        again = number == self.first == signal.SIGINT
+        self.first = self.first or number
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(cast(int, worker.pid), signal.SIGKILL if again else number)
+
+    def _without_workers(self, number: int, frame: FrameType | None) -> None:
+        before = self._before[number]
+        if callable(before):  # Python's for Ctrl-C, submitit's for a time limit
+            before(number, frame)
+        raise SystemExit(128 + number)
 
 
 LAUNCHERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
@@ -135,6 +177,8 @@ def _work(work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         work(*arguments)
+    except KeyboardInterrupt:  # before the training that would save, or after it has saved
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if lost_contact(error):  # because another process failed, and prints why
             print(f"process {os.environ.get('RANK')}: lost contact with the others", file=sys.stderr, flush=True)

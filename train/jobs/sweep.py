@@ -24,6 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from train.jobs import outcomes, slots, states
 from train.jobs.errors import ConfigError, check
 from train.jobs.folder import make
 from train.jobs.names import same, shorten
@@ -69,11 +70,20 @@ class Folders(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Called before Hydra runs a single job."""
+        outcomes.forget()
         _make_or_exit(config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Called before Hydra starts a sweep."""
         _make_or_exit(config.hydra.sweep.dir)
+        launcher = config.hydra.runtime.choices["hydra/launcher"]
+        if launcher == "basic":
+            outcomes.forget()
+        else:
+            sweep = outcomes.begin(Path(config.hydra.sweep.dir))
+        if launcher == "local":
+            slots.offer_gpus()
+            states.watch(sweep)
         words = list(config.hydra.overrides.task)
         name = sweep_name(words, config.hydra.job.config_name)
         if name and not any(key_of(word) == GROUP for word in words):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
 from pathlib import Path
 from typing import Any
 
 from train.jobs.errors import ConfigError, writing
+from train.jobs.folder import write_once
 from train.jobs.names import shorten
 from train.jobs.settings import LoggerConfig
 
@@ -43,7 +42,7 @@ def settings(logger: LoggerConfig, place: Path, name: str, seed: int) -> dict[st
     """
     with writing(place):
         place.mkdir(parents=True, exist_ok=True)
-        identity = run_id(place / "id")
+        identity = write_once(place / "id", secrets.token_hex(4))
     return {
         "id": identity,
         "resume": "allow",  # offline it leaves another folder with this id, which `wandb sync` joins
@@ -54,15 +53,3 @@ def settings(logger: LoggerConfig, place: Path, name: str, seed: int) -> dict[st
         "group": logger.group,
         "settings": {"console": "off", "silent": logger.mode == "offline"},
     }
-
-
-def run_id(path: Path) -> str:
-    """The id in a file, which is made if there is none. Processes that call this together get the same id: a link is
-    made in one step, and only by the first of them."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    if not path.exists():
-        fresh.write_text(secrets.token_hex(4))
-        with contextlib.suppress(FileExistsError):
-            os.link(fresh, path)
-        fresh.unlink()
-    return path.read_text()

@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,10 @@ from torch import Tensor, nn
 from train.jobs.errors import ConfigError
 from train.jobs.settings import Runtime
 from train.jobs.torchrun import under_torchrun
+
+# How long a process waits for others, such as for the one that lists the images of a slow disk (NCCL's default is ten
+# minutes). It does not wait for one that has died: then the launcher ends all.
+TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,13 @@ class World:
         dist.all_gather(gathered, values)
         return torch.stack(gathered)
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, of any type that can be pickled."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def share_buffers(self, model: nn.Module) -> None:
         """Broadcast the buffers of rank 0. Between evaluations every rank keeps its own running statistics."""
         if self.size > 1:
@@ -75,7 +88,7 @@ def connect(runtime: Runtime) -> World:
     if not under_torchrun():
         return World(0, 1, device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
