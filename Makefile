@@ -1,7 +1,7 @@
 # make demo: from a fresh clone to a table in minutes; make demo-detection: to detections.   make test: the suite.
 # make setup: what all but detection needs; make setup-detection: all.   make lock: the versions anew.
 # make lint: ruff and mypy.   make check-wheel: the library alone, oldest and newest torch.
-# make gpu: all that needs a GPU.   make bench: what speed there is.   make cifar10: methods compared.
+# make storm: faults on purpose.   make gpu: all that needs a GPU.   make bench: what speed there is.   make cifar10: methods compared.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -125,6 +125,11 @@ bench: $(DETECTION)
 	$(BIN)/python -m scripts.bench.trainer n=1
 	$(BIN)/python -m scripts.bench.detection
 	$(if $(DATA),$(BIN)/python -m scripts.bench.data $(DATA))
+
+# Faults on purpose: kills, full disks, damaged files, random settings; about half an hour on two cores.
+.PHONY: storm
+storm: $(DETECTION)
+	$(BIN)/python -m scripts.storm
 
 # Everything that needs a GPU, in 8 minutes: the tests marked gpu, prices, benchmarks, blocks, a short training; results are
 # in report/gpu, fitted prices in kw/compute/price_tables. DATA=PATH: CIFAR-10 to train on; MINUTES=9: of more time. On a machine
