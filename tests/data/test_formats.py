@@ -124,6 +124,8 @@ def test_many_shards_do_not_exhaust_the_descriptors(tmp_path):
 def test_the_groups_compose():
     assert config("data=archive", "data.root=x.tar").data.format == "tar"
     assert config("data=shards", "data.root=x", "data.window=3").data.window == 3
+    remote = config("data=remote", 'data.root="pipe:aws s3 cp s3://b/{} -"').data
+    assert (remote.format, remote.parts, remote.root) == ("shards", 8, "pipe:aws s3 cp s3://b/{} -")
     cifar = config("data=cifar10", "data.root=x.tar")
     assert (cifar.data.image_size, cifar.data.num_classes, cifar.data.eval_split) == (32, 10, "test")
     assert (cifar.recipe.augment.hflip, cifar.recipe.augment.eval_resize) == (0.5, 224)

@@ -1,6 +1,9 @@
 """Shards from a URL are those of the folder, to the bit, whatever happens to connections; or the run ends by a line."""
 
+import errno
+import fcntl
 import itertools
+import multiprocessing
 import os
 import shutil
 import threading
@@ -221,6 +224,30 @@ def test_a_shard_is_downloaded_once_for_all_who_want_it(server, shards, tmp_path
     for thread in threads:
         thread.join()
     assert server.asked[SHARD] == 1
+
+
+def test_a_worker_that_was_forked_during_a_download_does_not_keep_the_lock(server, shards, tmp_path):
+    file = known(server, SHARD, shards)
+    cache = Cache(RemoteConfig(cache=str(tmp_path / "kept")))
+    forks = multiprocessing.get_context("fork")
+    done = forks.Event()
+    with cache._lock(file.digest):
+        worker = forks.Process(target=done.wait, args=(60,))
+        worker.start()
+    with (cache.folder / f"{file.digest[:2]}.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it would raise
+    done.set()
+    worker.join()
+
+
+def test_without_locks_in_the_file_system_shards_are_still_whole(server, shards, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    file = known(server, SHARD, shards)
+    cache = Cache(RemoteConfig(cache=str(tmp_path / "kept")))
+    assert cache.read(file, 0, file.size) == (shards / SHARD).read_bytes()
 
 
 def test_a_cache_that_cannot_be_written_is_named(remote, tmp_path, monkeypatch):

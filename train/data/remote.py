@@ -273,7 +273,10 @@ class Cache:
         path = self.folder / f"{digest[:2]}.lock"
         with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
+                file = stack.enter_context(path.open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+                # To close it is not enough: a worker that was forked in the meantime has it open, too.
+                stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise DataError(f"data.remote.cache: {path} cannot be locked: {error.strerror}.") from None
