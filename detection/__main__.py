@@ -23,7 +23,7 @@ jobs = Jobs()
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="detection")
 def main(composed: DictConfig) -> None:
     """Called by Hydra for each job."""
-    with jobs.job():
+    with jobs.job(composed.runtime):
         check_launcher()
         config = validate(composed)
         with quiet():

@@ -16,6 +16,8 @@ from detection import feature_channels
 from detection.config import OWN, DetectionConfig
 from detection.data import datasets, read_classes, set_classes
 from detection.errors import as_job_errors
+from detection.plugin.backbone import has_temperature
+from kw.baselines.registry import BASELINES, check_budget
 from kw.config import STATIC
 from train.jobs.errors import ConfigError, check
 from train.jobs.settings import fixed_settings, flatten
@@ -110,7 +112,12 @@ def look_up(cfg: Config, key: str, missing: Any) -> Any:
 
 
 def check_known(cfg: Config, key: str, value: Any) -> None:
-    """Raises ConfigError: the file does not have the key, or has a number there and the value is text."""
+    """Raises ConfigError: the file does not have the key, or has a number there and the value is text; or the program
+    does not use it."""
+    if f"{key}.".startswith("default_hooks.checkpoint."):
+        raise ConfigError(
+            f"{key}: this program keeps checkpoints itself; runtime.checkpoint_steps and runtime.keep_best set how."
+        )
     missing = object()
     parts = key.split(".")
     for depth in range(1, len(parts) + 1):
@@ -138,14 +145,16 @@ def move_data(cfg: Config, root: Path) -> None:
 
 
 def set_backbone(cfg: Config, config: DetectionConfig, typed: dict[str, Any]) -> None:
-    """Budget, checkpoint, and the channels that the neck takes."""
+    """Method, budget, checkpoint, and the channels that the neck takes."""
     backbone, neck = cfg.model.backbone, cfg.model.get("neck")
     if backbone.type != "KWBackbone":
-        for key in ("n", "init", "scratch"):
+        for key in ("n", "dynamic", "init", "scratch"):
             check(not getattr(config, key), key, getattr(config, key), f"not for a backbone {backbone.type}")
         return
     if config.n is not None:
         backbone.n = config.n
+    if config.dynamic is not None:
+        set_method(backbone, STATIC if config.n == STATIC else config.dynamic)
     if config.init is not None:
         backbone.init_cfg = {"type": "Pretrained", "checkpoint": config.init}
     if config.scratch:
@@ -155,13 +164,31 @@ def set_backbone(cfg: Config, config: DetectionConfig, typed: dict[str, Any]) ->
         neck["in_channels"] = feature_channels(backbone.name, indices, backbone.get("kwargs"))
 
 
+def set_method(backbone: Any, dynamic: str) -> None:
+    """Make the backbone one of another method, at the budget that it has."""
+    if dynamic == STATIC:
+        backbone.n = STATIC
+        return
+    backbone.dynamic = dynamic
+    if dynamic in BASELINES and not BASELINES[dynamic].budget:
+        backbone.n = "1"
+        return
+    n = backbone.get("n")
+    check(n not in (None, STATIC), "dynamic", dynamic, "needs a budget, such as n=4: the file has none")
+    if dynamic in BASELINES:
+        try:
+            check_budget(dynamic, n)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+
 def begin_from_scratch(cfg: Config) -> None:
     """Train also what the files freeze, which is random without a checkpoint, and warm the temperature up. Attentions'
     norms do not track statistics: those of a device's few images differ too much from those that evaluation uses."""
     backbone = cfg.model.backbone
     backbone.frozen_stages, backbone.norm_eval = -1, "attention"
     backbone.pop("init_cfg", None)
-    if backbone.get("n") not in (None, STATIC):
+    if has_temperature(backbone):
         cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": "TemperatureWarmup"}]
 
 

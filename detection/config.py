@@ -8,6 +8,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kw.baselines.registry import choices
 from kw.config import STATIC, parse_budget
 from train.jobs.errors import ConfigError, check, check_choice
 from train.jobs.settings import RESUMABLE, LoggerConfig, Runtime, resumable
@@ -17,8 +18,10 @@ from train.jobs.settings import RESUMABLE, LoggerConfig, Runtime, resumable
 class DataConfig:
     root: str | None = resumable(None)  # in place of data_root in the file; laid out as COCO is
     classes: str = "config"  # those that the file names (COCO's 80); data: those of the annotations, heads follow
+    on_error: str = "stop"  # at a broken training image; substitute: use the next one that can be read
 
     def __post_init__(self) -> None:
+        check_choice("data.on_error", self.on_error, ("stop", "substitute"))
         check_choice("data.classes", self.classes, ("config", "data"))
 
 
@@ -27,9 +30,14 @@ class RuntimeConfig(Runtime):
     """A batch size in the file is that of each process."""
 
     workers: int | None = resumable(None)  # processes that load data; null: as in the file
+    checkpoint_steps: int | None = resumable(None)  # checkpoints within an epoch, besides those at its end
+    keep_best: int = resumable(1)  # checkpoints of the best epochs to keep
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        steps = self.checkpoint_steps
+        check(steps is None or steps >= 1, "runtime.checkpoint_steps", steps, "must be at least 1, or null")
+        check(self.keep_best >= 0, "runtime.keep_best", self.keep_best, "must not be negative")
         check(self.workers is None or self.workers >= 0, "runtime.workers", self.workers, "must not be negative")
 
 
@@ -43,6 +51,7 @@ class DetectionConfig:
 
     config: str = field(default="", metadata=IN_THE_FILE)
     n: int | float | str | None = field(default=None, metadata=IN_THE_FILE)
+    dynamic: str | None = field(default=None, metadata=IN_THE_FILE)  # kw, static, or a method of kw.baselines
     init: str | None = field(default=None, metadata=IN_THE_FILE)
     scratch: bool = False
     data: DataConfig = field(default_factory=DataConfig)
@@ -60,6 +69,8 @@ class DetectionConfig:
                 self.n = str(parse_budget(self.n))
             except ValueError as error:
                 raise ConfigError(f"{error} Or n={STATIC} for the vanilla backbone.") from None
+        if self.dynamic is not None:
+            check_choice("dynamic", self.dynamic, choices())
         both = self.scratch and self.init is not None
         check(not both, "scratch", self.scratch, f"means to begin without a checkpoint, but init={self.init}")
         check_choice("resume", self.resume, ("auto", "never"))

@@ -9,15 +9,16 @@ from mmengine.hooks import Hook
 
 from train.jobs.display import Display, duration, progress
 
-SHOWN = {"coco/bbox_mAP": "box AP", "coco/bbox_mAP_50": "box AP50", "coco/segm_mAP": "mask AP"}
+RESULTS = {"coco/bbox_mAP": "box_ap", "coco/bbox_mAP_50": "box_ap50", "coco/segm_mAP": "mask_ap",
+           "coco/segm_mAP_50": "mask_ap50"}  # fmt: skip
+SHOWN = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP"}
 
 
 class DisplayHook(Hook):
-    """Forwards steps and evaluations to a display. `metrics` are those of the last evaluation."""
+    """Forwards steps and evaluations to a display."""
 
     def __init__(self, display: Display):
         self.display = display
-        self.metrics: dict[str, Any] = {}
         self.first, self.began = 0, 0.0  # the step that this process began with, and when
         self.epoch_first, self.epoch_began = 0, 0.0  # the same, of the epoch
 
@@ -49,9 +50,10 @@ class DisplayHook(Hook):
         self._show_evaluation(batch_idx, runner.test_dataloader)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        self.metrics = dict(metrics or {})
         text = f"epoch {runner.epoch or 1}/{runner.max_epochs}  loss {self._loss(runner):.3f}"
-        self.display.print(f"{text}  {line(self.metrics)}  {duration(self._left(runner, runner.iter))} left")
+        self.display.print(
+            f"{text}  {line(in_percent(metrics or {}))}  {duration(self._left(runner, runner.iter))} left"
+        )
 
     def _show_evaluation(self, batch: int, loader: Any) -> None:
         if self.display.wants():
@@ -66,6 +68,11 @@ class DisplayHook(Hook):
         return each * (runner.max_iters - done)
 
 
-def line(metrics: dict[str, Any]) -> str:
-    """`box AP 41.8  box AP50 62.1  mask AP 38.4`."""
-    return "  ".join(f"{name} {100 * metrics[key]:.1f}" for key, name in SHOWN.items() if key in metrics)
+def in_percent(metrics: dict[str, Any]) -> dict[str, float]:
+    """COCO's metrics in percent, by the names of metrics.jsonl and summary.json."""
+    return {name: round(100 * metrics[key], 2) for key, name in RESULTS.items() if key in metrics}
+
+
+def line(figures: dict[str, Any]) -> str:
+    """`box AP 41.8  box AP50 62.1  mask AP 38.4`, of figures in percent."""
+    return "  ".join(f"{name} {figures[key]:.1f}" for key, name in SHOWN.items() if key in figures)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from detection.plugin.errors import PretrainedError, SettingError
-from train.jobs.errors import CheckpointError, ConfigError
+from detection.plugin.errors import PretrainedError, SettingError, UnreadableImage
+from train.jobs.errors import CheckpointError, ConfigError, DataError, without_trace
 
 
 @contextlib.contextmanager
@@ -16,6 +16,7 @@ def as_job_errors() -> Iterator[None]:
     Raises:
         ConfigError: in place of the plugin's SettingError.
         CheckpointError: in place of its PretrainedError.
+        DataError: in place of its UnreadableImage, also one of a DataLoader's worker.
     """
     try:
         yield
@@ -23,3 +24,5 @@ def as_job_errors() -> Iterator[None]:
         raise ConfigError(str(error)) from error
     except PretrainedError as error:
         raise CheckpointError(str(error)) from error
+    except UnreadableImage as error:
+        raise DataError(without_trace(str(error))) from None

@@ -11,11 +11,12 @@ from omegaconf import DictConfig
 
 from detection.compose import find, is_about_results, look_up, read, typed_settings
 from detection.config import DetectionConfig
-from kw.config import STATIC, format_budget
+from kw.baselines.registry import BASELINES
+from kw.config import KW, STATIC, format_budget
 from train.jobs.names import differences, extended
 from train.jobs.settings import flatten
 
-OWN_SETTINGS = ("init", "scratch", "data.classes")  # that are shown
+OWN_SETTINGS = ("init", "scratch", "data.classes", "data.on_error")  # that are shown
 
 
 def run_name(config: DetectionConfig, composed: DictConfig) -> str:
@@ -33,6 +34,12 @@ def run_name(config: DetectionConfig, composed: DictConfig) -> str:
     after |= {key: own[key] for key in OWN_SETTINGS}
     before["n"] = _budget(file.model.backbone.get("n", STATIC))
     after["n"] = before["n"] if config.n is None else _budget(config.n)
+    before["dynamic"] = file.model.backbone.get("dynamic", KW)
+    after["dynamic"] = config.dynamic or before["dynamic"]
+    if STATIC in (after["dynamic"], after["n"]) and before["n"] != STATIC:
+        after["n"], after["dynamic"] = STATIC, before["dynamic"]
+    elif after["dynamic"] in BASELINES and not BASELINES[after["dynamic"]].budget:
+        after["n"] = before["n"]
     name = Path(config.config).stem if config.config.endswith(".py") else config.config
     return extended(name, differences(_lists(after), _lists(before)))
 

@@ -14,33 +14,37 @@ from typing import Any
 
 import mmdet
 import mmengine
-import numpy as np
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.device import utils as mmengine_device
-from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner, find_latest_checkpoint, set_random_seed
+from mmengine.runner import Runner
 
 from detection import loading, torchvision_ops
 from detection.compose import learnt_settings
 from detection.config import DetectionConfig
 from detection.data import check_data
-from detection.display import DisplayHook, line
+from detection.display import RESULTS, DisplayHook, in_percent, line
 from detection.errors import as_job_errors
+from detection.evaluation import EvaluationHook
+from detection.guard import Guard
+from detection.prepare import prepare
+from detection.saving import SavingHook, checkpoints_in, latest
 from detection.services import watch
-from kw.config import STATIC
+from kw.config import KW, STATIC
+from train.jobs.agreement import agree, once_per_node
+from train.jobs.checkpoints import Found
 from train.jobs.display import Display
-from train.jobs.errors import CheckpointError, ConfigError, warn
+from train.jobs.errors import CheckpointError, ConfigError, NonFiniteError, RunError, warn
 from train.jobs.folder import lock, write_atomically
 from train.jobs.launch import launch
+from train.jobs.metrics import MetricsFile
 from train.jobs.provenance import provenance
+from train.jobs.signals import StopRequest
 from train.jobs.world import World, connect, disconnect
 
 SETTINGS = "settings.json"  # in a run folder: `learnt_settings`
-RESULTS = {"coco/bbox_mAP": "box_ap", "coco/bbox_mAP_50": "box_ap50", "coco/segm_mAP": "mask_ap",
-           "coco/segm_mAP_50": "mask_ap50"}  # fmt: skip
 
 AT_RANDOM = (
     "no init=CHECKPOINT, so the backbone begins at random, but is set to be fine-tuned: frozen_stages and norm_eval "
@@ -69,12 +73,14 @@ def run(config: DetectionConfig, cfg: Config, folder: Path) -> None:
     init_default_scope("mmdet")
     world = connect(config.runtime)
     try:
+        code = once_per_node(world, lambda: provenance(mmdet, mmengine))
+        agree(world, "the code", code, "Bring all nodes to one commit and its versions.")
         set_devices(cfg, world)
         if config.evaluate is None:
             with lock(folder) if world.is_main else contextlib.nullcontext():
                 train(config, cfg, folder, world)
         else:
-            results = evaluate(config, cfg, folder)
+            results = evaluate(config, cfg, folder, world)
             if world.is_main:
                 print(json.dumps(results, indent=2))
     finally:
@@ -96,31 +102,69 @@ def set_devices(cfg: Config, world: World) -> None:
 
 
 def train(config: DetectionConfig, cfg: Config, folder: Path, world: World) -> None:
-    """Train, or continue from the folder's newest checkpoint, and write summary.json."""
-    latest = resumed(config, cfg, folder)
-    cfg.resume, cfg.load_from = latest is not None, latest or cfg.get("load_from")
-    if latest is not None:
+    """Train, or continue from the folder's newest checkpoint, and write summary.json.
+
+    Raises:
+        SystemExit: a signal asked to stop; the state is saved.
+    """
+    settings = learnt_settings(config, cfg)
+    found = resumed(config, settings, folder, world)
+    cfg.resume, cfg.load_from = found is not None, str(found.path) if found else cfg.get("load_from")
+    if found:
         cfg.model.backbone.pop("init_cfg", None)  # the weights are in the checkpoint
     elif world.is_main:
-        write_atomically(folder / SETTINGS, learnt_settings(config, cfg))
+        write_atomically(folder / SETTINGS, settings)
     if world.is_main:
         watch(config, cfg, folder)
+    given = cfg.copy()
+    prepare(cfg, config.data.on_error)
     with quiet() as out:
-        display = Display(world.is_main, out=out)
-        shown = DisplayHook(display)
+        display, stop = Display(world.is_main, out=out), StopRequest(alone=world.size == 1)
+        guard, evaluation = Guard(world, stop), EvaluationHook(world, folder)
+        saving = SavingHook(config, folder, world, guard, evaluation, display)
         runner = build(config, cfg, folder)
-        runner.register_hook(shown, priority="LOWEST")
-        runner.register_hook(EpochSeed(config.seed))
-        if latest is not None:
-            display.print(f"Resumed from {latest}.")
+        for hook in (guard, evaluation, DisplayHook(display), saving):
+            runner.register_hook(hook, priority="LOWEST" if isinstance(hook, DisplayHook) else None)
+        for remark in found.remarks if found else []:
+            display.print(f"Passed over: {remark}")
+        if world.is_main:
+            if found:
+                saving.resume_from(found)
+            given.dump(folder / Path(given.filename).name)  # as MMDetection's own tools want it
+        if found:
+            display.print(f"Resumed {folder} at step {found.state['meta']['iter']} of the run.")
         elif begins_at_random(config, cfg):
             warn(AT_RANDOM)
-        runner.train()
-        metrics = shown.metrics or runner.val()  # a run that was at its end has not evaluated
+        try:
+            with stop:
+                runner.train()
+        except BaseException as error:
+            runner.visualizer.close()  # so that services get what they have not sent
+            if isinstance(error, NonFiniteError):
+                raise NonFiniteError(f"{error} {saving.checkpoints.what_is_kept()}") from None
+            raise
+        finally:
+            display.stop()
     if world.is_main:
-        results = {**summary(config, cfg, metrics, runner), "devices": world.size}
+        figures = last_figures(saving.metrics, runner)
+        results = {**summary(config, cfg, figures, runner), "devices": world.size}
         write_atomically(folder / "summary.json", json.dumps(results, indent=2) + "\n")
-        display.print(f"{config.name}: {line(metrics)}. Everything is in {folder}.")
+        display.print(f"{config.name}: {line(figures)}. Everything is in {folder}.")
+
+
+def last_figures(metrics: MetricsFile, runner: Runner) -> dict[str, Any]:
+    """The last evaluation of a finished run; none where its file sets no evaluation.
+
+    Raises:
+        RunError: the file of metrics is gone.
+    """
+    lines = metrics.read()
+    if not lines and runner.val_loop is not None:
+        raise RunError(
+            f"{metrics.path} has no line of any epoch, though the run is finished: it was removed or emptied. Put it "
+            f"back; or move {metrics.path.parent} away, to train once more."
+        )
+    return lines[-1] if lines else {}
 
 
 def begins_at_random(config: DetectionConfig, cfg: Config) -> bool:
@@ -129,30 +173,19 @@ def begins_at_random(config: DetectionConfig, cfg: Config) -> bool:
     return backbone.type == "KWBackbone" and not (config.scratch or backbone.get("init_cfg") or cfg.load_from)
 
 
-class EpochSeed(Hook):
-    """Seeds every epoch by (seed, epoch, rank), so that a resumed run is like one that was not stopped: on a CPU to
-    the bit, if no worker processes load the data."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def before_train_epoch(self, runner: Runner) -> None:
-        state = np.random.SeedSequence([self.seed, runner.epoch, runner.rank]).generate_state(1)
-        set_random_seed(int(state[0]))
-
-
-def evaluate(config: DetectionConfig, cfg: Config, folder: Path) -> dict[str, Any]:
+def evaluate(config: DetectionConfig, cfg: Config, folder: Path, world: World) -> dict[str, Any]:
     """Box and mask AP, in percent, of a checkpoint, which must fit the model in every entry.
 
     Raises:
         CheckpointError: it cannot be read, or does not fit.
     """
     path = Path(str(config.evaluate)).expanduser()
-    found = find_latest_checkpoint(str(path)) if path.is_dir() else str(path)
-    if found is None:
-        raise CheckpointError(f"{path} has no checkpoint of a run.")
+    found = str(latest(path) if path.is_dir() else path)
+    prepare(cfg, config.data.on_error)
     with quiet():
         runner = build(config, cfg, folder)
+        evaluation = EvaluationHook(world, folder)
+        runner.register_hook(evaluation, priority=None)
         try:
             runner.load_checkpoint(found, map_location="cpu", strict=True)
         except CheckpointError:  # it cannot be read
@@ -160,7 +193,7 @@ def evaluate(config: DetectionConfig, cfg: Config, folder: Path) -> dict[str, An
         except RuntimeError as error:
             raise CheckpointError(f"{found} does not fit {config.name}: {error}") from None
         metrics = runner.test()
-    return {"checkpoint": found, **in_percent(metrics)}
+    return {"checkpoint": found, **in_percent(metrics), "eval_images": evaluation.images}
 
 
 def build(config: DetectionConfig, cfg: Config, folder: Path) -> Runner:
@@ -192,38 +225,46 @@ def quiet() -> Iterator[Any]:
         yield out
 
 
-def resumed(config: DetectionConfig, cfg: Config, folder: Path) -> str | None:
+def resumed(config: DetectionConfig, settings: str, folder: Path, world: World) -> Found | None:
     """The checkpoint to continue from, or None.
 
+    Args:
+        settings: this run's `learnt_settings`.
+
     Raises:
-        ConfigError: there is one, but resume=never, or settings that decide what is learnt have changed.
+        ConfigError: there is one, but resume=never, or settings that decide what is learnt have changed; or the
+            processes find different ones.
+        CheckpointError: all checkpoints are damaged.
     """
-    begun = (folder / "last_checkpoint").exists()  # MMEngine's note of which is the latest
-    latest: str | None = find_latest_checkpoint(str(folder)) if begun else None
-    if latest is None:
+    found = checkpoints_in(folder).newest()
+    which = found and f"{found.path}, of step {found.state['meta']['iter']}"
+    agree(world, "the checkpoint", which, "Start again once all nodes see the same files in the run folder.")
+    if found is None and (folder / "last_checkpoint").exists():
+        raise ConfigError(
+            f"{folder} has checkpoints of MMEngine, from which a run cannot resume exactly: move it away, or set "
+            f"name=... for a new run."
+        )
+    if found is None:
         return None
     if config.resume == "never":
         raise ConfigError(f"resume=never, but {folder} has a checkpoint: move it away, or set name=...")
-    before, now = json.loads((folder / SETTINGS).read_text()), json.loads(learnt_settings(config, cfg))
+    before, now = json.loads((folder / SETTINGS).read_text()), json.loads(settings)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         raise ConfigError(
             f"The run in {folder} was begun with other settings: {', '.join(changed[:5])}. "
             f"Set them back, or set name=... for a new run."
         )
-    return latest
+    return found
 
 
-def in_percent(metrics: dict[str, Any]) -> dict[str, float]:
-    """COCO's metrics in percent, by the names of summary.json."""
-    return {name: round(100 * metrics[key], 2) for key, name in RESULTS.items() if key in metrics}
-
-
-def summary(config: DetectionConfig, cfg: Config, metrics: dict[str, Any], runner: Runner) -> dict[str, Any]:
+def summary(config: DetectionConfig, cfg: Config, figures: dict[str, Any], runner: Runner) -> dict[str, Any]:
     """Results, and what decides them besides the configuration."""
     backbone = cfg.model.backbone
     of = {"name": config.name, "backbone": backbone.get("name", backbone.type), "n": str(backbone.get("n", STATIC))}
+    of["dynamic"] = STATIC if of["n"] == STATIC else backbone.get("dynamic", KW)
     operators = "torchvision" if torchvision_ops.in_use() else "compiled"
     params = sum(parameter.numel() for parameter in runner.model.parameters())
     ran = {"epochs": runner.epoch, "params": params, "operators": operators}
-    return {**of, "seed": config.seed, **in_percent(metrics), **ran, **provenance(mmdet, mmengine)}
+    shown = {key: figures[key] for key in (*RESULTS.values(), "eval_images", "images_per_second") if key in figures}
+    return {**of, "seed": config.seed, **shown, **ran, **provenance(mmdet, mmengine)}

@@ -5,10 +5,11 @@
 >>> model = kw.convert(timm.create_model("regnety_002"), config=kw.KWConfig(n="1/2"))
 """
 
-from kw import backbones, baselines, functional
+from kw import backbones, baselines, export, functional
 from kw.config import KWConfig
 from kw.conversion import convert
 from kw.create import create_model
+from kw.folder import FolderError, load, save
 from kw.freezing import freeze
 from kw.from_static import load_static
 from kw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
@@ -21,6 +22,7 @@ from kw.warehouse import KernelShape, Warehouse
 __version__ = "0.1.0"
 
 __all__ = [
+    "FolderError",
     "KWConfig",
     "KWConv1d",
     "KWConv2d",
@@ -34,12 +36,15 @@ __all__ = [
     "baselines",
     "convert",
     "create_model",
+    "export",
     "freeze",
     "functional",
+    "load",
     "load_released",
     "load_static",
     "plan",
     "profile",
+    "save",
     "set_temperature",
     "temperatures",
     "to_released",

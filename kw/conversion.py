@@ -14,7 +14,16 @@ from kw.layers import DynamicLayer, KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLin
 from kw.observing import Example, observe
 from kw.planning import Plan
 from kw.planning import plan as make_plan
-from kw.replace import PLAIN, chosen, convolution_arguments, like, plain_base, refuse_converted, replace
+from kw.replace import (
+    PLAIN,
+    chosen,
+    convolution_arguments,
+    like,
+    plain_base,
+    refuse_converted,
+    replace,
+    why_not_plain,
+)
 from kw.scope import channels_of, shape_of
 from kw.sharing import Groups, regroup
 from kw.temperature import share_temperature
@@ -109,6 +118,19 @@ def convert_by_scope(model: nn.Module, scope: Scope, config: Configs, from_weigh
     _convert(model, *_asked(model, scope, config), from_weights)
     _warn_of_rounding(model.warehouses)  # type: ignore[arg-type]
     return model
+
+
+def convert_as(model: nn.Module, groups: Groups, configs: Mapping[str, KWConfig]) -> nn.Module:
+    """`convert` to exactly these warehouses, those of a model that was converted before.
+
+    Raises:
+        AttributeError, ValueError: the model does not have such layers.
+    """
+    refuse_converted(model)
+    for name in (name for names in groups.values() for name in names):
+        if plain_base(model.get_submodule(name)) is None:
+            raise ValueError(f"layer {name!r} cannot be dynamic: {why_not_plain(model.get_submodule(name))}")
+    return _build(model, groups, configs)
 
 
 def _convert(model: nn.Module, groups: Groups, configs: Mapping[str, KWConfig], from_weights: bool) -> nn.Module:

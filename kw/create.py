@@ -20,7 +20,8 @@ def create_model(name: str, n: BudgetLike = 1, dynamic: str = KW, **kwargs: Any)
             paper (arXiv 2406.07879, section 4 and appendix), all others those of `kw.plan`.
         n: the budget, such as "1/4" or 4; "static" leaves the model as timm builds it.
         dynamic: "kw", "static", or a method of `kw.baselines`, which then has n kernels in a layer.
-        kwargs: those of `Backbone.create`: fields of `KWConfig`, `features_only`, and arguments of timm's.
+        kwargs: those of `Backbone.create`: fields of `KWConfig` or settings of the method, `features_only`, and
+            arguments of timm's.
 
     Raises:
         ValueError: there is no such model, method or budget, or the kernels cannot be cut as the settings ask.

@@ -16,9 +16,12 @@ import torch
 from torch import nn
 
 from kw.attention import Attention
+from kw.compute.narrow import NARROW
 from kw.folding import FoldedLayer, fold, fold_norm, kernels_to_mix, static_layer
 from kw.frozen import mark_frozen, refuse_frozen
 from kw.layers import KWLayer
+from kw.low_precision import NarrowCells, narrow
+from kw.norms import merge_norms
 from kw.replace import carry_hooks, drop_unused_warehouses, replace
 from kw.table import table
 
@@ -43,7 +46,8 @@ class FrozenLayer:
 class Report:
     """What `freeze` did to each layer, and the bytes of the model's parameters and buffers. `str(report)` is a table.
 
-    `norms`, `static` and `folded` count attentions without their BatchNorm, layers made static, layers folded.
+    `norms`, `static` and `folded` count attentions without their BatchNorm, layers made static, layers folded;
+    `merged` the model's other BatchNorms that are part of the layer before them now.
     """
 
     layers: tuple[FrozenLayer, ...]
@@ -52,6 +56,7 @@ class Report:
     norms: int
     static: int
     folded: int
+    merged: int = 0
 
     def __str__(self) -> str:
         rows = [(r.name, r.kind, r.norm, r.kernel, r.assembly_before, r.assembly) for r in self.layers]
@@ -59,24 +64,30 @@ class Report:
         return (
             f"{table(('layer', 'kind', 'norm of attention', 'kernel', 'MACs: assembly', 'now'), rows)}\n\n"
             f"{len(self.layers)} dynamic layers: {self.norms} norms folded, {self.static} made static, "
-            f"{self.folded} assemblies folded\n"
+            f"{self.folded} assemblies folded; {self.merged} norms of the model merged into layers\n"
             f"assembly {before:,} -> {after:,} multiply-adds per image; "
             f"{self.bytes_before / 1e6:,.1f} -> {self.bytes / 1e6:,.1f} MB"
         )
 
 
 @torch.no_grad()
-def freeze(model: nn.Module, memory: float = 1.0) -> Report:
+def freeze(model: nn.Module, memory: float = 1.0, dtype: torch.dtype | None = None, norms: bool = True) -> Report:
     """Prepare a trained model for evaluation, in place. It cannot be trained afterwards, nor frozen again. Hooks on
     layers stay.
 
     Args:
         model: with dynamic layers, its weights loaded and its temperature final. It is set to evaluation mode.
         memory: how many bytes folded kernels may take, as a multiple of the model's bytes before; 0 folds none.
+        dtype: `torch.bfloat16` or `torch.int8`: keep the cells in that type, rounded (kw/low_precision.py), so that one
+            image takes less time. This alone changes the outputs, a little. No layer is folded then.
+        norms: merge BatchNorms that follow a layer into it, where that is exact (kw/norms.py).
 
     Raises:
-        ValueError: the model has no dynamic layer, is one itself, or is frozen already; or memory is below 0.
+        ValueError: the model has no dynamic layer, is one itself, or is frozen already; memory is below 0; or there is
+            no such dtype for cells.
     """
+    if dtype not in (None, *NARROW):
+        raise ValueError(f"dtype={dtype} is not for cells; there are {', '.join(map(str, NARROW))}, or None.")
     if not memory >= 0:
         raise ValueError(f"memory={memory!r} must be at least 0, the multiple of the model's bytes that may be added.")
     refuse_frozen(model, "cannot be frozen again")
@@ -89,7 +100,7 @@ def freeze(model: nn.Module, memory: float = 1.0) -> Report:
         raise ValueError(f"The model itself is a {type(model).__name__}: freeze nn.Sequential(model).")
     model.eval()
     bytes_before = _bytes(model)
-    folding = _worth_folding(layers, memory * bytes_before)
+    folding = _worth_folding(layers, memory * bytes_before) if dtype is None else set()
     frozen: dict[nn.Module, nn.Module] = {}
     rows = []
     for layer, name in layers.items():
@@ -115,6 +126,9 @@ def freeze(model: nn.Module, memory: float = 1.0) -> Report:
         if layer in frozen:
             carry_hooks(layer, frozen[layer].eval(), name)
     replace(model, frozen)
+    merged = merge_norms(model) if norms else 0
+    if dtype is not None:
+        _narrow(model, frozen, dtype)
     drop_unused_warehouses(model)
     for module in (model, *(frozen.get(layer, layer) for layer in layers)):
         mark_frozen(module)
@@ -125,7 +139,22 @@ def freeze(model: nn.Module, memory: float = 1.0) -> Report:
         norms=sum(row.norm == FOLDED for row in rows),
         static=sum(row.kernel == "static" for row in rows),
         folded=sum(isinstance(module, FoldedLayer) for module in frozen.values()),
+        merged=merged,
     )
+
+
+def _narrow(model: nn.Module, frozen: dict[nn.Module, nn.Module], dtype: torch.dtype) -> None:
+    """Replace the layers that still have a warehouse by ones with narrow cells, and note them in `frozen`."""
+    cells: dict[nn.Module, NarrowCells] = {}
+    layers: dict[nn.Module, nn.Module] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, KWLayer):
+            if layer.warehouse not in cells:
+                cells[layer.warehouse] = NarrowCells(layer.warehouse, dtype)
+            layers[layer] = narrow(layer, cells[layer.warehouse]).eval()
+            carry_hooks(layer, layers[layer], name)
+    replace(model, layers)
+    frozen.update(layers)
 
 
 def _pays(layer: KWLayer) -> bool:

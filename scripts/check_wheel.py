@@ -27,9 +27,9 @@ from scripts.arguments import argument_parser
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 OLDEST, NEWEST = "python3.10", "python3.13"
-# What comes with torch and timm: torchvision and PyYAML are timm's own requirements, numpy is torchvision's.
+# What comes with torch and timm: torchvision, PyYAML and safetensors are timm's requirements, numpy is torchvision's.
 PYTEST = ("pytest", "pytest-xdist", "pytest-timeout")
-AT_HAND = {"kw", "torch", "timm", "torchvision", "numpy", "yaml", "pytest", *sys.stdlib_module_names}
+AT_HAND = {"kw", "torch", "timm", "torchvision", "numpy", "yaml", "safetensors", "pytest", *sys.stdlib_module_names}
 # What follows README.md's example, which leaves `model`.
 STEP = """
 for each in (model, kw.create_model("resnet18", n="1/4", num_classes=10)):

@@ -15,14 +15,13 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import mean, stdev
 
-from scripts.report.published import CLASSIFICATION, COCO, IMAGENET, RIVALS_TITLE, Published, published
+from scripts.cifar10 import table as cifar10_table
+from scripts.report.published import CLASSIFICATION, COCO, DETECTION, HANDS, IMAGENET, Published, published
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
-METHODS = {"static": "static", "kw": "KernelWarehouse", "dyconv": "DY-Conv", "odconv": "ODConv"}
 BACKBONES = {
     "resnet18": "ResNet18",
     "resnet50": "ResNet50",
@@ -36,7 +35,7 @@ Row = list[str]
 
 
 def rows_of(table: str) -> list[Published]:
-    return [row for row in published() if row.table == table]
+    return [row for row in published() if row.table.title == table]
 
 
 def csv_rows(name: str) -> list[dict[str, str]]:
@@ -65,45 +64,36 @@ def imagenet() -> str:
 
 
 def others() -> str:
-    """The rows of ODConv's release."""
-    lines = [
-        [f"`python -m train {' '.join(row.overrides)} data.root=PATH`", _millions(row.params), _score(row, "top1")]
-        for row in rows_of(RIVALS_TITLE)
-    ]
-    return table(["command", "parameters", "top-1"], "l", lines)
+    """The rows of other tables, with the experiment that trains each."""
+    lines = []
+    for row in published():
+        if row.table.title not in (IMAGENET, COCO) and row.task == CLASSIFICATION:
+            source = f"{row.table.source.partition(';')[0].partition(', which')[0]} ({HANDS[row.hand]})"
+            command = (
+                f"`{row.overrides[0].removeprefix('experiment=')}`" if row.has_code else f"{row.id}: published only"
+            )
+            lines.append([command, source, _millions(row.params), _score(row, "top1"), _score(row, "top5")])
+    return table(["`experiment=`", "source", "parameters", "top-1", "top-5"], "ll", lines)
 
 
 def coco() -> str:
-    lines = [[f"`{row.name}`", row.n, _score(row, "box_ap"), _score(row, "mask_ap")] for row in rows_of(COCO)]
-    return table(["`config=`", "n", "box AP", "mask AP"], "ll", lines)
+    rows = [row for row in published() if row.task == DETECTION]
+    lines = [
+        [
+            f"`{row.name}`",
+            row.n if row.dynamic != "fdconv" else "-",
+            HANDS[row.hand],
+            _score(row, "box_ap"),
+            _score(row, "mask_ap"),
+        ]
+        for row in rows
+    ]
+    return table(["`config=`", "n", "figures", "box AP", "mask AP"], "lll", lines)
 
 
 def cifar10() -> str:
-    """Runs of docs/cifar10.csv, those that differ only in their seed as one row."""
-    runs: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for run in csv_rows("cifar10.csv"):
-        runs.setdefault((run["dynamic"], run["n"]), []).append(run)
-    static = mean(float(run["top1"]) for run in runs["static", "static"])
-    order = sorted(runs, key=lambda key: (list(METHODS).index(key[0]), _number(key[1])))
-    lines = []
-    for method, n in order:
-        group = runs[method, n]
-        over = mean(float(run["top1"]) for run in group) - static
-        lines.append(
-            [
-                METHODS[method],
-                "-" if method == "static" else n,
-                f"{int(group[0]['params']):,}",
-                f"{int(group[0]['macs']) / 1e6:.1f} M",
-                _spread(group, "top1"),
-                "" if method == "static" else f"{over:+.2f}",
-                _spread(group, "top5"),
-                str(len(group)),
-                f"{mean(float(run['images_per_second']) for run in group):.0f}",
-            ]
-        )
-    head = ["method", "n", "parameters", "multiply-adds", "top-1", "over static", "top-5", "seeds", "images/s"]
-    return table(head, "ll", lines)
+    """Runs of docs/cifar10.csv, with what is missing."""
+    return cifar10_table.text(csv_rows("cifar10.csv"))
 
 
 def speed() -> str:
@@ -160,16 +150,6 @@ def _score(row: Published, key: str) -> str:
 
 def _millions(count: int | None) -> str:
     return "-" if count is None else f"{count / 1e6:.2f} M"
-
-
-def _number(n: str) -> float:
-    numerator, _, denominator = n.partition("/")
-    return float(numerator) / float(denominator or 1) if n != "static" else 0.0
-
-
-def _spread(runs: list[dict[str, str]], key: str) -> str:
-    values = [float(run[key]) for run in runs]
-    return f"{mean(values):.2f} ± {stdev(values):.2f}"
 
 
 def filled(text: str, source: str) -> str:

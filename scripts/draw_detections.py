@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from detection import loading
 from detection.data import class_names
 from detection.run import calm, quiet
+from detection.saving import latest
 from scripts.arguments import argument_parser
 from train.jobs.errors import CheckpointError, RunError
 
@@ -45,26 +46,35 @@ def main() -> None:
     print(f"{len(images)} images in {options.picture}")
 
 
+def load_detector(run: Path) -> tuple[Any, Any]:
+    """The trained detector of a run folder, on the CPU, and its configuration.
+
+    Raises:
+        CheckpointError: the folder has no configuration, or no checkpoint.
+    """
+    from mmdet.apis import init_detector
+    from mmengine.config import Config
+
+    configuration = next(run.glob("*.py"), None)
+    if configuration is None:
+        raise CheckpointError(
+            f"{run} has no configuration (*.py): name a folder in which python -m detection has trained an epoch."
+        )
+    checkpoint = latest(run)
+    cfg = Config.fromfile(configuration)
+    return init_detector(cfg, str(checkpoint), device="cpu"), cfg
+
+
 def detected(run: Path, count: int, score: float, zoom: int) -> Any:
     """The first images of the evaluation set, with their detections drawn on them.
 
     Raises:
         CheckpointError: the folder has no configuration, or no checkpoint.
     """
-    from mmdet.apis import inference_detector, init_detector
+    from mmdet.apis import inference_detector
     from mmdet.registry import DATASETS
-    from mmengine.config import Config
-    from mmengine.runner import find_latest_checkpoint
 
-    configuration = next(run.glob("*.py"), None)
-    checkpoint = find_latest_checkpoint(str(run)) if (run / "last_checkpoint").exists() else None
-    if configuration is None or checkpoint is None:
-        missing = "configuration (*.py)" if configuration is None else "checkpoint"
-        raise CheckpointError(
-            f"{run} has no {missing}: name a folder in which python -m detection has trained an epoch."
-        )
-    cfg = Config.fromfile(configuration)
-    detector = init_detector(cfg, checkpoint, device="cpu")
+    detector, cfg = load_detector(run)
     names = class_names(cfg.val_dataloader.dataset)
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
     for index in range(min(count, len(dataset))):

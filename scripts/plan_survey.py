@@ -40,7 +40,7 @@ class Options:
 def families(limit: int) -> Iterator[tuple[str, nn.Module]]:
     """A small model of each family, on the meta device."""
     names: dict[str, list[str]] = {}
-    for name in timm.list_models(exclude_filters=["kw_*", *(f"*{size}*" for size in LARGE)]):
+    for name in timm.list_models(exclude_filters=["kw_*", "kernelwarehouse", *(f"*{size}*" for size in LARGE)]):
         names.setdefault(re.sub(r"\d+\w?$", "", name.split("_")[0]), []).append(name)
     found = 0
     for members in names.values():

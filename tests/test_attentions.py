@@ -19,8 +19,8 @@ from scripts.attentions.__main__ import main
 from scripts.attentions.collect import attend, collect
 from scripts.attentions.load import Options, choose_images, load_model
 from scripts.attentions.statistics import by_warehouse, statistics, usage, warehouse_values
-from train.checkpoint import FORMAT
 from train.config import to_plain
+from train.jobs.checkpoints import FORMAT
 from train.jobs.errors import DataError
 from train.model import build_model
 

@@ -11,7 +11,7 @@ import yaml
 from helpers.implementations import force
 from helpers.models import assert_unchanged, snapshot
 from helpers.programs import ROOT
-from helpers.selection import paired
+from helpers.selection import paired, representative
 from helpers.training import config, launch
 from torch import nn
 from torch.nn import functional as F
@@ -23,17 +23,20 @@ from kw.config import STATIC
 from kw.layers import DynamicLayer
 from scripts.bench import cases
 from scripts.bench.step_time import composed
-from scripts.report.published import COSTS, RIVALS, published
+from scripts.report.published import CLASSIFICATION, published
 from scripts.report.rows import sections
 from scripts.report.runs import find_runs
-from train.checkpoint import newest
 from train.config import run_name
+from train.jobs.checkpoints import newest
 from train.jobs.errors import ConfigError
 from train.model import build_model
 
 METHODS = sorted(BASELINES)
 CONVOLUTIONAL = [name for name in BACKBONES if not name.startswith("deit")]
-PUBLISHED = yaml.safe_load((ROOT / "scripts/report/published.yaml").read_text())[RIVALS]
+GROUPS = yaml.safe_load((ROOT / "scripts/report/published.yaml").read_text())["groups"]
+RIVALS = {
+    row.id: row for row in published() if row.task == CLASSIFICATION and row.table.source[:3] in ("MCL", "Cor", "ODC")
+}
 LAYERS = {  # arguments of nn.Conv2d, and pixels of the input
     "3x3": ((8, 12, 3, 1, 1), 7),
     "stride, even kernel, bias": ((6, 4, 2, 2, 0, 1, 1, True), 8),
@@ -132,9 +135,14 @@ def se(state, shape, tau, x):
     ).sigmoid()
 
 
+def fdconv(state, shape, tau, x):
+    """Layers as narrow as these are static (tests/test_fdconv.py has dynamic ones)."""
+    return state["weight"], 1
+
+
 # A new method goes here too; the last test of this file asks for it. (state, shape, tau, pooled) -> (kernel, 1 or a
 # function of the output `(C_out, ...)` that returns a factor for each channel).
-DEFINITIONS = {method.__name__: method for method in (condconv, dyconv, odconv, dcd, se)}
+DEFINITIONS = {method.__name__: method for method in (condconv, dyconv, odconv, dcd, se, fdconv)}
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -196,6 +204,40 @@ def test_a_batch_of_kernels_is_not_made_where_another_implementation_is_faster()
     assert kept("grouped") == 64 * 128 * 128 * 9 > 2 * kept("blocks") and kept("auto") == kept("blocks")
 
 
+@pytest.mark.parametrize("name", ["dyconv", "condconv"])
+@pytest.mark.parametrize("tau", [0.0, 0.4, 1.0])
+def test_kernelwarehouses_attention_function_in_another_method(name, tau, each_choice):
+    arguments, side = LAYERS["3x3"]
+    made = shaken(BASELINES[name].layer(*arguments, n=3, attention_function="caf").double()).eval()
+    kw.set_temperature(made, tau)
+    state, images = made.state_dict(), torch.randn(2, arguments[0], side, side, dtype=torch.float64)
+    for image, out in zip(images, made(images), strict=True):
+        pooled = image.mean((1, 2))
+        hidden = linear(state, "fc1", pooled).clamp(min=0) if name == "dyconv" else pooled
+        z = linear(state, "fc2" if name == "dyconv" else "fc", hidden)
+        alpha = tau * torch.tensor([1.0, 0, 0]) + (1 - tau) * z / (z.abs().sum() + 1e-3)
+        kernel = mixture(state, alpha, (arguments[1], arguments[0], 3, 3))
+        torch.testing.assert_close(out, F.conv2d(image[None], kernel, state["bias"], padding=1)[0])
+
+
+def test_the_attention_function_is_one_switch_of_the_methods_that_have_it():
+    made = config("dynamic=dyconv", "n=4", "kw.attention_function=caf")
+    assert made.name == "resnet_digits_dyconv4x+kw.attention_function-caf"
+    assert len(kw.temperatures(build_model(made, 10))) == 1
+    model = meta("kw_resnet18", dynamic="condconv", n=4, attention_function="caf")
+    assert model.layer1[0].conv1.attention.contrast is not None
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        p.numel() for p in meta("kw_resnet18", dynamic="condconv", n=4).parameters()
+    )
+    for words, message in (
+        (["dynamic=odconv", "kw.attention_function=caf"], r"kw\.attention_function.*odconv"),
+        (["dynamic=dyconv", "kw.attention_function=tanh"], r"kw\.attention_function='tanh'.*softmax, caf"),
+        (["n=static", "kw.attention_function=caf"], r"kw\.attention_function.*n=static"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config(*words)
+
+
 @pytest.mark.parametrize("dynamic", ["kw", *METHODS])
 def test_a_model_is_traced_for_a_batch_size(dynamic):
     narrow = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
@@ -247,10 +289,14 @@ def test_every_backbone_builds_by_every_method_and_adds_up(name, by):
 
 @pytest.mark.parametrize("name, method", paired(["resnet18", "mobilenetv2_050", "convnext_tiny"], METHODS))
 def test_a_step_moves_every_parameter_and_samples_are_independent(name, method, tmp_path):
-    model = timm.create_model(f"kw_{name}", dynamic=method, n=2, num_classes=7).double().train()
+    settings = {"dynamic": method, "n": 2, "num_classes": 7}
+    if name == "resnet18":
+        settings["channels"] = (24, 24, 32, 32)
+    model = timm.create_model(f"kw_{name}", **settings).double().train()
     if kw.temperatures(model):
         kw.set_temperature(model, 0.5)
-    F.cross_entropy(model(torch.randn(4, 3, 32, 32, dtype=torch.float64)), torch.arange(4)).backward()
+    side = 64 if method == "fdconv" else 32  # a single pixel has no frequencies to scale
+    F.cross_entropy(model(torch.randn(4, 3, side, side, dtype=torch.float64)), torch.arange(4)).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
@@ -263,26 +309,50 @@ def test_a_step_moves_every_parameter_and_samples_are_independent(name, method, 
         torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9 * size)
         assert model(batch[:0]).shape == (0, 7)
         torch.save(model.state_dict(), tmp_path / "state.pt")
-        again = timm.create_model(f"kw_{name}", dynamic=method, n=2, num_classes=7).double().eval()
+        again = timm.create_model(f"kw_{name}", **settings).double().eval()
         again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         torch.testing.assert_close(again(batch), together, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("row", [row["id"] for row in PUBLISHED])
-def test_published_parameters_to_all_digits_and_multiply_adds_to_five_percent(row):
-    known = next(known for known in PUBLISHED if known["id"] == row)
-    if row == "resnet18":
-        model = meta("kw_resnet18", dynamic=STATIC, n=4)
-    else:
-        made = composed(row, [])
-        assert (made.name.partition("+")[0], made.recipe.epochs) == (row, 150 if "mobilenet" in row else 100)
-        with torch.device("meta"):
-            model = build_model(made, 1000)
-    costs = kw.profile(model)
-    assert round(costs.params / 1e6, 2) == known["params_m"]
-    assert 0.95 * known["macs_g"] < costs.macs / 1e9 < 1.0005 * known["macs_g"]
-    if row != "resnet18":
-        assert yaml.safe_load(COSTS.read_text())[row] == {"params": costs.params, "macs": costs.macs}
+# ODConv's release and FDConv have the parameters that are published. Of the others, papers make other layers dynamic,
+# or their attentions wider: docs/methods.md.
+EXACT = [name for name, row in RIVALS.items() if row.dynamic in ("static", "odconv", "kw", "fdconv")]
+
+
+RUNNABLE = [name for name, row in RIVALS.items() if row.has_code]
+
+
+@pytest.mark.parametrize("name", representative(RUNNABLE, lambda name: "resnet18" in name))
+def test_a_rivals_experiment_is_named_and_costs_as_the_report_says(name):
+    row = RIVALS[name]
+    made = composed(name, [])
+    assert made.name == name and (made.recipe.epochs, made.backbone.label) == (row.epochs, row.label)
+    with torch.device("meta"):
+        costs = kw.profile(build_model(made, 1000))
+    assert (row.params, row.macs) == (costs.params, costs.macs)
+    if name in EXACT:
+        assert round(costs.params / 1e6, 2) == row.stated
+    stated = next(
+        (one["macs_g"] for group in GROUPS for one in group["rows"] if one["id"] == name and "macs_g" in one), 0
+    )
+    if stated and "resnet50" not in name:  # whose published figure is of another stride
+        assert 0.94 * stated < costs.macs / 1e9 < 1.0005 * stated
+    path = ROOT / "configs/experiment/rivals" / f"{name}.yaml"
+    if path.exists():
+        head = path.read_text()
+        assert f"# python -m train experiment=rivals/{name} data.root=PATH" in head
+        assert f"# Parameters: {costs.params:,} (published: {row.stated:.2f} M)." in head
+        assert f"top-1 {row.scores['top1']:.2f}, top-5 {row.scores['top5']:.2f}." in head
+
+
+def test_there_is_an_experiment_for_each_rival_and_no_other():
+    files = {path.stem for path in (ROOT / "configs/experiment/rivals").glob("*.yaml")}
+    runnable = {name for name, row in RIVALS.items() if row.has_code}
+    assert files == {name for name in runnable if not (ROOT / f"configs/experiment/{name}.yaml").exists()}
+    assert {name for name, row in RIVALS.items() if not row.has_code} == {
+        *(f"resnet18_100e_{method}" for method in ("cbam", "eca", "cgc", "weightnet")),
+        "resnet50_core_kan",
+    }
 
 
 def test_the_default_scope_is_that_of_odconvs_release():
@@ -370,7 +440,7 @@ def test_settings_are_checked_and_runs_named_like_published_rows():
         config("dynamic=odcon")
     with pytest.raises(ConfigError, match=r"n='1/2'.*odconv.*integer"):
         config("dynamic=odconv", "n=1/2")
-    with pytest.raises(ConfigError, match=r"kw\.reduction.*dynamic=odconv"):
+    with pytest.raises(ConfigError, match=r"kw\.reduction.*odconv"):
         config("dynamic=odconv", "kw.reduction=1/8")
     made = config("backbone=timm", "backbone.name=regnety_002", "dynamic=dcd")
     assert any(isinstance(module, BASELINES["dcd"].layer) for module in build_model(made, 10).modules())
@@ -415,21 +485,23 @@ def test_the_sweep_of_the_issue_at_full_width(tmp_path):
 
 
 def test_a_published_row_stands_beside_a_run_of_its_method_and_no_other(tmp_path):
-    rows = {row.id: row for row in published()}
-    assert rows["resnet18_odconv4x"].scores == {"top1": 74.19, "top5": 91.47}
-    for dynamic, top1 in (("odconv", 74.0), ("kw", 76.0), ("dyconv", 72.0)):
-        folder = tmp_path / dynamic
+    for dynamic, top1, epochs in (("odconv", 74.0, 100), ("kw", 76.0, 300), ("kw", 75.0, 100), ("dyconv", 72.0, 100)):
+        folder = tmp_path / f"{dynamic}{epochs}"
         folder.mkdir()
         summary = {"name": f"resnet18_{dynamic}4x", "backbone": "resnet18", "dynamic": dynamic, "n": "4",
-                   "data": "imagenet", "top1": top1, "top5": 90.0, "seed": 0, "epochs": 100}  # fmt: skip
+                   "data": "imagenet", "top1": top1, "top5": 90.0, "seed": 0, "epochs": epochs}  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary))
     made, _ = sections(find_runs([tmp_path])[0])
-    differences = {row.name: row.difference("top1") for section in made for row in section.rows if row.runs}
-    assert differences == {
-        "resnet18_odconv4x": pytest.approx(-0.19),
-        "resnet18_kw4x": pytest.approx(-0.05),
-        "resnet18_dyconv4x": None,
-    }
+    differences = [
+        (row.published.id, round(row.difference("top1"), 2)) for part in made for row in part.rows if row.runs
+    ]
+    assert differences == [
+        ("resnet18_kw4x", -0.05),
+        ("resnet18_100e_dyconv4x", -0.76),
+        ("resnet18_100e_odconv4x", 0.03),
+        ("resnet18_100e_kw4x", 0.84),
+        ("resnet18_100e_odconv4x", -0.19),  # as ODConv's release has it
+    ]
 
 
 def test_a_new_method_is_one_class_and_known_everywhere():

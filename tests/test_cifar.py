@@ -278,11 +278,12 @@ def test_a_stem_that_cannot_be_is_refused(stride, words):
 def test_an_experiment_tells_its_command_and_parameters_and_trains_shrunk(name, root, tmp_path):
     word = f"experiment=cifar10/{name}"
     made = config(word, "data.root=x")
-    assert (made.data.name, made.n, made.name) == ("cifar10", "1", f"{made.backbone.label}_kw1x")
+    method, budget = ("", "static") if "wide" in name else ("_dyconv4x", "4") if "caf" in name else ("_kw1x", "1")
+    assert (made.data.name, made.n, made.name) == ("cifar10", budget, f"{made.backbone.label}{method}")
     with torch.device("meta"):
         params = kw.profile(build_model(made, 10), (3, 32, 32)).params
     text = (ROOT / f"configs/experiment/cifar10/{name}.yaml").read_text()
-    assert f"# python -m train {word} data.root=PATH" in text and f"# Parameters: {params:,} (n = 1)." in text
+    assert f"# python -m train {word} data.root=PATH" in text and f"# Parameters: {params:,} (n = {budget})." in text
     shrunk = ["recipe.epochs=1", "recipe.warmup_epochs=0", "recipe.batch_size=10", "data.train_images=20"]
     narrow = ["++backbone.kwargs.channels=[8,8,8,16]", "++backbone.kwargs.layers=[1,1,1,1]"]
     trained = config(word, f"data.root={root}", *shrunk, *narrow)

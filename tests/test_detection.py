@@ -1,7 +1,5 @@
 """`python -m detection`: its settings, errors in data, and real runs, shrunk, on real digits."""
 
-import copy
-import functools
 import json
 import os
 import pickle
@@ -16,18 +14,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import programs, wandb_files
+from helpers.detectors import config, speed_up, validated
 from helpers.programs import ROOT, environment
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
 
 import detection.__main__ as entry
 from detection import loading
-from detection.compose import compose, learnt_settings
-from detection.config import DetectionConfig, added_keys, open_up, validate
+from detection.compose import learnt_settings
+from detection.config import DetectionConfig, open_up
 from detection.data import check_data
 from detection.names import run_name
 from scripts.data.digits_coco import SPLITS, make_split
@@ -58,24 +54,9 @@ def digits(tmp_path_factory):
     return folder
 
 
-_from_file = functools.cache(Config.fromfile)
-
-
 @pytest.fixture(autouse=True)
-def read_once(monkeypatch):
-    """MMEngine looks through an index of 300 files for those of MMDetection: each configuration is read once."""
-    monkeypatch.setattr(Config, "fromfile", lambda *of, **more: copy.deepcopy(_from_file(*of, **more)))
-
-
-def validated(*overrides):
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        composed = hydra_compose("detection", open_up(overrides))
-    return validate(composed), composed
-
-
-def config(*overrides):
-    ours, composed = validated(*overrides)
-    return ours, compose(ours, composed, added_keys(open_up(overrides)))
+def fast_configurations(monkeypatch):
+    speed_up(monkeypatch)
 
 
 @pytest.fixture
@@ -148,10 +129,22 @@ def test_sizes_on_the_command_line_are_tuples_as_mmcv_wants_them():
 
 
 def test_from_scratch_nothing_is_frozen_and_the_temperature_is_warmed_up():
-    for n, hooks in (("4", [{"type": "TemperatureWarmup"}]), ("static", [])):
-        _, cfg = config("config=mask_rcnn_kw1x_resnet50_1x_coco", f"n={n}", "scratch=true")
+    warmed = [{"type": "TemperatureWarmup"}]
+    for words, hooks in (("n=4", warmed), ("n=static", []), ("n=4 dynamic=odconv", warmed), ("dynamic=fdconv", [])):
+        _, cfg = config("config=mask_rcnn_kw1x_resnet50_1x_coco", *words.split(), "scratch=true")
         assert (cfg.model.backbone.frozen_stages, cfg.model.backbone.norm_eval) == (-1, "attention")
         assert list(cfg.get("custom_hooks", [])) == hooks
+
+
+def test_a_method_is_chosen_for_any_file():
+    def chosen(file, *words):
+        backbone = config(f"config=mask_rcnn_{file}resnet50_1x_coco", *words)[1].model.backbone
+        return backbone.get("dynamic", "kw"), backbone.n
+
+    assert chosen("", "dynamic=dyconv", "n=4") == ("dyconv", "4") and chosen("", "dynamic=fdconv") == ("fdconv", "1")
+    assert chosen("kw4x_", "dynamic=odconv") == ("odconv", "4") and chosen("kw4x_", "dynamic=se") == ("se", "1")
+    assert chosen("kw4x_", "dynamic=static") == chosen("kw4x_", "n=static", "dynamic=se") == ("kw", "static")
+    assert chosen("odconv4x_", "dynamic=kw", "n=1/2") == ("kw", "1/2")
 
 
 def test_the_neck_follows_another_backbone():
@@ -177,6 +170,10 @@ def test_a_configuration_may_leave_the_channels_out(tmp_path):
         (["train_cfgs.max_epochs=1"], r"no 'train_cfgs' there; near are train_cfg"),
         (["param_scheduler.7.gamma=1"], r"param_scheduler\.7"),
         (["n=3/2"], "n='3/2'"),
+        (["dynamic=odcon"], r"dynamic='odcon'.*odconv"),
+        (["dynamic=odconv", "n=1/2"], r"n='1/2'.*odconv.*integer"),
+        (["config=mask_rcnn_resnet50_1x_coco", "dynamic=odconv"], r"dynamic='odconv'.*such as n=4"),
+        (["model.backbone.type=ResNet", "dynamic=se"], "dynamic='se': not for a backbone ResNet"),
         (["n=static", "model.backbone.name=resnet19"], "resnet19.*resnet18"),
         (["model.backbone.type=ResNet", "n=1"], "n='1': not for a backbone ResNet"),
         (["data.classes=own"], r"data\.classes='own'"),
@@ -189,6 +186,9 @@ def test_a_configuration_may_leave_the_channels_out(tmp_path):
         (["train_cfg.max_epochs=many"], r"train_cfg\.max_epochs='many': the file has 12"),
         (["scratch=true", "init=weights.pt"], r"scratch=True: .*init=weights\.pt"),
         (["scratch=true", "model.backbone.type=ResNet"], "scratch=True: not for a backbone ResNet"),
+        (["default_hooks.checkpoint.interval=2"], r"interval: this program .* runtime\.checkpoint_steps"),
+        (["runtime.checkpoint_steps=0"], r"runtime\.checkpoint_steps=0"),
+        (["data.on_error=skip"], r"data\.on_error='skip'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_key(overrides, message):
@@ -218,6 +218,9 @@ def test_a_name_follows_from_values_and_not_from_how_they_were_typed():
 
     assert name() == name("n=1", "train_cfg.max_epochs=12", "scratch=false", "runtime.devices=4", "logger=both") == ""
     assert name("n=0.25") == name("n=1/4") == "+n-1d4x"
+    assert name("dynamic=kw") == "" and name("dynamic=odconv", "n=4") == "+dynamic-odconv+n-4x"
+    assert name("dynamic=fdconv", "n=4") == name("dynamic=fdconv") == "+dynamic-fdconv"
+    assert name("dynamic=static") == name("n=static") == name("n=static", "dynamic=se") == "+n-static"
     assert name("optim_wrapper.optimizer.lr=1e-3") == name("optim_wrapper.optimizer.lr=0.0010")
     assert name("optim_wrapper.optimizer.lr=1e-3") == "+optim_wrapper.optimizer.lr-0.001"
     assert name("val_dataloader.dataset.pipeline.1.scale=[1333,800]") == ""  # as the file has it, a tuple there
@@ -226,7 +229,12 @@ def test_a_name_follows_from_values_and_not_from_how_they_were_typed():
 
 def test_which_settings_may_change_when_a_run_is_resumed():
     fixed = fixed_settings(asdict(DetectionConfig("x")), DetectionConfig)
-    assert fixed.keys() == {"scratch", "data.classes", "seed"}  # what `config`, `n` and `init` set is compared as well
+    assert fixed.keys() == {
+        "scratch",
+        "data.classes",
+        "data.on_error",
+        "seed",
+    }  # what `config`, `n` and `init` set is compared as well
     settings = {key: learnt_settings(*config(*SMALL, key)) for key in ("n=1", "n=4", "seed=1", "runtime.workers=3")}
     assert settings["n=1"] == settings["runtime.workers=3"]
     assert len(set(settings.values())) == 3
@@ -333,16 +341,12 @@ def indirect(path):
 @pytest.mark.parametrize("key", ["resume", "load_from", "init", "evaluate"])
 def test_a_malicious_checkpoint_is_refused_and_not_run(key, refused, digits, tmp_path):
     trap, run = tmp_path / "trapped", tmp_path / "run"
-    run.mkdir()
-    torch.save({"state_dict": {}, "meta": Trap(trap)}, run / "epoch_1.pth")
-    words = [f"{key}={run}/epoch_1.pth", f"hydra.run.dir={tmp_path}/other"]
-    if key == "resume":
-        words = [f"hydra.run.dir={run}"]
-        (run / "last_checkpoint").write_text(str(run / "epoch_1.pth"))
-        (run / "settings.json").write_text(learnt_settings(*config(*SMALL, f"data.root={digits}")))
-    said = refused(*words)
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save({"state_dict": {}, "meta": Trap(trap)}, run / "checkpoints" / "last.pt")
+    words = [f"{key}={run}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/other"]
+    said = refused(*([f"hydra.run.dir={run}"] if key == "resume" else words))
     assert not trap.exists()
-    assert said.startswith("CheckpointError: ") and "epoch_1.pth is damaged, or holds more" in said
+    assert said.startswith("CheckpointError: ") and "last.pt is damaged, or holds more" in said
     assert said.endswith("it asks for posix.mkdir, which was not run.\n")
 
 
@@ -409,7 +413,7 @@ def test_a_run_is_watched_goes_on_and_is_evaluated(digits, in_this_process, refu
     assert any(item.HasField("history") for item in wandb_files.whole_run(record))
     # a run that is done prints its figures again
     in_this_process(place)
-    assert "Resumed from" in capsys.readouterr().out
+    assert "at step 4 " in capsys.readouterr().out
     assert json.loads((run / "summary.json").read_text())["box_ap"] == summary["box_ap"]
     assert "other settings: optim_wrapper.optimizer.lr" in refused(place, "optim_wrapper.optimizer.lr=1")
     assert "resume=never" in refused(place, "resume=never")
@@ -421,19 +425,6 @@ def test_a_run_is_watched_goes_on_and_is_evaluated(digits, in_this_process, refu
     assert {key: summary[key] for key in ("box_ap", "mask_ap")} == {key: found[key] for key in ("box_ap", "mask_ap")}
     other = refused(f"evaluate={run}", "n=static", f"hydra.run.dir={tmp_path}/other")
     assert "does not fit" in other and "warehouse.cells" in other
-
-
-@pytest.mark.slow
-def test_a_resumed_run_ends_as_one_that_was_not_stopped(digits, tmp_path):
-    launch(f"hydra.run.dir={tmp_path}/whole", cwd=tmp_path, digits=digits)
-    (tmp_path / "part").mkdir()
-    launch(f"hydra.run.dir={tmp_path}/part", cwd=tmp_path, digits=digits)
-    (tmp_path / "part/epoch_2.pth").unlink()
-    (tmp_path / "part/last_checkpoint").write_text(str(tmp_path / "part/epoch_1.pth"))
-    done = launch(f"hydra.run.dir={tmp_path}/part", cwd=tmp_path, digits=digits)
-    assert "epoch_1.pth" in done.stdout
-    whole, part = (loading.load(str(tmp_path / name / "epoch_2.pth"))["state_dict"] for name in ("whole", "part"))
-    assert all(torch.equal(whole[key], part[key]) for key in whole)
 
 
 def test_a_failed_start_leaves_the_folders_that_were_there(refused, tmp_path):
@@ -501,8 +492,8 @@ def test_a_short_training_lowers_the_loss_and_finds_the_digits(tmp_path):
     words = ["config=mask_rcnn_kw1x_digits", "data.root=data", "init=classifier/checkpoints/last.pt"]
     subprocess.run([*run, "detection", *words, "hydra.run.dir=run", "train_cfg.max_epochs=6"], cwd=tmp_path, check=True,
                    env=environment())  # fmt: skip
-    scalars = next((tmp_path / "run").glob("*/vis_data/scalars.json")).read_text().splitlines()
-    losses = [line["loss"] for line in map(json.loads, scalars) if "loss" in line]
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["train_loss"] for line in lines]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert losses[-1] < 0.7 * losses[0]
     assert summary["box_ap50"] > 30, summary

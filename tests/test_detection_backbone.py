@@ -22,7 +22,7 @@ from detection import (  # noqa: F401  torchvision_ops: so that mmcv has operato
 from detection.plugin import pretrained
 from detection.plugin.errors import PretrainedError, SettingError
 from kw.attention import Attention
-from kw.layers import KWLayer
+from kw.layers import DynamicLayer, KWLayer
 from train.jobs.checkpoint import FORMAT
 
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}
@@ -142,7 +142,14 @@ def test_temperatures_are_zero_frozen_or_not_training_or_not():
         assert set(temperatures) == {0.0} and len(temperatures) == 11
 
 
-@pytest.mark.parametrize("method", ["odconv", "dyconv"])
+def test_from_scratch_the_norms_of_other_methods_attentions_keep_their_statistics():
+    model = backbone(n=2, dynamic="odconv", norm_eval="attention").train()
+    inside = [m for layer in model.modules() if isinstance(layer, DynamicLayer) for m in layer.attention.modules()]
+    norms = [m for m in inside if isinstance(m, nn.BatchNorm1d)]
+    assert norms and not any(m.training for m in norms) and model.model.layer2[0].bn1.training
+
+
+@pytest.mark.parametrize("method", ["odconv", "dyconv", "fdconv"])
 def test_a_method_to_compare_with_serves_as_well(method, tmp_path):
     """It trains, but for its frozen stages, and its own checkpoint fills it."""
     whole = kw.create_model("resnet18", n=4, dynamic=method, num_classes=7, **SMALL)
@@ -150,7 +157,7 @@ def test_a_method_to_compare_with_serves_as_well(method, tmp_path):
     model = filled(tmp_path / "last.pt", n=4, dynamic=method, frozen_stages=1, norm_eval=True).train()
     assert model.model.state_dict().keys() == whole.state_dict().keys() - {"fc.weight", "fc.bias"}
     assert_same_body(model, whole)
-    assert [float(temperature.value) for temperature in kw.temperatures(model)] == [0.0]
+    assert [float(temperature.value) for temperature in kw.temperatures(model)] == [0.0] * (method != "fdconv")
     sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
     parts = ("model.conv1", "model.bn1", "model.layer1")
     assert all((p.grad is None) == name.startswith(parts) for name, p in model.named_parameters())
@@ -192,6 +199,20 @@ def test_a_checkpoint_of_ours_fills_it_and_the_temperature_is_zero(n, tmp_path):
     whole = classifier(n=n, num_classes=7, **SMALL)
     torch.save(ours(whole), tmp_path / "last.pt")
     assert_same_body(filled(tmp_path / "last.pt", n=n, frozen_stages=1), whole)
+
+
+def test_a_model_folder_fills_it(tmp_path):
+    whole = classifier(n="1/2", num_classes=7, **SMALL)
+    for name, value in whole.state_dict().items():  # images of 224 pixels would need tame weights
+        if name.endswith("running_var"):
+            value.add_(1e4)
+    kw.save(whole, tmp_path / "mine", data={"input_size": (3, 32, 32)})
+    assert_same_body(filled(tmp_path / "mine", n="1/2"), whole)
+    with pytest.raises(PretrainedError, match=r"the folder's model is .*n=1/2.* and this backbone .*tanh"):
+        filled(tmp_path / "mine", n="1/2", warehouse={"attention_function": "tanh"})
+    (tmp_path / "mine/config.json").unlink()
+    with pytest.raises(PretrainedError, match=r"has no config\.json"):
+        filled(tmp_path / "mine", n="1/2")
 
 
 RELEASED = [("mobilenetv2_050", "1/2"), ("mobilenetv2_050", "1"), ("convnext_tiny", "1")]

@@ -24,6 +24,7 @@ from detection.plugin.optim import group_of
 from kw.attention import Attention
 from kw.config import format_budget
 from kw.layers import KWLayer
+from scripts.report.published import DETECTION, published
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 ROWS = yaml.safe_load((ROOT / "scripts/report/published.yaml").read_text())["coco"]
@@ -81,6 +82,24 @@ def test_the_file_of_a_published_row_states_its_figures(row):
     head = (CONFIGS / f"{config_name('mask_rcnn', row)}.py").read_text().splitlines()[:2]
     assert head[0] == f"# python -m detection config={config_name('mask_rcnn', row)} data.root=PATH"
     assert head[1] == f"# Published: box AP {row['box_ap']}, mask AP {row['mask_ap']}."
+
+
+RIVALS = [row for row in published() if row.task == DETECTION and row.dynamic not in ("kw", "static")]
+
+
+@pytest.mark.parametrize("row", RIVALS, ids=lambda row: row.id)
+def test_a_rivals_row_is_set_as_published(row):
+    head = (CONFIGS / f"{row.name}.py").read_text().splitlines()[:2]
+    scores = row.scores
+    assert head[0] == f"# python -m detection config={row.name} data.root=PATH"
+    assert head[1] == f"# Published: box AP {scores['box_ap']}, mask AP {scores['mask_ap']}."
+    cfg, plain = load(row.name), load("mask_rcnn_kw4x_resnet50_1x_coco")
+    assert (cfg.model.backbone.dynamic, cfg.model.backbone.n) == (row.dynamic, row.n)
+    own = row.dynamic == "fdconv"  # which has its own steps, padding and batch
+    assert cfg.param_scheduler[1].milestones == ([10, 11] if own else plain.param_scheduler[1].milestones)
+    assert cfg.model.data_preprocessor.pad_size_divisor == (64 if own else 32)
+    assert cfg.train_dataloader.batch_size == (4 if own else plain.train_dataloader.batch_size)
+    assert cfg.optim_wrapper == plain.optim_wrapper and cfg.train_pipeline == plain.train_pipeline
 
 
 @pytest.mark.parametrize("detector", ["mask_rcnn", "faster_rcnn"])

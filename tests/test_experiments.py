@@ -138,7 +138,7 @@ def test_the_reports_costs_are_those_of_the_models(row, models):
 
 
 def test_the_report_finds_no_departure_in_a_rows_own_settings_and_each_in_others(models):
-    rows = {row.id: row for row in published() if row.table == IMAGENET}
+    rows = {row.id: row for row in published() if row.table.title == IMAGENET}
     assert rows.keys() == ROWS.keys()
     for name, row in rows.items():
         assert departures(to_plain(models[name][0]), row) == []
@@ -165,6 +165,9 @@ def test_there_is_a_make_target_for_each_table(tmp_path):
         (pattern,) = re.findall(r"'experiment=glob\((\S+)\*\)' data.root=here", said)
         done |= {row for row in ROWS if row.startswith(pattern)}
     assert done == set(ROWS)
+    said = command(*plain, "table-rivals", "DATA=here").stdout
+    names = re.search(r"-m train -m experiment=(\S+) data.root=here", said)[1].split(",")
+    assert set(names) == {f"rivals/{path.stem}" for path in (ROOT / "configs/experiment/rivals").glob("*.yaml")}
     said = command(*plain, "table-coco", "DATA=here").stdout
     names = re.search(r"-m detection -m config=(\S+) data.root=here", said)[1].split(",")
     assert names == [row.name for row in published() if row.task != CLASSIFICATION]

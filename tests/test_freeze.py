@@ -60,11 +60,11 @@ def layer(factory, *args, n=8, tau=0.0, **config):
     return trained(model.double(), tau)
 
 
-def check(model, *inputs, rtol=1e-9, memory=math.inf):
+def check(model, *inputs, rtol=1e-9, memory=math.inf, **kwargs):
     """Freeze `model`; its outputs must stay what they were. The report."""
     with torch.no_grad():
         expected = [model(x) for x in inputs]
-        report = kw.freeze(model, memory)
+        report = kw.freeze(model, memory, **kwargs)
         for x, outputs in zip(inputs, expected, strict=True):
             for frozen, output in zip(*([y] if torch.is_tensor(y) else y for y in (model(x), outputs)), strict=True):
                 assert output.numel() == 0 or output.std() > 0
@@ -109,7 +109,7 @@ def test_single_precision_is_as_exact_as_before(name):
 def test_at_temperature_one_the_vanilla_model_is_left(name):
     n = "1/2" if name.startswith("resnet") else BUDGETS[name]
     model = backbone(name, n, tau=1)
-    report = check(model, images(), rtol=1e-5)
+    report = check(model, images(), rtol=1e-5, norms=False)
     assert (report.static, report.norms, report.folded) == (len(report.layers), 0, 0)
     assert not any(isinstance(module, (KWLayer, Warehouse)) for module in model.modules())
     size = {"img_size": 32} if name.startswith("deit") else {}
@@ -320,3 +320,97 @@ def test_a_norm_without_running_statistics_stays():
     model = layer(nn.Conv2d, 8, 12, 3)
     model[0].attention.norm = nn.BatchNorm1d(16, track_running_stats=False).double().eval()
     assert "no running statistics" in check(model, torch.randn(4, 8, 5, 5).double()).layers[0].norm
+
+
+# ---- norms of the model, merged into layers ----
+
+
+@pytest.mark.parametrize("name", representative(["resnet18", "mobilenetv2_100", "convnext_tiny"], "resnet18".__eq__))
+def test_norms_after_static_layers_are_merged_into_them(name):
+    model = backbone(name, n=1, tau=1).double()
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    report = check(model, images().double())
+    assert report.merged == norms and (norms > 0) == (not name.startswith("convnext"))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_norms_after_folded_layers_are_merged_into_them(fold_all):
+    model = backbone("resnet18", n=1).double()
+    report = check(model, images().double())
+    assert report.folded == len(report.layers) and report.merged == 20
+
+
+@pytest.mark.parametrize(
+    ("config", "scope", "merged"),
+    [
+        ({"n": 2}, {"0": "a"}, 1),  # alone in its warehouse, cells with all output channels
+        ({"n": "1/4"}, {"0": "a"}, 0),  # rows of cells are of several channels
+        ({"n": 2}, {"0": "a", "2": "a"}, 0),  # two layers, two scales
+    ],
+)
+def test_norms_after_dynamic_layers_are_merged_only_where_that_is_exact(config, scope, merged):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.ReLU())
+    kw.convert(model, scope, kw.KWConfig(**config))
+    model = trained(model.double(), tau=0.3)
+    report = check(model, torch.randn(3, 8, 9, 9, dtype=torch.float64), memory=0)
+    assert report.merged == merged
+
+
+def test_a_norm_stays_where_others_read_the_layer_or_hooks_see_it():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            self.other, self.last = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            self.dynamic = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.dynamic(self.last(self.other(self.norm(x) + x)))
+
+    model = kw.convert(Twice(), {"dynamic": "w"}, kw.KWConfig(n=2))
+    model.other.register_forward_hook(lambda module, args, output: None)
+    report = check(trained(model.double()), torch.randn(2, 4, 5, 5, dtype=torch.float64))
+    assert report.merged == 0
+
+
+# ---- cells in a narrow type ----
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 2e-2), (torch.int8, 4e-2)])
+@pytest.mark.parametrize("name", representative(BACKBONES, ["resnet18", "deit_tiny_patch16_224"].__contains__))
+def test_narrow_cells_change_the_outputs_little_and_take_less_memory(name, dtype, close):
+    model = backbone(name, tau=0.2)
+    cells = sum(warehouse.cells.numel() for warehouse in model.warehouses.values())
+    x = images(3)
+    with torch.no_grad():
+        expected = model(x)
+        report = kw.freeze(model, dtype=dtype)
+        found = model(x)
+    difference = (found - expected).abs().max() / expected.abs().max()
+    assert 0 < difference < close
+    assert report.folded == 0 and not dynamic(model)
+    saved = 4 - torch.zeros((), dtype=dtype).element_size()
+    assert report.bytes < report.bytes_before - 0.9 * saved * cells
+    with torch.no_grad():  # dtypes of a model may change, not that of its cells
+        assert model.double()(x.double()).dtype == torch.float64
+    assert {m.cells.dtype for m in model.modules() if hasattr(m, "scale") and hasattr(m, "cells")} == {dtype}
+
+
+def test_narrow_cells_are_those_of_the_layer_rounded():
+    """Each cell to 1/127 of its largest value; the kernels are sums of these."""
+    model = layer(nn.Conv2d, 4, 8, 3, n=4)
+    cells, x = model[0].warehouse.cells.detach().clone(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    rounded = copy.deepcopy(model)
+    scale = cells.abs().amax(dim=(1, 2), keepdim=True) / 127
+    rounded[0].warehouse.cells.data = (cells / scale).round() * scale
+    with torch.no_grad():
+        expected = rounded(x)
+        kw.freeze(model, dtype=torch.int8)
+        model[0].cells.scale = model[0].cells.scale.double()
+        torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+
+
+def test_a_type_that_cells_cannot_have_is_named():
+    with pytest.raises(ValueError, match=r"torch\.float16 is not for cells.*torch\.int8"):
+        kw.freeze(layer(nn.Conv2d, 4, 8, 3), dtype=torch.float16)

@@ -14,11 +14,11 @@ import pytest
 from helpers.training import ALONE, NARROW, TINY, config, launch
 from hydra import initialize_config_dir
 
-from train.checkpoint import Checkpoints
 from train.config import RuntimeConfig, TrainConfig, learnt_settings, load_saved, saved, to_plain, validate
 from train.jobs import folder as run_folder
 from train.jobs import lease, outcomes
 from train.jobs.checkpoint import FORMAT, read
+from train.jobs.checkpoints import Checkpoints
 from train.jobs.errors import ConfigError
 from train.jobs.launch import count_processes
 from train.jobs.names import MAX_NAME, extended, same, shorten

@@ -12,13 +12,13 @@ from timm.layers import DropPath
 from torch import nn
 
 from kw.layers import KWLayer
-from train.checkpoint import Checkpoints
 from train.data.digits import Digits
 from train.data.loader import Loaded
 from train.data.substitutes import Substitutes
+from train.jobs.checkpoints import Checkpoints
 from train.jobs.errors import ConfigError, NonFiniteError, RunError, WriteError
 from train.jobs.folder import write_atomically
-from train.metrics import MetricsFile
+from train.jobs.metrics import MetricsFile
 from train.model import build_model, load_weights
 from train.optim import build_optimizer
 from train.run import run

@@ -96,7 +96,7 @@ def test_the_lock_has_a_version_in_range_of_all_that_is_asked_for():
 
 
 def test_the_extras_are_those_that_make_installs():
-    assert EXTRAS.keys() == {"train", "detection", "report", "slurm", "wandb", "dev"}
+    assert EXTRAS.keys() == {"train", "detection", "report", "export", "slurm", "wandb", "dev"}
     installed = re.findall(r'-c requirements\.lock -e "\.\[(.*)\]"', MAKEFILE)
     assert sorted(",".join(installed).split(",")) == sorted(EXTRAS)
     assert installed[-1] == "detection", "make setup does without it"

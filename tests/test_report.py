@@ -14,6 +14,7 @@ from helpers.programs import run
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
+from scripts.report import tables
 from scripts.report.__main__ import main, write
 from scripts.report.page import cost_figure, curves_figure, report_page
 from scripts.report.published import CLASSIFICATION, TRAINING_IMAGES, published
@@ -44,8 +45,9 @@ def line(epoch, top1=50.0, **more):
 
 
 def of_row(folder, row, seed=0, top1=70.0, **more):
-    summary = {"name": row, "backbone": PUBLISHED[row].label, "n": PUBLISHED[row].n, "data": "imagenet", **more}
-    put(folder, top1=top1, seed=seed, epochs=300, **summary)
+    known = PUBLISHED[row]
+    summary = {"name": row, "backbone": known.label, "dynamic": known.dynamic, "n": known.n, "data": "imagenet"}
+    put(folder, top1=top1, seed=seed, **{**summary, "epochs": known.epochs, **more})
 
 
 def rows_of(*roots, steps=()):
@@ -74,28 +76,51 @@ def test_every_published_row_is_there_and_says_that_it_was_not_run(tmp_path):
     assert [section.title for section in made] == [
         "ImageNet",
         "COCO, Mask R-CNN, 12 epochs",
-        "ImageNet, other dynamic convolutions (100 or 150 epochs)",
+        "ImageNet, ResNet18, 100 epochs",
+        "ImageNet, ResNet50, 300 epochs",
+        "ImageNet, ODConv's release (100 epochs; MobileNetV2 150)",
+        "COCO, Mask R-CNN with ResNet50 as KernelWarehouse trains it: other dynamic convolutions",
     ]
     rows = [row for section in made for row in section.rows]
-    assert [row.name for row in rows] == [row.name for row in published()] and len(rows) == 33
-    assert {row.state for row in rows if row.name != "resnet50"} == {"not run"}
+    assert [row.name for row in rows] == [row.name for row in published()] and len(rows) == 30 + 11 + 3 + 12 + 3
+    assert {row.state for row in rows if row.name != "resnet50"} == {"not run", "published only"}
     text = markdown(made)
-    assert text.count("not run |") == 32 and text.count("| not measured |") == 32
+    assert text.count("published only |") == 5 and text.count("not run |") == text.count("| not measured |") == 53
+
+
+def test_a_table_says_where_its_figures_stand_what_is_best_and_what_is_odd(tmp_path):
+    of_row(tmp_path / "a", "resnet18_100e_odconv4x", top1=74.5)
+    of_row(tmp_path / "b", "resnet18_100e_kw4x", top1=74.0)
+    made, _ = rows_of(tmp_path)
+    notes = {section.title: tables.notes(section) for section in made}
+    assert "Published figures: the KernelWarehouse release (first hand)." in notes["ImageNet"]
+    assert any("44.7" in note and "44.8" in note for note in notes["COCO, Mask R-CNN, 12 epochs"])
+    assert any("ap50 65.4" in note and "second hand" in note for note in notes["COCO, Mask R-CNN, 12 epochs"])
+    hundred = notes["ImageNet, ResNet18, 100 epochs"]
+    assert any(note.startswith("Published figures: MCL, Table II") and "second hand" in note for note in hundred)
+    assert "Best by budget, measured top-1: resnet18_100e_odconv4x (74.50) at n = 4." in hundred
+    (best,) = [note for note in hundred if note.startswith("Best by budget, published")]
+    assert "resnet18_100e_kw4x (74.16) at n = 4" in best and "resnet18_100e_dcd (72.33) without n" in best
+    assert "resnet18_100e_dcd: 12.53 M parameters here, 14.70 M published (docs/methods.md)." in hundred
+    assert not any("cbam" in note and "here" in note for note in hundred)
+    last = notes[made[5].title]
+    assert "mask_rcnn_fdconv_resnet50_1x_coco: first hand." in last
 
 
 def test_a_timed_step_tells_what_a_row_would_cost(tmp_path):
     of_row(tmp_path / "a", "resnet50")
     made, _ = rows_of(
-        tmp_path, steps=[Step("mobilenetv2_050", "NVIDIA H100", 1000.0), Step("resnet18", "cpu, 2 threads", 10)]
+        tmp_path, steps=[Step("mobilenetv2_050", "NVIDIA H100", 1000.0, 12.34), Step("resnet18", "cpu, 2 threads", 10)]
     )
-    (row,) = find(made, "mobilenetv2_050")
+    row = find(made, "mobilenetv2_050")[0]
     assert row.hours == pytest.approx(150 * TRAINING_IMAGES[CLASSIFICATION] / 1000 / 3600)
     text = markdown(made)
     assert (
         "~53 GPU" in text
+        and text.count("~12.3 GB") == 2  # the row is in two tables
         and "~10,676 CPU" in text
         and "a step timed on NVIDIA H100, cpu, 2 threads" in text
-        and "no step of a detector was timed" in text
+        and "step_time rows=coco" in text
     )
 
 
@@ -178,13 +203,12 @@ def test_a_copy_of_a_run_tells_nothing_of_the_spread(tmp_path):
 
 def test_a_detector_stands_beside_its_published_ap(tmp_path):
     folder = tmp_path / "seed0"
-    (folder / "2026" / "vis_data").mkdir(parents=True)
+    folder.mkdir()
     (folder / "settings.json").write_text("{}")
     named = {"name": "mask_rcnn_kw1x_resnet50_1x_coco", "backbone": "resnet50", "n": "1", "seed": 0, "epochs": 12}
     (folder / "summary.json").write_text(json.dumps({**named, "box_ap": 42.0, "mask_ap": 38.0, "params": 5}))
-    evaluations = [{"coco/bbox_mAP": 0.1 * epoch, "step": epoch} for epoch in (1, 2)]
-    text = "".join(json.dumps(each) + "\n" for each in [{"loss": 1.0, "step": 50}, *evaluations])
-    (folder / "2026" / "vis_data" / "scalars.json").write_text(text)
+    lines = [{"epoch": epoch, "box_ap": 10.0 * (epoch + 1)} for epoch in (0, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     made, remarks = rows_of(tmp_path)
     (row,) = find(made, named["name"])
     assert not remarks and row.difference("box_ap") == pytest.approx(0.2) and row.figure("mask_ap") == 38.4

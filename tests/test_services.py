@@ -17,14 +17,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from scripts.kill_storm import case_of
 from scripts.report.runs import find_runs
 from train.config import learnt_settings
 from train.jobs.errors import ConfigError
 from train.jobs.launch import meeting_point
+from train.jobs.metrics import MetricsFile
 from train.jobs.slurm import first_host, rendezvous
 from train.jobs.weights_and_biases import import_wandb
 from train.jobs.world import World
-from train.metrics import MetricsFile
 from train.services import Services
 from train.trainer import Trainer
 
@@ -214,9 +215,10 @@ def test_a_launcher_without_a_sweep_is_refused(tmp_path):
 
 def test_submitit_runs_the_jobs_of_a_sweep_here(tmp_path):
     """Three good jobs, of which two are one run, and a bad one: that does not stop the others, and is listed."""
-    done = launch("-m", "dynamic=static,kw", "n=3/2,1", "label=x", "hydra/launcher=submitit_local", "logger=wandb",
+    done = launch("-m", "dynamic=static,kw", "n=3/2,1", "label=x", "hydra/launcher=local", "logger=wandb",
                   cwd=tmp_path, check=False)  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "runs on core" in done.stdout and "logger=wandb: done" in done.stdout  # the states
     (failed,) = done.stderr[done.stderr.index("1 jobs of this sweep are not done:") :].splitlines()[1:]
     assert "dynamic=kw n=3/2 label=x" in failed and "ConfigError: n='3/2'" in failed
     found = {json.loads(path.read_text())["n"]: path.parent for path in tmp_path.rglob("summary.json")}
@@ -241,27 +243,29 @@ FAKES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_slurm_job_at_its_time_limit_is_requeued_and_goes_on(tmp_path, devices):
+@pytest.mark.parametrize(("program", "devices"), [("train", 1), ("train", 2), ("detection", 1)])
+def test_a_slurm_job_at_its_time_limit_is_requeued_and_goes_on(tmp_path, program, devices):
     """SLURM's commands are fakes: sbatch starts the job here, and again if scontrol was called."""
     for name, script in FAKES.items():
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!/bin/bash\n{script.strip()}\n")
         path.chmod(0o755)
-    command = [sys.executable, "-m", "train", "-m", *TINY, *NARROW, "n=static"]
-    command += ["recipe.epochs=20", "runtime.device=cpu", f"runtime.devices={devices}", "hydra/launcher=slurm"]
+    epochs, settings = 20, [*TINY, *NARROW, "n=static", "recipe.epochs=20", "runtime.device=cpu"]
+    if program == "detection":
+        epochs, settings = 3, case_of(program, tmp_path).settings
+    command = [sys.executable, "-m", program, "-m", *settings, f"runtime.devices={devices}", "hydra/launcher=slurm"]
     environ = {**environment(), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True) as launcher:
-        wait_for(lambda: any(tmp_path.rglob("last.pt")), launcher)
+        wait_for(lambda: any(tmp_path.rglob("last.pt")), launcher, 180)
         os.kill(int(process_of(tmp_path)), signal.SIGUSR1)
-        _, errors = launcher.communicate(timeout=120)
+        _, errors = launcher.communicate(timeout=200)
     assert launcher.returncode == 0, errors
     log = (tmp_path / "job.log").read_text()
     assert (tmp_path / "scontrol.log").read_text() == "requeue 41\n"
     assert "back in the queue" in log and "Resumed" in log
     (summary,) = tmp_path.rglob("summary.json")
-    assert json.loads(summary.read_text())["epochs"] == 20
+    assert json.loads(summary.read_text())["epochs"] == epochs
 
 
 def wait_for(condition, process, seconds=60):

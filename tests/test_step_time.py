@@ -1,6 +1,7 @@
 """Timing a training step of a published row: a line that the report understands."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -16,7 +17,21 @@ def test_a_row_is_timed_and_read_by_the_report(tmp_path):
     line = json.loads(out.read_text())
     assert (line["row"], line["micro_batch"], line["precision"]) == ("mobilenetv2_050_kw1x", 2, "float32")
     (step,), remarks = read_steps(out)
+    assert 0.05 < step.memory_gb == line["memory_gb"] < 100
     assert step.images_per_second == line["images_per_second"] > 0 and step.device.startswith("cpu") and not remarks
+
+
+@pytest.mark.slow
+def test_a_detectors_step_is_timed_too(tmp_path, monkeypatch):
+    pytest.importorskip("mmdet")
+    from scripts.bench import detector_step
+
+    monkeypatch.setattr(detector_step, "measure", partial(detector_step.measure, size=(64, 64)))
+    out = tmp_path / "steps.jsonl"
+    step_time.main(["rows=mask_rcnn_mobilenetv2_100", "repeats=1", f"out={out}", "runtime.device=cpu"])
+    (step,), remarks = read_steps(out)
+    assert step.row == "mask_rcnn_mobilenetv2_100" and step.images_per_second > 0 and step.memory_gb > 0.1
+    assert step.device.startswith("cpu, ") and not remarks
 
 
 @pytest.mark.parametrize(

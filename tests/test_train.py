@@ -18,11 +18,11 @@ from helpers.training import ALONE, NARROW, TINY, config, launch
 
 import kw
 from scripts.kill_storm import differences, outcome
-from train.checkpoint import Checkpoints, newest
 from train.config import RecipeConfig
 from train.data.batching import MicroBatches, accumulation
 from train.data.order import epoch_order
 from train.jobs.checkpoint import FORMAT, read
+from train.jobs.checkpoints import Checkpoints, newest
 from train.jobs.errors import CheckpointError, ConfigError
 from train.model import build_model
 from train.optim import build_optimizer
@@ -75,6 +75,13 @@ def test_learning_rate_rises_then_falls_to_its_minimum():
     assert rates[10] == 1.0 and all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[30] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 2)))
     assert learning_rate(50, 5, recipe) == pytest.approx(0.1)
+
+
+def test_a_warm_up_from_zero_is_the_releases_rule():
+    recipe = RecipeConfig(epochs=10, lr=1.0, warmup_epochs=2, warmup_from_zero=True)
+    rates = [learning_rate(step, 5, recipe) for step in range(12)]
+    assert rates[:10] == pytest.approx([k / 9 for k in range(10)]) and rates[10] == 1.0 > rates[11]
+    assert learning_rate(0, 1, RecipeConfig(epochs=10, warmup_epochs=1, warmup_from_zero=True)) == 0.0  # one step
 
 
 def test_steps_multiply_the_learning_rate():

@@ -17,7 +17,7 @@ jobs = Jobs()
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(composed: DictConfig) -> None:
     """Called by Hydra for each job."""
-    with jobs.job():
+    with jobs.job(composed.runtime):
         check_launcher()
         config = configure(composed, HydraConfig.get())
         folder = run_folder(config.data.name, config.name, f"seed{config.seed}")

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 import kw
-from train.checkpoint import State, newest
 from train.config import DataConfig, TrainConfig, load_saved, unused_in_evaluation
 from train.data.formats import open_split
 from train.data.loader import Batch, Samples, eval_loader
 from train.data.transforms import eval_transform
 from train.jobs.agreement import once_per_node
 from train.jobs.checkpoint import FORMAT, read
+from train.jobs.checkpoints import State, newest
 from train.jobs.errors import CheckpointError, ConfigError, check, warn
 from train.jobs.sweep import GROUP
 from train.jobs.world import World

@@ -110,7 +110,7 @@ class Learner:
             images, targets = self.mixup(images, targets)
         with cast(self.config, self.world.device):
             logits = self.ddp_model(images)
-            loss = self.loss(logits.float(), targets)
+            loss = self.loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
         labels = targets.argmax(dim=1) if self.mixup else targets
         hits = (logits.detach().argmax(dim=1) == labels).sum()
         self.sums += torch.stack([torch.full_like(hits, len(images)), loss.detach() * len(images), hits]).double()

@@ -11,9 +11,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 import kw
-from train.checkpoint import newest
 from train.config import TrainConfig
 from train.jobs.checkpoint import read
+from train.jobs.checkpoints import newest
 from train.jobs.errors import CheckpointError, ConfigError
 
 

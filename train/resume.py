@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import State
 from train.config import TrainConfig, learnt_settings, load_saved
 from train.data.run_data import RunData
+from train.jobs.checkpoints import State
 from train.jobs.errors import ConfigError
 
 REMEDY = "Set it back to resume, or give the new run another label=..."

@@ -11,13 +11,15 @@ from train.config import RecipeConfig
 def learning_rate(step: int, steps_per_epoch: int, recipe: RecipeConfig) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
-    It rises linearly over `warmup_epochs`, to `lr` in their last step. Then schedule `cosine` falls to `min_lr` at the
-    end of training, `step` multiplies by `decay_rate` at each of `decay_epochs`, and `constant` stays at `lr`.
+    It rises linearly over `warmup_epochs`, to `lr` in their last step; the first step has `lr` over their number or,
+    with `warmup_from_zero`, 0. Then schedule `cosine` falls to `min_lr` at the end of training, `step` multiplies by
+    `decay_rate` at each of `decay_epochs`, and `constant` stays at `lr`.
     """
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
     total = recipe.epochs * steps_per_epoch
     if step < warmup:
-        return recipe.lr * (step + 1) / warmup
+        first = 0 if recipe.warmup_from_zero else 1
+        return recipe.lr * (step + first) / max(1, warmup - 1 + first)
     if recipe.schedule == "cosine":
         progress = min(1.0, (step - warmup) / max(1, total - warmup))
         return recipe.min_lr + 0.5 * (recipe.lr - recipe.min_lr) * (1 + math.cos(math.pi * progress))

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from train.config import TrainConfig, to_plain
 from train.jobs.errors import ConfigError
+from train.jobs.metrics import MetricsFile
 from train.jobs.weights_and_biases import import_wandb, settings
-from train.metrics import MetricsFile
 
 Line = dict[str, Any]
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-from train.checkpoint import Checkpoints, State
 from train.config import TrainConfig, to_plain
 from train.data.loader import Batch
 from train.data.run_data import RunData
@@ -26,13 +24,14 @@ from train.display import EpochDisplay
 from train.evaluate import cast, evaluate
 from train.jobs.agreement import agree
 from train.jobs.checkpoint import FORMAT
+from train.jobs.checkpoints import Checkpoints, State
 from train.jobs.display import progress
 from train.jobs.errors import CheckpointError, ConfigError, NonFiniteError, RunError
 from train.jobs.folder import write_atomically
-from train.jobs.signals import StopRequest, first_signal, requeue
+from train.jobs.metrics import MetricsFile
+from train.jobs.signals import StopRequest, first_signal, leave
 from train.jobs.world import World
 from train.learner import Learner
-from train.metrics import MetricsFile
 from train.profiling import StepProfiler
 from train.resume import check_same_data, check_same_settings
 from train.services import Services
@@ -221,13 +220,8 @@ class Trainer:
             f"the temperature ends at {end:.2f}, not at 0."
         ]
 
-    def _leave(self, number: int) -> None:
-        """Exit after signal `number`; the last step is saved. SIGUSR1 says that the job's time is up: it goes back into
-        SLURM's queue. At SIGTERM SLURM itself requeues what it preempts, and the user may have cancelled the job."""
-        again = self.world.is_main and number == signal.SIGUSR1 and requeue()
-        how = "it is back in the queue" if again else "the same command resumes it"
-        self.display.print(f"Stopped by a signal after step {self.step} of {self.steps}, and saved: {how}.")
-        raise SystemExit(128 + number)
+    def _leave(self, number: int) -> NoReturn:
+        leave(number, self.world.is_main, f"after step {self.step} of {self.steps}", self.display.print)
 
     def _show(self, started: float, first: int) -> None:
         samples, loss, hits = self.learner.sums.tolist()

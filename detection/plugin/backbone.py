@@ -16,9 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import kw
 from detection.plugin.errors import SettingError
 from detection.plugin.pretrained import load_classifier
-from kw.attention import Attention
 from kw.config import STATIC
-from kw.layers import KWLayer
+from kw.layers import DynamicLayer, KWLayer
 from kw.replace import drop_unused_warehouses
 
 Settings = Mapping[str, Any] | None
@@ -32,6 +31,18 @@ def feature_channels(name: str, out_indices: Sequence[int], kwargs: Settings = N
     """
     with torch.device("meta"):  # nothing is computed
         return [info["num_chs"] for info in _features(_classifier(name, n=STATIC, **(kwargs or {})), out_indices)]
+
+
+def has_temperature(backbone: Mapping[str, Any]) -> bool:
+    """Whether a backbone of these settings of `KWBackbone` has attentions whose temperature is warmed up.
+
+    Raises:
+        SettingError: it cannot be built.
+    """
+    settings = {key: backbone[key] for key in ("n", "dynamic") if backbone.get(key) is not None}
+    settings |= {**(backbone.get("warehouse") or {}), **(backbone.get("kwargs") or {})}
+    with torch.device("meta"):  # nothing is computed
+        return bool(kw.temperatures(_classifier(backbone["name"], **{"n": STATIC, **settings})))
 
 
 def _classifier(name: str, **settings: Any) -> nn.Module:
@@ -67,7 +78,7 @@ class KWBackbone(BaseModule):
         frozen_stages: 0 freezes the stem, k also the first k stages: no gradient, evaluation mode. Cells that a frozen
             layer uses are frozen for all layers, or its kernels would change. -1 freezes nothing.
         norm_eval: True keeps all batch norms, those of attentions too, in evaluation mode, with the statistics of the
-            checkpoint. "attention" keeps those of KernelWarehouse's attentions there, for training without a
+            checkpoint. "attention" keeps those of dynamic layers' attentions there, for training without a
             checkpoint on few images a device.
         out_norm: a LayerNorm for each map, for models whose stages do not end in a norm (ConvNeXt, ViT).
         drop_path: the rate at which residual branches are dropped.
@@ -146,8 +157,10 @@ class KWBackbone(BaseModule):
             own = [parameter.requires_grad for parameter in module.parameters()]
             if (own and not any(own)) or (self.norm_eval is True and isinstance(module, _BatchNorm)):
                 module.eval()
-            if self.norm_eval == "attention" and isinstance(module, Attention):
-                module.norm.eval()
+            if self.norm_eval == "attention" and isinstance(module, DynamicLayer) and module.attention is not None:
+                for part in module.attention.modules():
+                    if isinstance(part, _BatchNorm):
+                        part.eval()
         return self
 
     def init_weights(self) -> None:

@@ -15,6 +15,8 @@ from torch import nn
 
 import kw
 from detection.plugin.errors import PretrainedError, SettingError
+from kw.description import describe
+from kw.folder import FolderError, read
 
 KEYS = {"type", "checkpoint", "num_classes", "ema"}
 OURS = {"model", "ema", "classes", "config"}  # keys of a checkpoint of `python -m train`
@@ -30,8 +32,9 @@ def load_classifier(backbone: nn.Module, build: Callable[..., nn.Module], init_c
     Args:
         backbone: a timm model, static or dynamic, without what follows its last feature map.
         build: builds the complete model for a number of classes, `num_classes=...`.
-        init_cfg: `checkpoint`, a .pt, .pth or .safetensors file. `num_classes` of one that is not of `python -m train`,
-            1000 by default. `ema=True` for the averaged weights of a checkpoint of `python -m train`.
+        init_cfg: `checkpoint`, a .pt, .pth or .safetensors file, or a model folder (`kw.save`). `num_classes` of a file
+            that is not of `python -m train`, 1000 by default. `ema=True` for the averaged weights of a checkpoint of
+            `python -m train`.
 
     Raises:
         SettingError: init_cfg has other keys.
@@ -43,12 +46,16 @@ def load_classifier(backbone: nn.Module, build: Callable[..., nn.Module], init_c
             f"and if needed num_classes=NUMBER and ema=True."
         )
     path = Path(init_cfg["checkpoint"]).expanduser()
-    state = read_weights(path)
+    folder = path.is_dir()
+    state = _of_folder(path) if folder else read_weights(path)
     ours = state.keys() >= OURS
-    classes = len(state["classes"]) if ours else init_cfg.get("num_classes", IMAGENET)
+    classes = len(state["classes"]) if ours or folder else init_cfg.get("num_classes", IMAGENET)
     classifier = build(num_classes=classes)
     try:
-        if ours:
+        if folder:
+            _check_settings(classifier, state["description"])
+            load_strictly(classifier, state["model"])
+        elif ours:
             load_strictly(classifier, _weights_of_run(state, path, init_cfg.get("ema", False)))
         elif state.keys() == classifier.state_dict().keys():
             load_strictly(classifier, state)
@@ -63,6 +70,29 @@ def load_classifier(backbone: nn.Module, build: Callable[..., nn.Module], init_c
         kw.set_temperature(backbone, 0)
     left_out = sorted(loaded.keys() - wanted.keys())
     print_log(f"{path}: loaded, except for what follows the last feature map: {', '.join(left_out)}", "current")
+
+
+def _of_folder(path: Path) -> dict[str, Any]:
+    """A model folder, by the keys of a run's checkpoint, and its description. Raises PretrainedError."""
+    try:
+        model, contents = kw.load(path), read(path)
+    except FolderError as error:
+        raise PretrainedError(str(error)) from None
+    return {"model": model.state_dict(), "classes": range(contents.num_classes), "description": contents.description}
+
+
+def _check_settings(classifier: nn.Module, folders: Mapping[str, Any]) -> None:
+    """Raises ValueError if the folder's model has other warehouses: shapes do not show every setting."""
+    own = describe(classifier)
+    for key in ("base", "warehouses"):
+        if own.get(key) != folders.get(key):
+            mine, theirs = (one.get("base") if key == "base" else _budgets(one) for one in (own, folders))
+            raise ValueError(f"the folder's model is {theirs}, and this backbone {mine}.")
+
+
+def _budgets(description: Mapping[str, Any]) -> str:
+    found = {(one["name"], tuple(one["settings"].items())) for one in description.get("warehouses", ())}
+    return "; ".join(f"{name} ({', '.join(f'{k}={v}' for k, v in one)})" for name, one in sorted(found)) or "static"
 
 
 def read_weights(path: Path) -> dict[str, Any]:

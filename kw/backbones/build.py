@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kw.baselines.conversion import convert as convert_to_baseline
-from kw.baselines.registry import choices
+from kw.baselines.registry import check_settings, choices
 from kw.config import KW, SETTINGS, STATIC, BudgetLike, KWConfig, parse_budget
 from kw.conversion import Scope, convert, convert_by_scope
 from kw.replace import drop_unused_warehouses
@@ -53,7 +53,8 @@ class Backbone:
             pretrained: load timm's static weights first; with `from_weights` they become the cells.
             from_weights: start from the static weights (`kw.convert`), pretrained ones or, for a test, random ones.
             features_only: return the feature maps, as timm does; `out_indices`, `output_fmt` and `norm` go with it.
-            kwargs: fields of `KWConfig` override the settings of every warehouse; the others are timm's.
+            kwargs: fields of `KWConfig` override the settings of every warehouse, or are settings of the method
+                (`attention_function`); the others are timm's.
 
         Raises:
             ValueError: n is not a budget, the kernels cannot be cut as the settings ask, there is no such method, or
@@ -71,8 +72,10 @@ class Backbone:
             raise ValueError(f"dynamic={dynamic!r} is not a known method; there are {', '.join(choices())}.")
         dynamic = STATIC if n == STATIC else dynamic
         settings = {key: kwargs.pop(key) for key in SETTINGS if key in kwargs}
-        if settings and dynamic != KW:
+        if settings and dynamic == STATIC:
             raise ValueError(f"{', '.join(settings)} applies to dynamic='kw' only, not to {dynamic!r}.")
+        if dynamic not in (KW, STATIC):
+            check_settings(dynamic, settings)
         if from_weights and dynamic not in (KW, STATIC):
             raise ValueError(f"from_weights=True applies to dynamic='kw' only, not to {dynamic!r}.")
         features = {key: kwargs.pop(key) for key in FEATURE_OPTIONS if features_only and key in kwargs}
@@ -80,11 +83,12 @@ class Backbone:
             model = self.vanilla(self.base, pretrained=pretrained, **kwargs)
         except TypeError as error:
             raise TypeError(f"{self.base}: {error}. Settings of its warehouses are {', '.join(SETTINGS)}.") from error
+        model.kw_args = {**kwargs}  # type: ignore[assignment]  # kw/description.py reads them
         if dynamic == KW:
             self._convert(model, parse_budget(n), settings, from_weights)
         elif dynamic != STATIC:
-            convert_to_baseline(model, dynamic, n)
-        return self._features_of(model, features) if features_only else model
+            convert_to_baseline(model, dynamic, n, **settings)
+        return self.features_of(model, features) if features_only else model
 
     def _convert(self, model: nn.Module, n: Fraction, settings: dict[str, Any], from_weights: bool) -> None:
         if self.scope is None:
@@ -94,7 +98,7 @@ class Backbone:
                 model, self.scope(n), lambda warehouse: self.config(n, warehouse).replace(**settings), from_weights
             )
 
-    def _features_of(self, model: nn.Module, options: dict[str, Any]) -> nn.Module:
+    def features_of(self, model: nn.Module, options: dict[str, Any]) -> nn.Module:
         """The model in timm's FeatureGetterNet. FeatureListNet, timm's default for most models, would take layers out
         of the model and leave the warehouses behind."""
         if not hasattr(model, "forward_intermediates"):

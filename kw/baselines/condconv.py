@@ -7,6 +7,8 @@ of the K kernels ("experts") is initialized separately, as a static one would be
 
 Differs from the paper: the scope. The paper makes the last blocks and the classifier conditional; here all methods have
 the same layers.
+
+With `attention_function="caf"`, alpha is KernelWarehouse's attention function of R pool(x), with its temperature.
 """
 
 from __future__ import annotations
@@ -16,27 +18,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kw.baselines.layer import KernelBank
+from kw.baselines.layer import CAF, AnchoredContrast, KernelBank
 from kw.baselines.registry import register
+
+SIGMOID = "sigmoid"
 
 
 class Routing(nn.Module):
-    """Pooled features `(B, C)` to the weights `(B, K)` of the experts, each in (0, 1)."""
+    """Pooled features `(B, C)` to the weights `(B, K)` of the experts, each in (0, 1) unless it is a contrast."""
 
-    def __init__(self, channels: int, kernels: int):
+    def __init__(self, channels: int, kernels: int, attention_function: str):
         super().__init__()
         self.fc = nn.Linear(channels, kernels)
         nn.init.xavier_normal_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
+        self.contrast = AnchoredContrast() if attention_function == CAF else None
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return torch.sigmoid(self.fc(pooled))
+        scores = self.fc(pooled)
+        return torch.sigmoid(scores) if self.contrast is None else self.contrast(scores)
 
 
-@register("condconv", budget=True)
+@register("condconv", budget=True, settings={"attention_function": (SIGMOID, CAF)})
 class CondConv2d(KernelBank):
     """`nn.Conv2d` with n experts mixed by a sigmoid routing; equations above."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, attention_function: str = SIGMOID, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.attention = Routing(self.in_channels, self.n)
+        self.attention = Routing(self.in_channels, self.n, attention_function)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
-from kw.baselines.registry import check_budget, find
+from kw.baselines.registry import check_budget, check_settings, find
 from kw.config import BudgetLike
 from kw.replace import chosen, convolution_arguments, like, refuse_converted, replace
 from kw.scope import classifiers, kind_of
@@ -15,7 +16,7 @@ from kw.temperature import share_temperature
 Choice = Callable[[str, nn.Module], bool] | Iterable[str]
 
 
-def convert(model: nn.Module, name: str, n: BudgetLike = 1, scope: Choice | None = None) -> nn.Module:
+def convert(model: nn.Module, name: str, n: BudgetLike = 1, scope: Choice | None = None, **settings: str) -> nn.Module:
     """Make convolutions of `model` dynamic with the method `name`, in place, and return it.
 
     Args:
@@ -23,25 +24,28 @@ def convert(model: nn.Module, name: str, n: BudgetLike = 1, scope: Choice | None
         name: of `BASELINES`, such as "odconv".
         n: the number of kernels in a layer, an integer; methods without a budget (`dcd`, `se`) ignore it.
         scope: which layers: names, or a function of `(layer name, layer)`. By default those of `default_scope`.
+        settings: of the method: `attention_function="caf"` gives DY-Conv and CondConv the attention function of
+            KernelWarehouse, with its temperature.
 
     Biases are kept. Kernels are not: they are initialized at random. What was set on a layer is kept, as in
     `kw.convert`, and an optimizer that was made before must be made again.
 
     Raises:
-        ValueError: there is no such method, n is not an integer, or the scope matches no layer, or names one that does
-            not exist or cannot be dynamic. The model is then unchanged.
+        ValueError: there is no such method or setting, n is not an integer, or the scope matches no layer, or names one
+            that does not exist or cannot be dynamic. The model is then unchanged.
     """
     refuse_converted(model)
     method, kernels = find(name), check_budget(name, n)
+    check_settings(name, settings)
     scope = default_scope(model) if scope is None else scope
     names = chosen(
         model, scope if callable(scope) else dict.fromkeys(scope, True), (nn.Conv2d,), f"among {name} layers"
     )
-    budget = {"n": kernels} if method.budget else {}
+    keywords: dict[str, Any] = {"n": kernels, **settings} if method.budget else settings
     layers: dict[nn.Module, nn.Module] = {}
     for layer_name in names:
         static = model.get_submodule(layer_name)
-        layers[static] = like(static, method.layer(*convolution_arguments(static), **budget), layer_name)
+        layers[static] = like(static, method.layer(*convolution_arguments(static), **keywords), layer_name)
     replace(model, layers)
     share_temperature(model)
     return model

@@ -7,6 +7,8 @@ Shapes: x `(B, C_in, H, W)`, pi `(B, K)`, W_k `(C_out, C_in / groups, kh, kw)`. 
 
 Differs from the paper: at n = 1 the only weight would be 1, so the layer is a static convolution and has no attention.
 The bias is static (the paper mixes it too; the convolutions of its networks have none).
+
+With `attention_function="caf"`, pi is KernelWarehouse's attention function of the same scores, in place of the softmax.
 """
 
 from __future__ import annotations
@@ -16,33 +18,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kw.baselines.layer import MIN_HIDDEN, AnnealedSoftmax, KernelBank, he_normal
+from kw.baselines.layer import CAF, MIN_HIDDEN, AnchoredContrast, AnnealedSoftmax, KernelBank, he_normal
 from kw.baselines.registry import register
 
 REDUCTION = 4
+SOFTMAX = "softmax"
 
 
 class KernelAttention(nn.Module):
     """Pooled features `(B, C)` to the weights `(B, K)` of the kernels."""
 
-    def __init__(self, channels: int, kernels: int):
+    def __init__(self, channels: int, kernels: int, attention_function: str):
         super().__init__()
         hidden = max(channels // REDUCTION, MIN_HIDDEN)
         self.fc1 = nn.Linear(channels, hidden, bias=False)
         self.fc2 = nn.Linear(hidden, kernels)
-        self.softmax = AnnealedSoftmax()
+        self.softmax = AnnealedSoftmax() if attention_function == SOFTMAX else None
+        self.contrast = AnchoredContrast() if attention_function == CAF else None
         he_normal(self)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        weights: Tensor = self.softmax(self.fc2(torch.relu(self.fc1(pooled))))
+        scores = self.fc2(torch.relu(self.fc1(pooled)))
+        weights: Tensor = (self.softmax or self.contrast)(scores)  # type: ignore[misc]
         return weights
 
 
-@register("dyconv", budget=True)
+@register("dyconv", budget=True, settings={"attention_function": (SOFTMAX, CAF)})
 class DYConv2d(KernelBank):
     """`nn.Conv2d` with n kernels mixed by an annealed softmax; equations above."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, attention_function: str = SOFTMAX, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.n > 1:
-            self.attention = KernelAttention(self.in_channels, self.n)
+            self.attention = KernelAttention(self.in_channels, self.n, attention_function)

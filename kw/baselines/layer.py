@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kw import functional
+from kw.attention import size
 from kw.compute import Geometry, batched, grouped
 from kw.compute.tracing import is_recorded, is_transformed, leaf
 from kw.layers import DynamicLayer, paddings
 from kw.temperature import Tempered
 
 MIN_HIDDEN = 16  # hidden width of an attention, as in ODConv and KernelWarehouse: a few units could all be dead
+CAF = "caf"  # value of `attention_function` for that of KernelWarehouse, in methods that have another
 HOTTEST = 30.0  # temperature of a softmax when training begins (DY-Conv, section 3.3)
 
 
@@ -144,6 +146,24 @@ class AnnealedSoftmax(Tempered):
         if self.shared.is_zero:
             return scores.softmax(dim=1)
         return torch.softmax(scores / (1 + (HOTTEST - 1) * self.temperature.to(scores.device)), dim=1)
+
+
+class AnchoredContrast(Tempered):
+    """Scores `(B, K)` to weights by KernelWarehouse's attention function (`attention_function="caf"`):
+
+        alpha = tau * beta + (1 - tau) * z / (sum_k |z_k| + 1e-3)
+
+    beta is 1 for the first kernel: a layer has one mixture here, which has one anchor. Unlike in KernelWarehouse, there
+    is no zero cell.
+    """
+
+    def forward(self, scores: Tensor) -> Tensor:
+        weights = scores / size(scores[:, None])[:, 0]
+        if self.shared.is_zero:
+            return weights
+        tau = self.temperature.to(weights)
+        anchor = F.pad(tau.new_ones(1), (0, scores.shape[1] - 1))
+        return tau * anchor + (1 - tau) * weights
 
 
 def pool(x: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ class MyConv2d(KernelBank): ...
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from kw.config import KW, STATIC, BudgetLike, parse_budget
@@ -16,22 +17,27 @@ from kw.config import KW, STATIC, BudgetLike, parse_budget
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method. Its layer accepts the arguments of `nn.Conv2d` and, if it has a `budget`, the keyword `n`."""
+    """A method. Its layer accepts the arguments of `nn.Conv2d`, if it has a `budget` the keyword `n`, and its
+    `settings`: keywords with the values that they may have, the usual one first."""
 
     name: str
     layer: type[Any]
     budget: bool
+    settings: Mapping[str, tuple[str, ...]]
 
 
 BASELINES: dict[str, Baseline] = {}
 
 
-def register(name: str, *, budget: bool) -> Callable[[type[Any]], type[Any]]:
+def register(
+    name: str, *, budget: bool, settings: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+) -> Callable[[type[Any]], type[Any]]:
     """Register a `kw.baselines.DynamicConv2d` as the method `name`.
 
     Args:
         name: lower case letters only, because names of run folders and reports contain it, followed by n.
         budget: whether layers have a number of kernels n to choose.
+        settings: further keywords of the layer, with the values that they may have.
 
     Raises:
         ValueError: the name is taken, or not of lower case letters.
@@ -42,7 +48,7 @@ def register(name: str, *, budget: bool) -> Callable[[type[Any]], type[Any]]:
         )
 
     def add(layer: type[Any]) -> type[Any]:
-        BASELINES[name] = Baseline(name, layer, budget)
+        BASELINES[name] = Baseline(name, layer, budget, settings)
         return layer
 
     return add
@@ -74,3 +80,13 @@ def check_budget(name: str, n: BudgetLike) -> int:
             f"n={n!r} is not a number of kernels for dynamic={name!r}: it must be an integer, such as 1 or 4."
         )
     return int(budget)
+
+
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError: the method has no such setting, or not with this value."""
+    known = find(name).settings
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"{key} applies to dynamic={KW!r} only, not to {name!r}.")
+        if value not in known[key]:
+            raise ValueError(f"{key}={value!r} is not for dynamic={name!r}: it can be {', '.join(known[key])}.")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kw.compute.geometry import Geometry, Grid, empty_like
 from kw.compute.mixing import Block, is_shared
+from kw.compute.narrow import NARROW
 from kw.compute.strips import Strips, empty
 
 # Entries of mixtures in a block. On a CPU, 16 MB (fits the cache) if rows of cells are cut, and 28 MB if the batch is
@@ -30,8 +31,10 @@ ROWS = 48  # least rows of a block's kernels: products of fewer rows are slow
 
 
 def forward(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
-    """The output `(B, C_out, *out)`, computed in the precision of `x`."""
-    weights, basis = weights.to(x.dtype), basis.to(x.dtype)
+    """The output `(B, C_out, *out)`, computed in the precision of `x`. The basis may be narrow (narrow.py)."""
+    weights = weights.to(x.dtype)
+    if basis.dtype not in NARROW:
+        basis = basis.to(x.dtype)
     rows_of_cell = basis.shape[-2]
     out = geometry.empty_out(x, rows_of_cell)
     by_cell = torch.unflatten(out, 1, (geometry.grid[1], -1))  # (B, R, o, *out)

@@ -17,10 +17,15 @@ def assemble(weights: Tensor, basis: Tensor, grid: Grid) -> Tensor:
 
     Mixture `(p, a, b)` of `grid = (P, C_out / o, C_in / i)` is the cell at position p, row `a * o`, column `b * i`.
     """
-    o, i = basis.shape[-2:]
+    return assemble_mixtures(mix(weights.to(basis.dtype), basis), grid)
+
+
+def assemble_mixtures(mixtures: Tensor, grid: Grid) -> Tensor:
+    """Each sample's kernel, `(B, C_out, C_in / groups, P)`, from its mixtures `(B, m, o, i)`."""
+    o, i = mixtures.shape[-2:]
     positions, rows, columns = grid
-    kernel = mix(weights.to(basis.dtype), basis).view(-1, positions, rows, columns, o, i).permute(0, 2, 4, 3, 5, 1)
-    return kernel.reshape(weights.shape[0], rows * o, columns * i, positions)
+    kernel = mixtures.view(-1, positions, rows, columns, o, i).permute(0, 2, 4, 3, 5, 1)
+    return kernel.reshape(mixtures.shape[0], rows * o, columns * i, positions)
 
 
 def forward(x: Tensor, weights: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:

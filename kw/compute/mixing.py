@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kw.compute.geometry import Grid
+from kw.compute.narrow import NARROW, narrow_product
 from kw.compute.product import product
 
 PIECE = 1 << 20  # entries of the cells' gradient to add at a time, to stay in a CPU's cache
@@ -96,7 +97,8 @@ class Block:
         P, R, C = self.grid
         piece = self._piece(rows)
         if is_shared(self.basis):
-            mixtures = product(self.weights, piece)
+            multiply = narrow_product if piece.dtype in NARROW else product
+            mixtures = multiply(self.weights, piece)
         else:
             mixtures = torch.bmm(self.weights, piece).view(P, C, R, self.samples, -1).transpose(2, 3)
         return mixtures.reshape(P, C, self.samples, -1, self.basis.shape[-1])

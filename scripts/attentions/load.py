@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
-import kw
-from kw.layers import KWLayer
-from scripts.options import imagenet_defaults
-from train.checkpoint import State, newest
-from train.config import TrainConfig, compose, load_saved, validate
+from scripts.checkpoints import open_checkpoint
+from scripts.pictures import SUFFIXES, pictures_in, read_picture
+from train.config import TrainConfig
 from train.data.formats import open_split
 from train.data.transforms import eval_transform
-from train.jobs.checkpoint import FORMAT, read
-from train.jobs.errors import CheckpointError, ConfigError, check
-from train.model import build_model
+from train.jobs.errors import ConfigError, check
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 BATCH = 32
 
 
@@ -45,54 +40,16 @@ class Options:
 
 
 def load_model(options: Options, overrides: list[str]) -> tuple[nn.Module, TrainConfig, str]:
-    """The model in evaluation mode, its configuration, and the checkpoint's name.
-
-    Our own checkpoint contains its configuration, in which `data.*` can be overridden. For a released one, the
-    overrides are those of `python -m train`.
+    """The model in evaluation mode, its configuration, and the checkpoint's name (`scripts.checkpoints`).
 
     Raises:
         CheckpointError: it cannot be read or does not fit.
         ConfigError: settings are missing or too many, or the model has no dynamic layer.
     """
-    path = Path(options.checkpoint).expanduser()
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    path, state = newest(folder)[:2] if folder.is_dir() else (path, read(path))
-    ours = state.get("format") == FORMAT
-    config = _saved_config(path, state, overrides) if ours else _composed(path, overrides)
-    weights = _weights(path, state, options.ema) if ours else state
-    model = build_model(config, len(state["classes"]) if ours else config.data.num_classes or 1000)
-    if not any(isinstance(module, KWLayer) for module in model.modules()):
-        raise ConfigError(
-            f"{path} is of {config.backbone.label} at n={config.n}, dynamic={config.dynamic}: "
-            f"it has no attentions to a warehouse's cells."
-        )
-    try:
-        model.load_state_dict(weights) if ours else kw.load_released(model, weights)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit {config.backbone.label} at n={config.n}: {error}") from None
+    opened = open_checkpoint(options.checkpoint, overrides, options.ema, attentive=True)
+    model, config = opened.model, opened.config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval().to(device), config, f"{config.name}, {path.name}"
-
-
-def _saved_config(path: Path, state: State, overrides: list[str]) -> TrainConfig:
-    for word in overrides:
-        if not word.startswith("data."):
-            raise ConfigError(f"{path} contains its own settings: leave {word} out; only data.* can be overridden.")
-    saved = OmegaConf.create(asdict(load_saved(state["config"])))
-    return validate(OmegaConf.create(OmegaConf.merge(saved, OmegaConf.from_dotlist(overrides))))  # type: ignore[arg-type]
-
-
-def _composed(path: Path, overrides: list[str]) -> TrainConfig:
-    if not overrides:
-        raise ConfigError(f"{path} is not a checkpoint of `python -m train`: add backbone=resnet18 n=1/4 or the like.")
-    return compose([*imagenet_defaults(overrides), *overrides])
-
-
-def _weights(path: Path, state: State, ema: bool) -> State:
-    if ema and not state["ema"]:
-        raise ConfigError(f"ema=true, but {path} has no average of the weights.")
-    weights: State = state["ema" if ema else "model"]
-    return weights
+    return model.to(device), config, f"{config.name}, {opened.path.name}"
 
 
 Loads = list[tuple[Callable[[], Image.Image], int]]  # how to load an image, and the number of its class
@@ -122,25 +79,13 @@ def _from_folder(options: Options) -> tuple[list[str], Loads]:
     root = Path(options.images).expanduser()
     if not root.is_dir():
         raise ConfigError(f"images={options.images}: there is no such folder.")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and _files(path)) or [root]
-    loads: Loads = [(_loading(path), k) for k, folder in enumerate(folders) for path in _files(folder)]
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and pictures_in(path)) or [root]
+    loads: Loads = [
+        (partial(read_picture, path), k) for k, folder in enumerate(folders) for path in pictures_in(folder)
+    ]
     if not loads:
         raise ConfigError(f"images={options.images}: no images there ({', '.join(sorted(SUFFIXES))}).")
     return [folder.name for folder in folders], loads
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-
-
-def _loading(path: Path) -> Callable[[], Image.Image]:
-    def load() -> Image.Image:
-        try:
-            return Image.open(path).convert("RGB")
-        except Exception as error:  # decoders raise nearly anything on broken files
-            raise ConfigError(f"{path} cannot be read as an image: {error}") from None
-
-    return load
 
 
 def _from_data_set(config: TrainConfig) -> tuple[list[str], Loads]:

@@ -3,10 +3,11 @@
     python -m scripts.bench                                   the cases of `make bench`, float32, on the CPU
     python -m scripts.bench resnet18:1 resnet50:4@8 --what train eval --repeats 5
     python -m scripts.bench resnet18:4 resnet18:odconv4 resnet18:se    other dynamic convolutions
+    python -m scripts.bench resnet18:1@8 --what eval one --choices auto frozen onnx onnx+static
     python -m scripts.bench --device cuda --dtype bfloat16 --choices grouped auto triton triton+folded frozen
     python -m scripts.bench --device cuda --dtype bfloat16 --what eval one --cuda-graph --choices auto frozen
 
-A case is BACKBONE:N or BACKBONE:N@BATCH; in place of N also another method with its n (`dcd` and `se` have one
+A case is BACKBONE:N or BACKBONE:N@BATCH; in place of N also another method (`dcd`, `se` and `fdconv` have one
 implementation: a difference between their columns is noise). `small` is for small images: ResNet18 with one block a
 stage and a 3x3 stem of stride 2 without max pooling, so that its last stage has 2x2 positions; it always takes images
 of 32 pixels.
@@ -17,8 +18,9 @@ of 32 pixels.
     memory   how far two training steps raise the peak over what model and images hold already: resident memory of the
              process on a CPU, allocated memory on a GPU
 
-A choice is an argument of `kw.functional.use`: how kernels are applied and, after "+", how they are made. "frozen" is a
-frozen copy of the model (`kw.freeze`), for `eval` and `one`.
+A choice is an argument of `kw.functional.use`: how kernels are applied and, after "+", how they are made. For `eval`
+and `one` there are also "frozen", a frozen copy of the model (`kw.freeze`), with narrow cells as "frozen+bfloat16" and
+"frozen+int8"; and in onnxruntime "onnx", "onnx+frozen" and, to compare with, "onnx+static".
 
 Each case has a process, in which the static backbone and the choices take turns in changing order, so that other load
 on the machine affects all of them alike. On a CPU, memory takes a process for each of them. Figures are medians, with
@@ -38,7 +40,8 @@ from rich.console import Console
 
 import kw
 from scripts.arguments import argument_parser
-from scripts.bench.cases import BATCH, BATCHES, FROZEN, GPU_BATCH, Case, Settings, add_options, parse_case
+from scripts.bench.cases import BATCH, BATCHES, GPU_BATCH, Case, Settings, add_options, parse_case
+from scripts.bench.evaluated import EVALUATED, ONNX
 from scripts.bench.machine import machine
 from scripts.bench.measure import FEWEST, measure
 from scripts.bench.table import MEASURED, Row, draw, markdown, show, write_csv
@@ -66,12 +69,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse_choice(text: str) -> str:
-    if text != FROZEN:
+    if text not in EVALUATED:
         try:
             with kw.functional.use(*text.split("+")):
                 pass
         except (ValueError, TypeError) as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: {error} Such as triton, triton+folded, {FROZEN}.") from error
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: {error} Such as triton, triton+folded, frozen, onnx."
+            ) from error
     return text
 
 
@@ -86,7 +91,7 @@ def parse(arguments: list[str] | None) -> tuple[list[Case], Settings, Path]:
     add("--repeats", type=int, default=20, help="rounds at most, after those to warm up (default: 20)")
     add("--seconds", type=float, default=60, help=f"after which no round is begun, from {FEWEST} on (default: 60)")
     add("--choices", nargs="+", type=parse_choice, default=["grouped", "auto"], metavar="CHOICE",
-        help=f"besides the static one: {', '.join(kw.functional.CHOICES)}, with +folded; {FROZEN}")  # fmt: skip
+        help=f"besides static: {', '.join(kw.functional.CHOICES)}, with +folded; {', '.join(EVALUATED)}")  # fmt: skip
     add("--what", nargs="+", choices=list(MEASURED), default=list(MEASURED))
     add("--cuda-graph", action="store_true", help="run `eval` and `one` as a CUDA graph")
     add("--compile", action="store_true", help="with torch.compile, which takes a minute or more for each model")
@@ -111,8 +116,10 @@ def _check(options: dict[str, Any], parser: argparse.ArgumentParser) -> None:
         parser.error("--cuda-graph: needs --device cuda.")
     if options["device"] == "cpu" and options["in_process"] and "memory" in options["what"]:
         parser.error("--in-process: memory on a CPU takes a process for each choice; leave one of both out.")
-    if options["choices"] == (FROZEN,) and not {"eval", "one"} & set(options["what"]):
-        parser.error(f"--choices {FROZEN}: a frozen model does not train; measure eval or one.")
+    if set(options["choices"]) <= set(EVALUATED) and not {"eval", "one"} & set(options["what"]):
+        parser.error(f"--choices {' '.join(options['choices'])}: such models do not train; measure eval or one.")
+    if set(options["choices"]) & set(ONNX) and options["device"] != "cpu":
+        parser.error("--choices onnx: onnxruntime is measured on the CPU.")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ import kw
 from kw.backbones import BACKBONES
 from kw.baselines import BASELINES, check_budget
 from kw.config import STATIC, parse_budget
+from scripts.bench.evaluated import EVALUATED
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL, SMALL_SIZE = "small", 32
 BATCH, BATCHES, GPU_BATCH = 16, {"resnet50": 8, "convnext_tiny": 8, SMALL: 64}, 128
-FROZEN = "frozen"
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Settings:
         return SMALL_SIZE if case.backbone == SMALL else self.size
 
     def names(self, what: str) -> tuple[str, ...]:
-        """The models that are measured: a frozen one only in evaluation."""
+        """The models that are measured: frozen ones and exported ones only in evaluation."""
         evaluates = what in ("eval", "one")
-        return (STATIC, *(name for name in self.choices if name != FROZEN or evaluates))
+        return (STATIC, *(name for name in self.choices if name not in EVALUATED or evaluates))
 
 
 def parse_case(text: str) -> Case:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,7 +15,8 @@ from torch.nn import functional as F
 import kw
 from kw.config import STATIC
 from scripts.bench import cases, timing
-from scripts.bench.cases import DTYPES, FROZEN, Case, Settings
+from scripts.bench.cases import DTYPES, Case, Settings
+from scripts.bench.evaluated import EVALUATED, evaluated
 from scripts.bench.memory import free, peak_of
 from scripts.bench.table import Row
 from scripts.bench.timing import WARM_UP, Sample, in_turns
@@ -103,9 +103,9 @@ def models_of(case: Case, settings: Settings, names: tuple[str, ...]) -> dict[st
     models = {STATIC: cases.create(case, STATIC, settings)}
     dynamic = cases.create(case, case.n, settings)
     for name in names:
-        if name == FROZEN:
-            models[name] = copy.deepcopy(dynamic).eval()
-            kw.freeze(models[name])
+        if name in EVALUATED:
+            example = cases.images_of(case, 2, settings)
+            models[name] = evaluated(name, dynamic, models[STATIC], example, settings.threads)
         elif name != STATIC:
             models[name] = dynamic
     return models
@@ -118,8 +118,8 @@ def prepare(model: nn.Module, name: str, what: str, case: Case, settings: Settin
     dtype = DTYPES[settings.dtype]
     model.train(what in ("train", "memory"))
     called = torch.compile(model) if settings.compile else model
-    # Neither a static model nor a frozen one has implementations to choose from.
-    choice = ["auto"] if name in (STATIC, FROZEN) else name.split("+")
+    # Neither a static model nor one that is only evaluated has implementations to choose from.
+    choice = ["auto"] if name in (STATIC, *EVALUATED) else name.split("+")
 
     def forward() -> Tensor:
         # A captured graph has to cast weights in each pass: it cannot use the cache of the one before.

@@ -12,16 +12,25 @@ import torch
 
 def peak_of(call: Callable[[], object], device: str) -> int:
     """In bytes. On a CPU, in a process that has done nothing else."""
-    cuda = device == "cuda"
-    if cuda:
+    if device == "cuda":
         free()
+    reset_peak(device)  # building the model may have had its own
+    before = torch.cuda.memory_allocated() if device == "cuda" else resident("VmRSS")
+    call()
+    call()
+    return peak(device) - before
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak: building the model may have had its own
-    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-    call()
-    call()
-    return (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> int:
+    """The highest since `reset_peak`, in bytes."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
 
 
 def free() -> None:

@@ -1,15 +1,17 @@
-"""How fast this machine trains the paper's ImageNet rows: the report's hours of rows that were not run come from it.
+"""How fast this machine trains the ImageNet rows, and in how much memory: the report's costs of rows that were not run
+come from it.
 
     python -m scripts.bench.step_time rows=all                        every row, on the GPU if there is one
     python -m scripts.bench.step_time rows=resnet18_kw1d4x,resnet50 runtime.precision=bfloat16 runtime.micro_batch=128
 
-rows       names of rows, or all
+rows       names of rows; all: those on ImageNet; coco: detectors, which need `make setup-detection`
 repeats    micro-batches that are timed, after two to warm up
 out        the file that the lines are appended to; the report reads it, and takes the last line of a row
 
-All other keys are those of `python -m train`. Model, optimizer, loss and mixup are the row's own; images are random
-numbers in memory, so loading is not counted. A batch consists of micro-batches, of which a few are timed, and of one
-step of the optimizer.
+Other keys are those of `python -m train`; detectors take runtime.device alone. Model, optimizer, loss and mixup are the
+row's own; images are random numbers in memory, so loading is not counted. A batch consists of micro-batches, of which a
+few are timed, and of one step of the optimizer. Memory is the peak of what tensors take on a GPU, and of the process on
+a CPU.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from typing import Any
 
 import torch
 
+from scripts.bench.machine import machine_name
+from scripts.bench.memory import free, peak, reset_peak
 from scripts.bench.timing import in_turns, medians
 from scripts.options import one_line_errors, parse
-from scripts.report.published import CLASSIFICATION, published
+from scripts.report.published import CLASSIFICATION, DETECTION, Published, published
 from scripts.report.steps import STEPS
 from train.config import TrainConfig, compose
 from train.evaluate import cast
@@ -47,26 +51,34 @@ class Options:
 
 def rows_of(names: str) -> list[str]:
     """Raises ConfigError naming the unknown ones."""
-    known = [row.id for row in published() if row.task == CLASSIFICATION]
-    chosen = known if names == "all" else [name for name in names.split(",") if name]
+    groups = {"all": CLASSIFICATION, "coco": DETECTION}
+    rows = {row.id: row.task for row in published() if row.has_code}
+    known = list(rows)
+    task = groups.get(names)
+    chosen = [name for name in known if rows[name] == task] if task else [name for name in names.split(",") if name]
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         problem = f"there is no {', '.join(unknown)}" if unknown else "must name rows"
-        raise ConfigError(f"rows={names}: {problem}. Rows are all, {', '.join(known)}")
+        raise ConfigError(f"rows={names}: {problem}. Rows are all, coco, {', '.join(known)}")
     return chosen
 
 
 def composed(row: str, overrides: list[str]) -> TrainConfig:
-    (own,) = [known.overrides for known in published() if known.id == row]
+    own = next(known.overrides for known in published() if known.id == row)
     return compose([*own, "data.root=unused", *overrides])
 
 
 def measure(row: str, overrides: list[str], repeats: int) -> dict[str, Any]:
-    """Images per second of training, as a line of the report's file."""
+    """Images per second of training and memory, as a line of the report's file."""
+    known = next(one for one in published() if one.id == row)
+    if known.task == DETECTION:
+        return measure_detector(known, overrides, repeats)
     config = composed(row, overrides)
     device = connect(config.runtime).device
     micro = config.runtime.micro_batch or MICRO_BATCH[device.type]
     size = config.data.image_size
+    free()
+    reset_peak(device.type)
     model = build_model(config, CLASSES).to(device).train()
     optimizer, mixup = build_optimizer(model, config.recipe), build_mixup(config.recipe, CLASSES)
     loss = build_loss(config.recipe, mixup)
@@ -81,10 +93,33 @@ def measure(row: str, overrides: list[str], repeats: int) -> dict[str, Any]:
     calls = {"micro-batch": backward, "optimizer": optimizer.step}
     part, step = medians(in_turns(calls, repeats, warm_up=2))
     batch = config.recipe.batch_size
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     speed = batch / (batch / micro * part + step)
-    return {"row": row, "device": name, "images_per_second": round(speed, 3), "micro_batch": micro,
-            "precision": config.runtime.precision, "repeats": repeats, **provenance()}  # fmt: skip
+    return {
+        "row": row,
+        "device": device_name(device),
+        "images_per_second": round(speed, 3),
+        "memory_gb": round(peak(device.type) / 1e9, 3),
+        "micro_batch": micro,
+        "precision": config.runtime.precision,
+        "repeats": repeats,
+        **provenance(),
+    }
+
+
+def measure_detector(row: Published, overrides: list[str], repeats: int) -> dict[str, Any]:
+    device = connect(compose([word for word in overrides if word.startswith("runtime.device=")]).runtime).device
+    try:
+        from scripts.bench import detector_step
+    except ImportError as error:
+        raise ConfigError(f"rows={row.id}: a detector needs MMDetection, make setup-detection ({error})") from None
+    measured = detector_step.measure(row.name, device.type, repeats)
+    return {"row": row.id, "device": device_name(device), **measured, **provenance()}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return machine_name("cuda")
+    return f"cpu, {machine_name('cpu')}, {torch.get_num_threads()} threads"
 
 
 def main(words: list[str]) -> None:
@@ -96,8 +131,8 @@ def main(words: list[str]) -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            speed = f"{line['images_per_second']:,.1f} images/s ({line['device']}, {line['precision']})"
-            print(f"{row}: {speed}", flush=True)
+            speed = f"{line['images_per_second']:,.1f} images/s, {line['memory_gb']:.1f} GB"
+            print(f"{row}: {speed} ({line['device']}, {line['precision']})", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Folders or a tar archive of images to WebDataset shards: python -m scripts.data.shards PATH FOLDER
 
 Samples are shuffled once, so that every shard has images of many classes; the images' bytes stay as they are. The same
-files and settings give the same shards, byte for byte.
+files and settings give the same shards, byte for byte. SPLIT.index.npz says what is in them: to read them from object
+storage, upload all of FOLDER (docs/data.md).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from train.config import DataConfig
 from train.data.formats import open_split
 from train.data.images import Files
 from train.data.order import order_generator
+from train.data.remote_shards import make_index, write_index
 from train.data.shards import SIZES, list_shards, read_sizes
 from train.jobs.errors import ConfigError, DataError
 from train.jobs.folder import temporary_for, write_atomically
@@ -28,7 +30,9 @@ from train.jobs.folder import temporary_for, write_atomically
 def main() -> None:
     parser = argument_parser("data.shards", __doc__)
     parser.add_argument("source", help="a folder with SPLIT/<class>/*, or an uncompressed tar archive of such")
-    parser.add_argument("out", type=Path, help="folder for SPLIT-000000.tar ..., classes.txt, shards.json")
+    parser.add_argument(
+        "out", type=Path, help="folder for SPLIT-000000.tar ..., SPLIT.index.npz, classes.txt, shards.json"
+    )
     parser.add_argument("--splits", nargs="+", default=["train", "val"], metavar="SPLIT", help="default: train val")
     parser.add_argument("--samples", type=int, default=2000, help="in a shard (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the samples (default: 0)")
@@ -68,6 +72,7 @@ def make_shards(source: str, out: Path, splits: list[str], samples: int = 2000, 
         order = torch.randperm(len(images), generator=order_generator(seed, 0)).tolist()
         for shard, begin in enumerate(range(0, len(order), samples)):
             write_shard(out / f"{split}-{shard:06d}.tar", images, order[begin : begin + samples], begin)
+        write_index(out, split, make_index(list_shards(out, split)), first.classes)
         print(f"{split}: {len(order)} samples in {shard + 1} shards")
 
 

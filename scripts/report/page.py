@@ -11,7 +11,7 @@ from kw.config import KW, STATIC, parse_budget
 from scripts.page import COLORS, figure_html, menu, notes, page, plain, section, table
 from scripts.report import tables
 from scripts.report.published import CLASSIFICATION, LABELS
-from scripts.report.rows import NOT_RUN, UNFINISHED, Row, Section
+from scripts.report.rows import NO_CODE, NOT_RUN, UNFINISHED, Row, Section
 
 AXES = {
     "backbone_params": "parameters of the backbone alone",
@@ -31,7 +31,7 @@ def report_page(made: list[Section], remarks: list[str]) -> str:
     known = {row.published.id for row in rows if row.published}
     run = {row.published.id for row in rows if row.published and row.runs}
     count = sum(row.seeds for row in rows)
-    subtitle = f"{count} run{'s' if count != 1 else ''}; {len(run)} of the paper's {len(known)} rows run"
+    subtitle = f"{count} run{'s' if count != 1 else ''}; {len(run)} of {len(known)} published rows run"
     parts = sorted((part for section in made for part in _split(section)), key=lambda part: part.empty)
     body = "".join(_section(part, sizes) for part in parts)
     body += section("Skipped or unfinished", notes(remarks)) if remarks else ""
@@ -48,13 +48,13 @@ def _split(part: Section) -> list[Section]:
         return [part]
     names = sorted({row.data for row in part.rows})
     return [
-        Section(part.title if name == "-" else name, part.task, [r for r in part.rows if r.data == name], False)
+        Section(part.title if name == "-" else name, part.task, [r for r in part.rows if r.data == name], None)
         for name in names
     ]
 
 
 def _section(part: Section, sizes: Sizes) -> str:
-    classes = ["missing" if row.state == NOT_RUN else "" for row in part.rows]
+    classes = ["missing" if row.state in (NOT_RUN, NO_CODE) else "" for row in part.rows]
     rows = [tables.cells(row, part) for row in part.rows]
     text = table(tables.head(part), rows, tables.left(part), classes)
     figures = (("Accuracy against cost", cost_figure(part, sizes)), ("Learning curves", curves_figure(part)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ from kw.config import KW, STATIC, format_budget
 
 FILE = Path(__file__).with_name("published.yaml")
 COSTS = FILE.with_name("costs.yaml")
+EXPERIMENTS = Path(__file__).parents[2] / "configs" / "experiment"
 CLASSIFICATION, DETECTION = "imagenet", "coco"
 SCORES = {CLASSIFICATION: ("top1", "top5"), DETECTION: ("box_ap", "mask_ap")}
 LABELS = {"top1": "top-1", "top5": "top-5", "box_ap": "box AP", "mask_ap": "mask AP"}
 TRAINING_IMAGES = {CLASSIFICATION: 1_281_167, DETECTION: 117_266}  # COCO's images without objects are not trained on
 DETECTION_EPOCHS = 12
 IMAGENET, COCO = "ImageNet", "COCO, Mask R-CNN, 12 epochs"
-# Rows of other methods are those of ODConv's release, which has a recipe for each backbone.
-RIVALS, RIVALS_TITLE = "dynamic_convolution_baselines", "ImageNet, other dynamic convolutions (100 or 150 epochs)"
-RIVALS_RECIPES = {"resnet18": ("sgd_100e", 100), "mobilenetv2_100": ("sgd_150e", 150)}
-
+RELEASE = "the KernelWarehouse release"
+HANDS = {1: "first hand", 2: "second hand"}
 AUGMENT = ("color_jitter", "auto_augment", "interpolation", "random_erasing", "erasing_mode", "eval_resize",
            "eval_interpolation")  # fmt: skip
 # Keys of published.yaml that have other names here.
@@ -42,6 +40,17 @@ WORDS = {
 }
 
 
+@dataclass(frozen=True)
+class Table:
+    """One table: its title, where its figures stand, whether their authors say so themselves (hand 1) or others quote
+    them (hand 2), and remarks."""
+
+    title: str
+    source: str = RELEASE
+    hand: int = 1
+    remarks: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Published:
     """One row. `scores` are percentages, None where nothing was published; `params` and `macs` were counted, None for
@@ -49,10 +58,10 @@ class Published:
 
     id: str
     task: str
-    table: str  # its title
+    table: Table
     backbone: str  # timm's name
     label: str  # the name in run folders
-    dynamic: str  # the method: kw, static, or one of kw.baselines
+    dynamic: str  # the method: kw, static, one of kw.baselines, or one that this project does not have
     n: str
     params: int | None
     macs: int | None
@@ -60,11 +69,14 @@ class Published:
     settings: dict[str, Any]  # {"recipe.lr": 0.004}; empty where none were released
     epochs: int
     gain: float | None = None  # top-1 over the static row, where nothing else was published
+    hand: int = 1
+    has_code: bool = True
+    stated: float | None = None  # parameters as published, in millions
 
     @property
     def name(self) -> str:
         """The run folder's name."""
-        if self.task == CLASSIFICATION:
+        if self.task == CLASSIFICATION or self.id.endswith("_coco"):
             return self.id
         budget = "" if self.n == STATIC else f"kw{format_budget(self.n)}_"
         return f"mask_rcnn_{budget}{self.backbone}_1x_coco"
@@ -72,40 +84,66 @@ class Published:
     @property
     def overrides(self) -> list[str]:
         """The overrides with which `python -m train` runs it, besides data.root."""
-        if self.dynamic in (KW, STATIC):
-            return [f"experiment={self.id}"]
-        recipe, _ = RIVALS_RECIPES[self.backbone]
-        return [f"backbone={self.label}", f"dynamic={self.dynamic}", f"n={self.n}", f"recipe={recipe}", "data=imagenet"]
+        folder = "" if (EXPERIMENTS / f"{self.id}.yaml").exists() else "rivals/"
+        return [f"experiment={folder}{self.id}"]
 
 
 def published() -> list[Published]:
-    """All rows, in the order of the paper's tables."""
+    """All rows, in the order of the tables: the paper's, then those of `groups`."""
     content = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     costs = yaml.safe_load(COSTS.read_text(encoding="utf-8"))
     labels = {row["backbone"]: row["id"] for row in content[CLASSIFICATION] if row["n"] is None}
+    tables = {CLASSIFICATION: Table(IMAGENET), DETECTION: Table(COCO, remarks=_coco_remarks(content))}
     made = []
-    for task in SCORES:
+    for task, table in tables.items():
         for row in content[task]:
             recipe = content["recipes"].get(row.get("recipe"), {})
             settings = as_settings({**recipe, **(row.get("settings") or {})} if recipe else {})
             epochs = settings.get("recipe.epochs", 300) if task == CLASSIFICATION else DETECTION_EPOCHS
             scores = {key: row.get(key) for key in SCORES[task]}
-            title = IMAGENET if task == CLASSIFICATION else COCO
             method = (KW, row["n"]) if row["n"] else (STATIC, STATIC)
-            of = (task, title, row["backbone"], labels[row["backbone"]], *method)
+            of = (task, table, row["backbone"], labels[row["backbone"]], *method)
             counted = [costs.get(row["id"], {}).get(key) for key in ("params", "macs")]
             made.append(Published(row["id"], *of, *counted, scores, settings, epochs, row.get("top1_gain")))
-    return made + [_rival(row, costs[row["id"]]) for row in content[RIVALS] if row["id"] not in labels.values()]
+    for group in content["groups"]:
+        table = Table(group["title"], group["source"], group["hand"], _speeds(group.get("speed")))
+        made += [_of_group(row, group, table, content["recipes"], costs) for row in group["rows"]]
+    return made
 
 
-def _rival(row: dict[str, Any], cost: dict[str, int]) -> Published:
-    """A row of another method: its id contains the method and the budget, as in `resnet18_odconv4x`."""
-    backbone, _, method = row["id"].rpartition("_")
-    dynamic, n = method.rstrip("0123456789x"), re.sub(r"\D", "", method)
-    scores = {key: row[key] for key in SCORES[CLASSIFICATION]}
-    _, epochs = RIVALS_RECIPES[backbone]
-    of = (CLASSIFICATION, RIVALS_TITLE, backbone, backbone, dynamic, n)
-    return Published(row["id"], *of, cost["params"], cost["macs"], scores, {"recipe.epochs": epochs}, epochs)
+def _of_group(row: dict[str, Any], group: dict[str, Any], table: Table, recipes: Any, costs: Any) -> Published:
+    task, dynamic = group["task"], row["dynamic"]
+    recipe = recipes[row.get("recipe", group["recipe"])] if task == CLASSIFICATION else {}
+    settings = as_settings({key: recipe[key] for key in ("epochs", "global_batch", "optimizer") if key in recipe})
+    n = STATIC if dynamic == STATIC else str(row.get("n", 1))
+    label = row["id"].partition(f"_{dynamic}")[0]
+    cost, has_code = costs.get(row["id"].replace("_100e", ""), {}), row.get("code") != "none"
+    params = cost.get("params") if has_code else round(1e6 * row["params_m"])
+    return Published(
+        row["id"], task, table, row["backbone"], label, dynamic, n, params, cost.get("macs"),
+        {key: row.get(key) for key in SCORES[task]}, settings, settings.get("recipe.epochs", DETECTION_EPOCHS),
+        hand=row.get("hand", group["hand"]), has_code=has_code, stated=row.get("params_m"),
+    )  # fmt: skip
+
+
+def _coco_remarks(content: dict[str, Any]) -> tuple[str, ...]:
+    """What the table has no columns for."""
+    columns = content["coco_columns"]
+    made = []
+    for row in columns["rows"]:
+        parts = (
+            f"{kind} {', '.join(f'{key} {value}' for key, value in row[kind].items())}" for kind in ("box", "mask")
+        )
+        made.append(f"{row['id']}: {'; '.join(parts)} ({columns['source']}; {HANDS[columns['hand']]}).")
+    return (*made, *content["oddities"][DETECTION])
+
+
+def _speeds(speed: dict[str, Any] | None) -> tuple[str, ...]:
+    if speed is None:
+        return ()
+    rows = (f"{row['id']} {row['images_per_second']:,.0f} images/s, {row['peak_mb']:,.0f} MB" for row in speed["rows"])
+    source = f"{speed['source']}; {HANDS[speed['hand']]}"
+    return (f"Published speed of evaluation, batch 128, on a GPU that is not named ({source}): {'; '.join(rows)}.",)
 
 
 def as_settings(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from statistics import mean, stdev
 from typing import Any
 
 from kw.config import KW, STATIC
-from scripts.report.published import CLASSIFICATION, DETECTION, SCORES, Published, departures, published
+from scripts.report.published import CLASSIFICATION, DETECTION, SCORES, Published, Table, departures, published
 from scripts.report.runs import Run
 from scripts.report.steps import Step, cost
 
-DONE, UNFINISHED, NOT_RUN = "done", "unfinished", "not run"
+DONE, UNFINISHED, NOT_RUN, NO_CODE = "done", "unfinished", "not run", "published only"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Row:
     @property
     def state(self) -> str:
         if not self.runs:
-            return NOT_RUN
+            return NOT_RUN if self.published and self.published.has_code else NO_CODE
         return DONE if self.runs[0].finished else UNFINISHED
 
     @property
@@ -136,7 +136,11 @@ class Section:
     title: str
     task: str
     rows: list[Row]
-    published: bool
+    table: Table | None  # the published one, if it is
+
+    @property
+    def published(self) -> bool:
+        return self.table is not None
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -158,20 +162,20 @@ def sections(runs: list[Run], steps: Iterable[Step] = ()) -> tuple[list[Section]
     rows = {known: [Row([], known, timed.get(known.id))] for known in published()}
     others = []
     for members in groups:
-        known = _published(members[0], rows)
-        if known is None:
+        repeated = _published(members[0], rows)
+        if not repeated:
             others.append(Row(members))
-            continue
-        kept = [row for row in rows[known] if row.runs]
-        rows[known] = [*kept, Row(members, known, timed.get(known.id))]
+        for known in repeated:
+            kept = [row for row in rows[known] if row.runs]
+            rows[known] = [*kept, Row(members, known, timed.get(known.id))]
     made = []
-    for title, task in dict.fromkeys((known.table, known.task) for known in rows):
-        found = [row for known in rows if known.table == title for row in rows[known]]
-        made.append(Section(title, task, found, True))
+    for table, task in dict.fromkeys((known.table, known.task) for known in rows):
+        found = [row for known in rows if known.table == table for row in rows[known]]
+        made.append(Section(table.title, task, found, table))
     for task in SCORES:
         found = [row for row in others if row.task == task]
         if found:
-            made.append(Section(OTHERS[task], task, sorted(found, key=_order), False))
+            made.append(Section(OTHERS[task], task, sorted(found, key=_order), None))
     return made, remarks
 
 
@@ -191,19 +195,22 @@ def group(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
     return [list(seeds.values()) for seeds in groups.values()], remarks
 
 
-def _published(run: Run, rows: Iterable[Published]) -> Published | None:
-    """The paper's row that a run repeats. On ImageNet: the same backbone, method and n, and no label, which ablations
-    have. On COCO: the configuration's name."""
-    for known in rows:
-        if run.task != known.task:
-            continue
-        if run.task == CLASSIFICATION:
-            mine = run.backbone in (known.label, known.backbone) and (run.dynamic, run.n) == (known.dynamic, known.n)
-            if run.data == CLASSIFICATION and mine and run.config.get("label", run.backbone) == run.backbone:
-                return known
-        elif run.name == known.name:
-            return known
-    return None
+def _published(run: Run, rows: Iterable[Published]) -> list[Published]:
+    """The published rows that a run repeats, of several tables. On ImageNet: the same backbone, method and n, and no
+    label, which ablations have; of those, the rows of as many epochs or else the first. On COCO: the configuration's
+    name."""
+    if run.task == DETECTION:
+        return [known for known in rows if known.task == DETECTION and known.name == run.name]
+    if run.data != CLASSIFICATION or run.config.get("label", run.backbone) != run.backbone:
+        return []
+    found = [
+        known
+        for known in rows
+        if known.task == CLASSIFICATION
+        and run.backbone in (known.label, known.backbone)
+        and (run.dynamic, run.n) == (known.dynamic, known.n)
+    ]
+    return [known for known in found if known.epochs == (run.asked or run.epochs)] or found[:1]
 
 
 def _order(row: Row) -> tuple[str, int, str]:

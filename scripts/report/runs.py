@@ -1,7 +1,7 @@
 """Reads run folders, finished or not; broken ones are reported and skipped.
 
 A folder of `python -m train` has config.yaml, metrics.jsonl and, once finished, summary.json; one of
-`python -m detection` has settings.json, MMEngine's */vis_data/scalars.json, and summary.json.
+`python -m detection` has settings.json, metrics.jsonl and summary.json.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def read_run(folder: Path) -> Run:
     config = _mapping(folder / "config.yaml", lambda text: yaml.load(text, Loader)) or {}
     detection = (folder / "settings.json").exists() or (summary is not None and "box_ap" in summary)
     task = DETECTION if detection else CLASSIFICATION
-    lines = _scalars(folder) if detection else _lines(folder / "metrics.jsonl")
+    lines = _lines(folder / "metrics.jsonl")
     if summary is not None:
         return _finished(folder, task, summary, config, lines)
     if not lines:
@@ -243,14 +243,3 @@ def _lines(path: Path) -> list[Any]:
         Checked(_parsed(line, json.loads, source), source).values
         for source, line in zip(sources, complete, strict=True)
     ]
-
-
-def _scalars(folder: Path) -> list[Any]:
-    """MMEngine's evaluations from all starts of the run; the latest of an epoch counts."""
-    found = {}
-    for path in sorted(folder.glob("*/vis_data/scalars.json")):
-        for line in _lines(path):
-            if _is_number(line.get("coco/bbox_mAP")) and _is_number(line.get("step")):
-                epoch, value = int(line["step"]), 100 * line["coco/bbox_mAP"]
-                found[epoch] = {"epoch": epoch - 1, "box_ap": value}
-    return [found[epoch] for epoch in sorted(found)]

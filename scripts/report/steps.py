@@ -13,11 +13,12 @@ STEPS = Path("runs/steps.jsonl")
 
 @dataclass(frozen=True)
 class Step:
-    """The speed at which one device trains a row."""
+    """The speed at which one device trains a row, and the memory that it takes."""
 
     row: str
     device: str
     images_per_second: float
+    memory_gb: float | None = None
 
 
 def cost(step: Step, row: Published) -> float:
@@ -31,9 +32,11 @@ def read_steps(path: Path) -> tuple[list[Step], list[str]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             found = json.loads(line)
-            step = Step(found["row"], found["device"], float(found["images_per_second"]))
+            step = Step(found["row"], found["device"], float(found["images_per_second"]), found.get("memory_gb"))
             if not step.images_per_second > 0:
                 raise ValueError("images_per_second is not positive")
+            if not isinstance(step.memory_gb, int | float | None):
+                raise ValueError("memory_gb is not a number")
             steps[step.row] = step
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             remarks.append(f"{path}, line {number}: broken ({type(error).__name__}: {error})")

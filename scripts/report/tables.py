@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kw.config import STATIC
-from scripts.report.published import CLASSIFICATION, LABELS
+from kw.baselines import BASELINES
+from kw.config import KW, STATIC
+from scripts.report.published import CLASSIFICATION, HANDS, LABELS
 from scripts.report.rows import DONE, NOT_RUN, UNFINISHED, Row, Section
 from scripts.report.runs import Run
 
@@ -26,7 +27,7 @@ def head(section: Section) -> list[str]:
     names = ["run", "n", *(() if section.published else ("data",)), "state", "parameters", "multiply-adds"]
     for key in section.scores:
         names += [LABELS[key], *(("published", "difference") if section.published else ())]
-    return [*names, "images/s", "epochs", "seeds", "device-hours"]
+    return [*names, "images/s", "epochs", "seeds", "device-hours", "memory"]
 
 
 def left(section: Section) -> int:
@@ -45,7 +46,7 @@ def cells(row: Row, section: Section) -> list[str]:
             made += [number(figure), NONE if difference is None else f"{difference:+.2f}"]
     done, asked = row.epochs
     epochs = str(done) if done == asked else f"{done}/{asked}"
-    return [*made, number(row.images_per_second, 0), epochs, str(row.seeds), hours(row)]
+    return [*made, number(row.images_per_second, 0), epochs, str(row.seeds), hours(row), memory(row)]
 
 
 def state(row: Row) -> str:
@@ -60,6 +61,12 @@ def hours(row: Row) -> str:
     kind = "CPU" if row.device == "cpu" or (row.device or "").startswith("cpu") else "GPU"
     kind = kind if row.device and row.device != NONE else ""
     return f"{'~' if row.state == NOT_RUN else ''}{_rounded(row.hours)} {kind}".rstrip()
+
+
+def memory(row: Row) -> str:
+    """What a step of a row that was not run took, after ~."""
+    known = row.state == NOT_RUN and row.step is not None and row.step.memory_gb is not None
+    return f"~{row.step.memory_gb:.1f} GB" if known and row.step else NONE
 
 
 def _rounded(value: float) -> str:
@@ -79,17 +86,61 @@ def notes(section: Section) -> list[str]:
         done, asked = row.epochs
         if row.state == UNFINISHED and row.hours and done < asked:
             made.append(f"{row.name}: about {_rounded(row.hours / done * (asked - done))} device-hours to go")
+    made += _sources(section) + _best(section) + _sizes(section)
     made += [_gain(row, section) for row in section.rows if row.published and row.published.gain]
     waiting = [row for row in section.rows if row.state == NOT_RUN]
     devices = sorted({str(row.device) for row in waiting if row.hours is not None})
     if devices:
-        made.append(f"Hours of rows that were not run are estimates from a step timed on {', '.join(devices)}.")
-    elif waiting and section.task == CLASSIFICATION:
         made.append(
-            "To see what rows that were not run would take, time a step: python -m scripts.bench.step_time rows=all"
+            f"Hours and memory of rows that were not run are estimates from a step timed on {', '.join(devices)}."
         )
     elif waiting:
-        made.append("What rows that were not run would take is unknown: no step of a detector was timed.")
+        rows = "all" if section.task == CLASSIFICATION else "coco"
+        made.append(
+            f"To see what rows that were not run would take, time a step: python -m scripts.bench.step_time rows={rows}"
+        )
+    return made
+
+
+def _sources(section: Section) -> list[str]:
+    """Where published figures stand, and remarks on them."""
+    table = section.table
+    if table is None:
+        return []
+    others = [row for row in section.rows if row.published and row.published.hand != table.hand]
+    made = [f"Published figures: {table.source} ({HANDS[table.hand]})."]
+    made += [f"{row.name}: {HANDS[row.published.hand]}." for row in others if row.published]
+    return [*made, *table.remarks]
+
+
+def _best(section: Section) -> list[str]:
+    """In a table of several methods, the best row of each budget and backbone."""
+    if section.table is None or len({row.dynamic for row in section.rows} - {STATIC, KW}) == 0:
+        return []
+    key, made = section.scores[0], []
+    for kind, score in (("measured", Row.score), ("published", Row.figure)):
+        groups: dict[tuple[str, str], list[tuple[float, str]]] = {}
+        for row in section.rows:
+            found = score(row, key)
+            value = found[0] if isinstance(found, tuple) else found
+            if value is not None and row.published and (kind == "published" or row.state == DONE):
+                has_budget = row.dynamic in (KW, STATIC) or (row.dynamic in BASELINES and BASELINES[row.dynamic].budget)
+                budget = f"at n = {row.n}" if has_budget else "without n"
+                groups.setdefault((row.published.backbone, budget), []).append((value, row.name))
+        best = [f"{name} ({value:.2f}) {n}" for (_, n), rows in groups.items() if len(rows) > 1
+                for value, name in [max(rows)]]  # fmt: skip
+        made += [f"Best by budget, {kind} {LABELS[key]}: {'; '.join(best)}."] if best else []
+    return made
+
+
+def _sizes(section: Section) -> list[str]:
+    """Rows whose parameters differ from the published ones by over 1%."""
+    made = []
+    for row in section.rows:
+        stated = row.published.stated if row.published and row.published.has_code else None
+        if stated and row.params and abs(row.params / 1e6 - stated) > 0.01 * stated:
+            made.append(f"{row.name}: {row.params / 1e6:.2f} M parameters here, {stated:.2f} M published "
+                        f"(docs/methods.md).")  # fmt: skip
     return made
 
 

@@ -17,9 +17,10 @@ from timm.data import create_transform
 from timm.optim import list_optimizers
 
 from kw import KWConfig
-from kw.baselines.registry import check_budget, choices
+from kw.baselines.registry import check_budget, check_settings, choices
 from kw.config import KW, STATIC, parse_budget
 from train.data.formats import FORMATS
+from train.data.remote import is_url
 from train.jobs.errors import ConfigError, check, check_choice
 from train.jobs.settings import RESUMABLE, LoggerConfig, Runtime, resumable
 
@@ -50,7 +51,8 @@ class SettingsConfig:
     nonlocal_basis: Number | None = None
     attention_norm: str | None = None
     # The paper's ablations (what each value means: kw/config.py).
-    attention_function: str | None = None  # caf (published), contrast, softmax, sigmoid, tanh
+    # caf (published), contrast, softmax, sigmoid, tanh; dyconv and condconv: their own, or caf
+    attention_function: str | None = None
     anchoring: str | None = None  # one_to_one (published), all_to_one, random, none
     sharing: str | None = None  # stage (published), none, kind, model
     partition: str | None = None  # spatial_channel (published), channel, none
@@ -70,12 +72,28 @@ class SettingsConfig:
 
 
 @dataclass
+class RemoteConfig:
+    """With data.root=URL: how shards are downloaded, and how many stay on each node's disk."""
+
+    index: str | None = None  # where the splits' indexes are, a folder or URL; null: at data.root
+    cache: str | None = None  # a folder on a local disk; null: in the folder for temporary files
+    cache_gb: float = 100.0  # what the folder may hold; the shards not used for longest make room
+    retries: int = 8  # after a download that failed, with longer and longer waits: about three minutes
+    timeout: float = 60.0  # seconds without a byte after which a connection counts as lost
+
+    def __post_init__(self) -> None:
+        check(self.retries >= 0, "data.remote.retries", self.retries, "must not be negative")
+        for key in ("timeout", "cache_gb"):
+            check(getattr(self, key) > 0, f"data.remote.{key}", getattr(self, key), "must be positive")
+
+
+@dataclass
 class DataConfig:
     name: str = "digits"  # in run folders and reports
     # digits: of scikit-learn, without root; folder: root/train/<class>/*, root/val/<class>/*; tar: the same in an
-    # uncompressed archive whose path is root; shards: root/train-*.tar, root/val-*.tar of WebDataset; cifar10:
-    # root/cifar-10-batches-py, as torchvision has it; auto: tar if root is a file, cifar10 if root has that folder,
-    # else folder
+    # uncompressed archive whose path is root; shards: root/train-*.tar, root/val-*.tar of WebDataset, where root may be
+    # a URL or a command (pipe:COMMAND); cifar10: root/cifar-10-batches-py, as torchvision has it; auto: tar if root is
+    # a file, cifar10 if root has that folder, else folder
     format: str = "digits"
     root: str | None = resumable(None)  # data may be moved: what is in it is compared instead
     train_split: str = "train"
@@ -84,6 +102,10 @@ class DataConfig:
     train_images: int | None = None  # train on this many, with every class in proportion; null: on all
     on_error: str = "stop"  # at a broken training image; substitute: use the next one that can be read
     window: int = 8  # format=shards: the number of shards whose samples are shuffled together
+    # format=shards: the shards are cut into so many parts, and a batch takes equally many samples of each. With a
+    # multiple of the number of devices times the micro-batches of a step on one, each device reads its own shards
+    parts: int = 1
+    remote: RemoteConfig = field(default_factory=RemoteConfig, metadata=RESUMABLE)
     num_classes: int | None = None  # null: read from the data; else the data must have this many
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
@@ -92,6 +114,10 @@ class DataConfig:
         check_choice("data.format", self.format, ("auto", *FORMATS))
         check_choice("data.on_error", self.on_error, ("stop", "substitute"))
         check(self.window >= 1, "data.window", self.window, "must be at least 1 shard")
+        check(self.parts >= 1, "data.parts", self.parts, "must be at least 1")
+        check(
+            self.parts == 1 or self.format == "shards", "data.parts", self.parts, "applies to data.format=shards only"
+        )
         some = self.train_images
         check(some is None or some >= 1, "data.train_images", some, "must be at least 1 image, or null for all")
         check(self.image_size >= 1, "data.image_size", self.image_size, "must be at least 1 pixel")
@@ -101,7 +127,11 @@ class DataConfig:
             check(len(values) == 3 and (key == "mean" or min(values) > 0), f"data.{key}", values, rule)
         if self.format != "digits":
             check(self.root is not None, "data.root", self.root, "name the data's folder, data.root=PATH")
-            self.root = str(Path(str(self.root)).expanduser())
+            if is_url(str(self.root)):
+                rule = "only shards are read from a URL: data=remote, after python -m scripts.data.shards"
+                check(self.format == "shards", "data.root", self.root, rule)
+            else:
+                self.root = str(Path(str(self.root)).expanduser())
 
 
 @dataclass
@@ -147,6 +177,7 @@ class RecipeConfig:
     lr: float = 1e-3
     min_lr: float = 0.0
     warmup_epochs: float = 0.0
+    warmup_from_zero: bool = False  # the first step's rate is 0, as in KernelWarehouse's release, and learns nothing
     schedule: str = "cosine"
     decay_epochs: list[float] = field(default_factory=list)  # schedule=step: when lr is multiplied by decay_rate
     decay_rate: float = 0.1
@@ -245,9 +276,13 @@ class TrainConfig:
                 self.n = str(parse_budget(self.n) if self.dynamic == KW else check_budget(self.dynamic, self.n))
             except ValueError as error:
                 raise ConfigError(f"{error} Or n={STATIC} for the vanilla backbone.") from None
-        if self.kw.changes() and self.dynamic != KW:
-            key, method = next(iter(self.kw.changes())), f"n={STATIC}" if self.is_static else f"dynamic={self.dynamic}"
-            raise ConfigError(f"kw.{key} applies to dynamic=kw only, not to {method}.")
+        if self.kw.changes() and self.is_static:
+            raise ConfigError(f"kw.{next(iter(self.kw.changes()))} applies to dynamic=kw only, not to n={STATIC}.")
+        if self.dynamic not in (KW, STATIC):
+            try:
+                check_settings(self.dynamic, self.kw.changes())
+            except ValueError as error:
+                raise ConfigError(f"kw.{error}") from None
         rule = f"needs dynamic=kw or static, not {self.dynamic}: other methods have no place for static weights"
         check(self.start_from is None or self.dynamic in (KW, STATIC), "start_from", self.start_from, rule)
         check_choice("resume", self.resume, ("auto", "never"))

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 
 import torch
 
-from train.data.order import Key, Order, epoch_order
+from train.data.order import Key, Order, deal, epoch_order
 from train.jobs.errors import ConfigError
 
 
 class MicroBatches:
     """The keys of one rank's micro-batches, from optimizer step `start` to the end of training.
 
-    A global batch is cut into `world * accumulation` micro-batches; `rank` takes every `world`-th.
+    A global batch is cut into `world * accumulation` micro-batches; `rank` takes every `world`-th. Of an order of
+    several parts (`deal`), a rank has parts of its own where their number is a multiple of `world * accumulation`.
     """
 
     def __init__(
@@ -30,8 +31,9 @@ class MicroBatches:
         rank: int = 0,
         world: int = 1,
         order: Order | None = None,
+        parts: int = 1,
     ):
-        self.order = order
+        self.order, self.parts = order, parts
         self.length, self.batch_size, self.accumulation, self.steps = length, batch_size, accumulation, steps
         self.seed, self.start, self.repeats, self.rank, self.world = seed, start, repeats, rank, world
         self.micro = batch_size // (accumulation * world)
@@ -43,6 +45,7 @@ class MicroBatches:
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
                 order = epoch_order(self.length, self.seed, epoch, self.repeats, self.order)
+                order = deal(order, self.parts, self.batch_size)
             first = step % per_epoch * self.batch_size
             for turn in range(self.accumulation):
                 begin = first + (turn * self.world + self.rank) * self.micro

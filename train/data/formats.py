@@ -11,7 +11,9 @@ from train.data.cifar import Cifar10, has_cifar10
 from train.data.digits import Digits
 from train.data.folder import Folder
 from train.data.images import Images
-from train.data.shards import Shards
+from train.data.remote import is_url
+from train.data.remote_shards import RemoteShards
+from train.data.shards import LocalShards
 from train.jobs.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,8 +24,10 @@ FORMATS: dict[str, Callable[[Path, str, str, DataConfig], Images]] = {
     "digits": lambda root, split, setting, data: Digits(split),
     "folder": lambda root, split, setting, data: Folder(root, split, setting),
     "tar": lambda root, split, setting, data: Archive(root, split, setting),
-    "shards": lambda root, split, setting, data: Shards(
-        root, split, data.window, data.num_classes, (data.train_split, data.eval_split)
+    "shards": lambda root, split, setting, data: (
+        RemoteShards(data, split)
+        if is_url(str(data.root))
+        else LocalShards(root, split, data.window, data.num_classes, (data.train_split, data.eval_split), data.parts)
     ),
     "cifar10": lambda root, split, setting, data: Cifar10(root, split, setting),
 }
@@ -37,7 +41,7 @@ def open_split(data: DataConfig, split: str, setting: str = "data.train_split, d
 
     Raises:
         ConfigError: the split is missing or empty, or has another number of classes than data.num_classes.
-        DataError: an archive is damaged, or shards are missing.
+        DataError: an archive is damaged, or shards are missing or cannot be downloaded.
     """
     root = Path(data.root or ".")
     name = detect(root) if data.format == "auto" else data.format

@@ -37,6 +37,8 @@ class Images(ABC):
 
     classes: list[str]
     targets: Array
+    parts: int = 1  # of the order, from each of which a batch takes as many samples
+    ahead: int = 0  # for how many samples ahead `fetch` should be called; 0: it does nothing
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -57,6 +59,17 @@ class Images(ABC):
     def order(self, seed: int, epoch: int) -> Tensor | None:
         """Indices `(N,)` in the order in which an epoch reads them; None for a random permutation."""
         return None
+
+    def source(self, index: int) -> int:
+        """What `fetch` makes ready for the sample."""
+        return index
+
+    def fetch(self, source: int) -> None:  # noqa: B027  # most have nothing to do
+        """Make ready, in a thread, what samples will be read from.
+
+        Raises:
+            DataError: it cannot be read.
+        """
 
 
 class Files(Images):
@@ -96,12 +109,19 @@ class Part(Images):
         by_class = np.argsort(images.targets, kind="stable")
         self.indices = np.sort(by_class[np.arange(count) * len(images) // count])  # (count,)
         self.targets = images.targets[self.indices]
+        self.parts, self.ahead = images.parts, images.ahead
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         return self.images.load(int(self.indices[index]))
 
     def describe(self, index: int) -> str:
         return self.images.describe(int(self.indices[index]))
+
+    def source(self, index: int) -> int:
+        return self.images.source(int(self.indices[index]))
+
+    def fetch(self, source: int) -> None:
+        self.images.fetch(source)
 
     def order(self, seed: int, epoch: int) -> Tensor | None:
         order = self.images.order(seed, epoch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,11 +10,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from train.data.ahead import Ahead
 from train.data.batching import MicroBatches
 from train.data.images import BrokenImage, Images
 from train.data.order import Key, seed_everything
 from train.data.transforms import Transform
-from train.jobs.errors import DataError
+from train.jobs.errors import DataError, without_trace
 
 if TYPE_CHECKING:
     from train.data.substitutes import Substitutes
@@ -70,17 +70,27 @@ class Samples(Dataset[Loaded]):
 
 
 class Loader:
-    """The batches of a DataLoader. Replaced images are recorded when their batch is used, not when it is prefetched."""
+    """The batches of a DataLoader. Replaced images are recorded when their batch is used, not when it is prefetched.
 
-    def __init__(self, loaded: DataLoader[Loaded], substitutes: Substitutes | None = None):
-        self.loaded, self.substitutes = loaded, substitutes
+    Args:
+        ahead: with data at URLs, what downloads it for batches to come.
+    """
+
+    def __init__(self, loaded: DataLoader[Loaded], substitutes: Substitutes | None = None, ahead: Ahead | None = None):
+        self.loaded, self.substitutes, self.ahead = loaded, substitutes, ahead
 
     def __len__(self) -> int:
         return len(self.loaded)
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            for batch in self.loaded:
+            batches = iter(self.loaded)  # starts the workers, which should not be forked of several threads
+            if self.ahead:
+                self.ahead.start()
+                self.ahead.advance(0)
+            for used, batch in enumerate(batches, start=1):
+                if self.ahead:
+                    self.ahead.advance(used)
                 if self.substitutes:
                     self.substitutes.record(batch)
                 yield Batch(batch.image, batch.target, batch.index)
@@ -88,26 +98,28 @@ class Loader:
         except DataError as error:
             message = without_trace(str(error))
             error.__traceback__ = None  # it holds the workers' handles in a cycle, whose collection waits 5 s for each
+        finally:
+            if self.ahead:
+                self.ahead.close()
         raise DataError(message)
-
-
-def without_trace(message: str) -> str:
-    """A worker's error without its stack trace, which would bury the message."""
-    said = re.search(r"^[\w.]*(?:DataError|BrokenImage): (.*)", message, re.MULTILINE | re.DOTALL)
-    return said[1].strip() if message.startswith("Caught ") and said else message
 
 
 def train_loader(
     samples: Samples, batches: MicroBatches, workers: int, pin: bool, substitutes: Substitutes | None = None
 ) -> Loader:
-    return Loader(_load(samples, batches, workers, pin), substitutes)
+    loaded = _load(samples, batches, workers, pin)
+    ahead = Ahead(samples.images, batches, batches.micro * batches.world) if samples.images.ahead else None
+    return Loader(loaded, substitutes, ahead)
 
 
 def eval_loader(samples: Samples, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1) -> Loader:
-    """Every sample once: `rank` takes every `world`-th, without padding."""
-    keys = [Key(0, index) for index in range(rank, len(samples.images), world)]
+    """Every sample once, without padding: `rank` takes the samples from `rank / world` of the data set on."""
+    begin, end = (number * len(samples.images) // world for number in (rank, rank + 1))
+    keys = [Key(0, index) for index in range(begin, end)]
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
-    return Loader(_load(samples, batches, workers, pin))
+    loaded = _load(samples, batches, workers, pin)
+    ahead = Ahead(samples.images, batches, batch_size * samples.images.parts) if samples.images.ahead else None
+    return Loader(loaded, ahead=ahead)
 
 
 def _load(samples: Samples, batches: Iterable[list[Key]], workers: int, pin: bool) -> DataLoader[Loaded]:

@@ -37,6 +37,17 @@ def epoch_order(length: int, seed: int, epoch: int, repeats: int = 1, order: Ord
     return indices.repeat_interleave(repeats)[:length]
 
 
+def deal(order: Tensor, parts: int, batch_size: int) -> Tensor:
+    """The order `(N,)` of an epoch in which each batch takes equally many indices from each of its `parts`, which are
+    of equal lengths; `(batches * batch_size,)`. So ranks that share a batch read from different parts.
+
+    `batch_size` is a multiple of `parts`."""
+    batches = len(order) // batch_size
+    share = batch_size // parts
+    by_part = order[: len(order) // parts * parts].reshape(parts, -1)[:, : batches * share]
+    return by_part.reshape(parts, batches, share).transpose(0, 1).reshape(-1)
+
+
 def seed_everything(*numbers: int) -> None:
     """Seed random, NumPy and torch by a tuple of whole numbers."""
     # A hash is faster than np.random.SeedSequence, which takes a few percent of the time of reading a small image.

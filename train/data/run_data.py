@@ -71,6 +71,11 @@ class RunData:
             raise ConfigError(
                 f"recipe.mixup and cutmix pair the samples of a micro-batch, which has {micro}: an odd number."
             )
+        if recipe.batch_size % train_images.parts:
+            raise ConfigError(
+                f"data.parts={train_images.parts} does not divide recipe.batch_size={recipe.batch_size}: a batch takes "
+                f"equally many samples of each part."
+            )
         self.steps_per_epoch = len(train_images) // recipe.batch_size
         if self.steps_per_epoch == 0:
             raise ConfigError(
@@ -92,6 +97,7 @@ class RunData:
             rank=self.world.rank,
             world=self.world.size,
             order=images.order,
+            parts=images.parts,
         )
         return iter(train_loader(self.train_samples, batches, runtime.workers, self._pin, self.substitutes))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import posixpath
 import re
@@ -24,11 +25,63 @@ SIZES = "shards.json"  # next to the shards: {"train": {"shards": 2, "samples": 
 
 
 class Shards(Files):
+    """The samples of shards, one shard after the other, by their index (`index_shards`). A subclass reads them.
+
+    Args:
+        root: where the shards are, for messages.
+        names: of the shards.
+        parts: what the order cuts an epoch into, so that ranks read different shards (see `order`).
+        window: the number of shards of a part whose samples are shuffled together.
+
+    Raises:
+        ConfigError: there are no samples.
+        DataError: a target has no class.
+    """
+
+    def __init__(
+        self, root: str, names: list[str], index: tar.Arrays, classes: list[str], window: int = 8, parts: int = 1
+    ):
+        self.root, self.names, self.classes, self.window, self.parts = root, names, classes, window, parts
+        self.keys, self.offsets, self.sizes = index["names"], index["offsets"], index["sizes"]  # (N,) each
+        self.targets = index["targets"]
+        self.starts = np.concatenate([[0], index["counts"].cumsum()])  # (shards + 1,)
+        if not len(self.targets):
+            raise ConfigError(f"data.root={root!r}: the {len(names)} shards from {names[0]} on have no samples.")
+        if self.targets.max() >= len(classes):
+            worst = int(self.targets.argmax())
+            raise DataError(
+                f"{self.describe(worst)} is of class {self.targets[worst]}, but there are {len(classes)} classes, by "
+                f"the list of classes next to the shards or data.num_classes."
+            )
+
+    def shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def describe(self, index: int) -> str:
+        return f"{self.root}/{self.names[self.shard_of(index)]}:{tar.name_of(self.keys[index])}"
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """Shards in random order, cut into `parts` of equally many samples, and in each the samples of every `window`
+        shards in random order. So a part is read a few shards at a time, and two parts share a shard at most."""
+        generator = order_generator(seed, epoch)
+        shards = torch.randperm(len(self.names), generator=generator).tolist()
+        samples = torch.cat([torch.arange(self.starts[s], self.starts[s + 1]) for s in shards])
+        ends = np.cumsum([self.starts[s + 1] - self.starts[s] for s in shards])  # of the shards in `samples`
+        size = len(samples) // self.parts
+        windows = []
+        for begin in range(0, size * self.parts, size or 1):
+            inside = ends[(ends > begin) & (ends < begin + size)]  # where a shard ends and the next one begins
+            cuts = [begin, *inside[self.window - 1 :: self.window].tolist(), begin + size]
+            windows += [samples[first:last] for first, last in itertools.pairwise(cuts)]
+        windows.append(samples[size * self.parts :])  # fewer than `parts`
+        return torch.cat([near[torch.randperm(len(near), generator=generator)] for near in windows])
+
+
+class LocalShards(Shards):
     """Shards `root/split-*.tar` of images and `.cls`, with the names of the classes in `root/classes.txt` (a line each)
     or `classes.json`. Without these files, classes are called by their numbers.
 
     Args:
-        window: the number of shards whose samples are shuffled together.
         splits: all splits of the data set, which together decide how many unnamed classes there are.
 
     Raises:
@@ -36,8 +89,15 @@ class Shards(Files):
         DataError: a shard is damaged, samples are missing, or a target has no class.
     """
 
-    def __init__(self, root: Path, split: str, window: int, num_classes: int | None, splits: Iterable[str] = ()):
-        self.window = window
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        window: int,
+        num_classes: int | None,
+        splits: Iterable[str] = (),
+        parts: int = 1,
+    ):
         shards = list_shards(root, split)
         if not shards:
             there = ", ".join(sorted(path.name for path in root.glob("*.tar"))[:6])
@@ -47,43 +107,17 @@ class Shards(Files):
             )
         size = read_sizes(root).get(split)
         _check_size(root, split, "shards", size, len(shards))
-        self.shards = [str(path) for path in shards]
+        self.paths = [str(path) for path in shards]
         self.stamps = [tar.stamp_of(path) for path in shards]
         index = index_shards(shards)
-        self.keys, self.offsets, self.sizes = index["names"], index["offsets"], index["sizes"]  # (N,) each
-        self.targets = index["targets"]
-        if not len(self.targets):
-            raise ConfigError(f"data.root={str(root)!r}: the shards {split}-*.tar have no samples.")
-        _check_size(root, split, "samples", size, len(self.targets))
-        self.starts = np.concatenate([[0], index["counts"].cumsum()])  # (shards + 1,)
-        named = read_classes(root)
-        self.classes = named or [str(k) for k in range(num_classes or _count_classes(root, {split, *splits}))]
-        if self.targets.max() >= len(self.classes):
-            worst = int(self.targets.argmax())
-            raise DataError(
-                f"{self.describe(worst)} is of class {self.targets[worst]}, but there are {len(self.classes)} classes, "
-                f"by {'the list of classes next to the shards' if named else 'data.num_classes'}."
-            )
-
-    def _shard(self, index: int) -> int:
-        return int(np.searchsorted(self.starts, index, side="right")) - 1
+        if len(index["targets"]):
+            _check_size(root, split, "samples", size, len(index["targets"]))
+        classes = class_names(root, {split, *splits}, num_classes)
+        super().__init__(str(root), [path.name for path in shards], index, classes, window, parts)
 
     def read(self, index: int) -> bytes:
-        shard = self._shard(index)
-        return tar.read_at(self.shards[shard], self.stamps[shard], int(self.offsets[index]), int(self.sizes[index]))
-
-    def describe(self, index: int) -> str:
-        return f"{self.shards[self._shard(index)]}:{tar.name_of(self.keys[index])}"
-
-    def order(self, seed: int, epoch: int) -> Tensor:
-        """Shards in random order, and the samples of each `window` of them in random order. So all processes read in
-        the same few shards at a time."""
-        generator = order_generator(seed, epoch)
-        windows = []
-        for shards in torch.split(torch.randperm(len(self.shards), generator=generator), self.window):
-            near = torch.cat([torch.arange(self.starts[s], self.starts[s + 1]) for s in shards.tolist()])
-            windows.append(near[torch.randperm(len(near), generator=generator)])
-        return torch.cat(windows)
+        shard = self.shard_of(index)
+        return tar.read_at(self.paths[shard], self.stamps[shard], int(self.offsets[index]), int(self.sizes[index]))
 
 
 # ---- samples --------------------------------------------------------------------------------------------------------
@@ -110,18 +144,19 @@ def index_shards(paths: list[Path]) -> tar.Arrays:
     """The samples of shards, one shard after the other: `names` (N,), their keys in bytes; `offsets` (N,) and `sizes`
     (N,) of the images, `targets` (N,), and `counts` (shards,) of samples. From the cache if it is there."""
 
-    def build() -> tar.Arrays:
-        shards = [shard_samples(path) for path in paths]
-        samples = [sample for shard in shards for sample in shard]
-        return {
-            "names": tar.names_array([sample.key for sample in samples]),
-            "counts": tar.numbers_array([len(shard) for shard in shards]),
-            "offsets": tar.numbers_array([sample.offset for sample in samples]),
-            "sizes": tar.numbers_array([sample.size for sample in samples]),
-            "targets": tar.numbers_array([sample.target for sample in samples]),
-        }
+    return tar.cached(paths, lambda: index_of([shard_samples(path) for path in paths]))
 
-    return tar.cached(paths, build)
+
+def index_of(shards: list[list[ShardSample]]) -> tar.Arrays:
+    """The arrays of `index_shards`, of the samples of each shard."""
+    samples = [sample for shard in shards for sample in shard]
+    return {
+        "names": tar.names_array([sample.key for sample in samples]),
+        "counts": tar.numbers_array([len(shard) for shard in shards]),
+        "offsets": tar.numbers_array([sample.offset for sample in samples]),
+        "sizes": tar.numbers_array([sample.size for sample in samples]),
+        "targets": tar.numbers_array([sample.target for sample in samples]),
+    }
 
 
 class ShardSample(NamedTuple):
@@ -215,7 +250,12 @@ def read_classes(root: Path) -> list[str]:
     return names
 
 
-def _count_classes(root: Path, splits: set[str]) -> int:
-    """The number of classes without names: what the greatest target of any split asks for, so that splits agree."""
-    found = [index_shards(shards)["targets"] for name in splits if (shards := list_shards(root, name))]
-    return 1 + max(int(targets.max(initial=0)) for targets in found)
+def class_names(root: Path, splits: set[str], num_classes: int | None = None) -> list[str]:
+    """The names of the classes, or their numbers where they have none: up to `num_classes`, or else up to the greatest
+    target of any split, so that splits agree."""
+    if named := read_classes(root):
+        return named
+    if num_classes is None:
+        found = [index_shards(shards)["targets"] for name in splits if (shards := list_shards(root, name))]
+        num_classes = 1 + max(int(targets.max(initial=0)) for targets in found)
+    return [str(number) for number in range(num_classes)]

@@ -1,29 +1,22 @@
-"""`data.on_error=substitute`: the list of training images that were broken and replaced."""
+"""`data.on_error=substitute`: the images that a batch has in place of broken ones."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from train.data.images import Images
 from train.data.loader import Loaded
-from train.jobs.errors import writing
-from train.jobs.folder import write_atomically
+from train.jobs.substitutes import SubstituteList
 
 
-class Substitutes:
-    """The replaced images of a run, in `substituted.txt` of its folder: a line for each replacement, `epoch, index,
-    copy, file, file in its place`.
-
-    A rank writes a line to its own file before the step that uses the image, and equal lines count once. So the list is
-    exact even if a run was killed and repeats some steps.
-    """
+class Substitutes(SubstituteList):
+    """The list of a run's replaced images, which `images` can name."""
 
     def __init__(self, folder: Path, images: Images, rank: int = 0):
-        self.images, self.rank = images, rank
-        self.list, self.parts = folder / "substituted.txt", folder / "substituted"
+        super().__init__(folder, rank)
+        self.images = images
 
     def record(self, batch: Loaded) -> None:
         """Append what was replaced in a batch to this rank's file.
@@ -32,31 +25,6 @@ class Substitutes:
             WriteError: the disk is full or the folder cannot be written.
         """
         columns = (torch.as_tensor(column).tolist() for column in (batch.epoch, batch.index, batch.copy, batch.used))
-        lines = [self._line(*row) for row in zip(*columns, strict=True) if row[1] != row[3]]
-        if not lines:
-            return
-        part = self.parts / f"{self.rank}.txt"
-        with writing(part):
-            self.parts.mkdir(parents=True, exist_ok=True)
-            with part.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-
-    def _line(self, epoch: int, index: int, copy: int, used: int) -> str:
-        names = (printable(self.images.describe(i)) for i in (index, used))
-        return "\t".join((str(epoch), str(index), str(copy), *names)) + "\n"
-
-    def count(self, epoch: int) -> int:
-        """The replacements of an epoch, which all ranks must have finished. Rank 0 also writes `substituted.txt`."""
-        lines: set[str] = set()
-        for part in self.parts.glob("*.txt"):
-            lines |= {line for line in part.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")}
-        if lines and self.rank == 0:
-            write_atomically(self.list, "".join(sorted(lines, key=lambda line: [int(x) for x in line.split("\t")[:3]])))
-        return sum(line.startswith(f"{epoch}\t") for line in lines)
-
-
-def printable(name: str) -> str:
-    """A name on one line, with escapes for what cannot be printed."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+        rows = [row for row in zip(*columns, strict=True) if row[1] != row[3]]
+        describe = self.images.describe
+        self.append((epoch, index, copy, describe(index), describe(used)) for epoch, index, copy, used in rows)

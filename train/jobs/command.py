@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from train.jobs import outcomes
+from train.jobs import outcomes, slots, states
 from train.jobs.advice import advice
 from train.jobs.errors import ConfigError, RunError, report
 from train.jobs.folder import make, take_back
@@ -31,15 +31,21 @@ class Jobs:
     failed: list[str] = field(default_factory=list)  # overrides and error
 
     @contextlib.contextmanager
-    def job(self) -> Iterator[None]:
+    def job(self, runtime: Any) -> Iterator[None]:
         """A job in the block. Its error is printed and noted, so that the next job of a sweep still runs; a run folder
-        that it left empty is removed."""
+        that it left empty is removed. In a sweep on this machine (`hydra/launcher=local`) it first waits for its share
+        of GPUs or cores.
+
+        Args:
+            runtime: its settings as composed: device, devices and workers.
+        """
         self.count += 1
         before = set(self.folders)
         name = " ".join(word for word in HydraConfig.get().overrides.task if key_of(word) != GROUP)
         self._note(name, outcomes.RUNS)
         try:
-            yield
+            with self._share(name, runtime):
+                yield
             self._note(name, outcomes.DONE)
         except SystemExit as leaving:
             self._note(name, f"left with {leaving.code}")
@@ -54,9 +60,20 @@ class Jobs:
             for folder in (Path(HydraConfig.get().runtime.output_dir), *(self.folders.keys() - before)):
                 take_back(folder)
 
+    @contextlib.contextmanager
+    def _share(self, name: str, runtime: Any) -> Iterator[None]:
+        if not slots.are_needed():
+            yield
+            return
+        self._note(name, "waits")
+        with slots.share(runtime.device, runtime.devices, runtime.workers) as taken:
+            self._note(name, f"runs on {taken}")
+            yield
+
     def _note(self, name: str, state: str) -> None:
         if sweep := outcomes.place():
-            outcomes.note(sweep, HydraConfig.get().job.num, name, state)
+            folder = next(reversed(self.folders), "")
+            outcomes.note(sweep, HydraConfig.get().job.num, name, state, str(folder))
 
     def enter(self, folder: Path, settings: Any) -> bool:
         """Make the run folder of a job that trains. False if an earlier job of the sweep had the same settings, such as
@@ -81,6 +98,8 @@ class Jobs:
             take_back(folder)  # some of the folders above it may have been made
             raise
         self.folders[folder] = settings
+        if sweep := outcomes.place():
+            outcomes.tell_folder(sweep, HydraConfig.get().job.num, folder)
         return True
 
     def run(self, main: Callable[[], None], config_name: str) -> None:
@@ -99,7 +118,12 @@ class Jobs:
             sys.exit(f"ConfigError: {advice(error, config_name)}")
         except RunError as error:  # of a job in another process
             self.failed.append(str(error))
+        except ValueError as error:
+            if self.count:  # of a job
+                raise
+            sys.exit(f"ConfigError: {advice(error, config_name)}")  # of Hydra, such as at `recipe=null`
         finally:
+            states.stop()
             if self.count > 1 and self.failed:
                 print(f"{len(self.failed)} of {self.count} jobs failed:", *self.failed, sep="\n  ", file=sys.stderr)
             sweep = outcomes.place()

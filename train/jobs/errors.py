@@ -1,6 +1,7 @@
 """Errors and warnings for the user: each message names the key or file, and is printed without a traceback."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,12 @@ def report(error: BaseException) -> bool:
     if not error.everywhere or is_main():
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     return True
+
+
+def without_trace(message: str) -> str:
+    """The message of an error of a DataLoader's worker, without its stack trace, which would bury it."""
+    said = re.search(r"^[\w.]*(?:DataError|\w+Image): (.*)", message, re.MULTILINE | re.DOTALL)
+    return said[1].strip() if message.startswith("Caught ") and said else message
 
 
 def warn(text: str) -> None:

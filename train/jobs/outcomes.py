@@ -22,12 +22,13 @@ FOLDER = "KW_SWEEP"  # the environment variable that tells a job where the files
 RUNS, DONE = "has begun, and runs or was killed", "done"
 
 
-def begin(sweep_dir: Path) -> None:
-    """Called before a sweep starts: this process and its jobs then know the sweep's place."""
+def begin(sweep_dir: Path) -> Path:
+    """Called before a sweep starts: this process and its jobs then know the sweep's place, which is returned."""
     name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{uuid.uuid4().hex[:6]}"
     folder = Path(os.path.abspath(sweep_dir), PLACE, name)
     make(folder)
     os.environ[FOLDER] = str(folder)
+    return folder
 
 
 def forget() -> None:
@@ -40,13 +41,20 @@ def place() -> Path | None:
     return Path(os.environ[FOLDER]) if FOLDER in os.environ else None
 
 
-def note(sweep: Path, number: int, job: str, state: str) -> None:
+def note(sweep: Path, number: int, job: str, state: str, folder: str = "") -> None:
     """Write how a job is.
 
     Args:
         job: its overrides.
+        folder: of its run, once it is known.
     """
-    write_atomically(sweep / f"{number:05}.json", json.dumps({"job": job, "state": state}))
+    write_atomically(sweep / f"{number:05}.json", json.dumps({"job": job, "state": state, "folder": folder}))
+
+
+def tell_folder(sweep: Path, number: int, folder: Path) -> None:
+    """Add a job's run folder to what it noted last."""
+    noted = json.loads((sweep / f"{number:05}.json").read_text())
+    note(sweep, number, noted["job"], noted["state"], str(folder))
 
 
 def claim(sweep: Path, number: int, folder: Path, settings: Any) -> int | None:

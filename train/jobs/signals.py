@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -52,3 +53,21 @@ def requeue() -> bool:
     if job is None:
         return False
     return subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
+
+
+def leave(number: int, main: bool, when: str, say: Callable[[str], None]) -> NoReturn:
+    """Exit after signal `number`, once all ranks have saved. SIGUSR1 says that the job's time is up: it goes back into
+    SLURM's queue. At SIGTERM SLURM itself requeues what it preempts, and the user may have cancelled the job.
+
+    Args:
+        main: whether this is rank 0.
+        when: where the run is, for the message: "after step 3 of 8".
+        say: prints the message.
+
+    Raises:
+        SystemExit: always, with 128 + number.
+    """
+    again = main and number == signal.SIGUSR1 and requeue()
+    how = "it is back in the queue" if again else "the same command resumes it"
+    say(f"Stopped by a signal {when}, and saved: {how}.")
+    raise SystemExit(128 + number)

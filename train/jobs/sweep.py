@@ -24,7 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.jobs import outcomes
+from train.jobs import outcomes, slots, states
 from train.jobs.errors import ConfigError, check
 from train.jobs.folder import make
 from train.jobs.names import same, shorten
@@ -76,10 +76,14 @@ class Folders(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Called before Hydra starts a sweep."""
         _make_or_exit(config.hydra.sweep.dir)
-        if config.hydra.runtime.choices["hydra/launcher"] == "basic":
+        launcher = config.hydra.runtime.choices["hydra/launcher"]
+        if launcher == "basic":
             outcomes.forget()
         else:
-            outcomes.begin(Path(config.hydra.sweep.dir))
+            sweep = outcomes.begin(Path(config.hydra.sweep.dir))
+        if launcher == "local":
+            slots.offer_gpus()
+            states.watch(sweep)
         words = list(config.hydra.overrides.task)
         name = sweep_name(words, config.hydra.job.config_name)
         if name and not any(key_of(word) == GROUP for word in words):

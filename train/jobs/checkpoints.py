@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,8 +44,12 @@ class Found(NamedTuple):
     remarks: list[str]  # one for each newer file that was passed over
 
 
-def newest(folder: Path) -> Found:
+def newest(folder: Path, form: str = FORMAT, allowed: Sequence[Any] = ()) -> Found:
     """The newest complete state in a run's folder of checkpoints. Changes nothing there: all ranks may call it.
+
+    Args:
+        form: what a state of this program has under "format".
+        allowed: classes and functions that its pickle may use besides tensors and plain values.
 
     Raises:
         CheckpointError: there is no checkpoint of a run that is complete.
@@ -54,21 +59,22 @@ def newest(folder: Path) -> Found:
         if not path.exists():
             continue
         try:
-            state = read(path)
+            state = read(path, allowed)
         except CheckpointError as error:
             remarks.append(str(error))
             continue
-        if state.get("format") == FORMAT:
+        if state.get("format") == form:
             return Found(path, state, remarks)
         remarks.append(f"{path} is not a checkpoint of a run.")
     raise CheckpointError(f"{folder}: no checkpoint can be read. " + (" ".join(remarks) or "There is none."))
 
 
 class Checkpoints:
-    """A run's checkpoints: `last.pt`, the one before it as `previous.pt`, and the best epochs' as `best-{epoch}.pt`."""
+    """A run's checkpoints: `last.pt`, the one before it as `previous.pt`, and the best epochs' as `best-{epoch}.pt`.
+    `form` and `allowed` are as in `newest`."""
 
-    def __init__(self, folder: Path, keep_best: int = 1):
-        self.folder, self.keep_best = folder, keep_best
+    def __init__(self, folder: Path, keep_best: int = 1, form: str = FORMAT, allowed: Sequence[Any] = ()):
+        self.folder, self.keep_best, self.form, self.allowed = folder, keep_best, form, allowed
         self.best: list[tuple[float, int]] = []  # (score, epoch), best first
 
     def save(self, state: State) -> None:
@@ -96,7 +102,9 @@ class Checkpoints:
 
     def newest(self) -> Found | None:
         """As the function `newest`, but None if no checkpoint was ever written."""
-        return newest(self.folder) if any((self.folder / name).exists() for name in NAMES) else None
+        if not any((self.folder / name).exists() for name in NAMES):
+            return None
+        return newest(self.folder, self.form, self.allowed)
 
     def resume_from(self, found: Found) -> None:
         """Resume after a state that was found here, as if it had just been saved. On one rank only."""

@@ -1,0 +1,50 @@
+"""Makes docs/cifar10.md's table and figure from run folders, complete or not.
+
+    python -m scripts.cifar10 runs/cifar10                    also prints what is missing
+    python -m scripts.cifar10 runs/cifar10 MORE --out docs    several folders; where the files go
+
+A folder is recognized by what it learnt (config.yaml), not by its name. cifar10.csv has a line for each epoch of each
+run, cifar10.png the curves; python -m scripts.docs writes the table of docs/cifar10.md from docs/cifar10.csv, and runs
+at the end. `make cifar10` trains what is missing first.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+from scripts import docs
+from scripts.arguments import argument_parser
+from scripts.cifar10.cases import COLUMNS, collect
+from scripts.cifar10.figure import draw
+from scripts.cifar10.table import missing
+
+
+def main() -> None:
+    parser = argument_parser("cifar10", __doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders above them")
+    parser.add_argument("--out", type=Path, default=docs.ROOT / "docs", help="where the files go (default: docs)")
+    options = parser.parse_args()
+    absent = [str(folder) for folder in options.folders if not folder.is_dir()]
+    if absent:
+        sys.exit(f"No such folder: {', '.join(absent)}")
+    lines, remarks = collect(options.folders)
+    for remark in remarks:
+        print(remark)
+    if not lines:
+        sys.exit(f"No run of docs/cifar10.md below {', '.join(map(str, options.folders))}: make cifar10 trains them.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "cifar10.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    draw(lines, options.out / "cifar10.png")
+    for lacking in missing(lines):
+        print(f"missing: {lacking}")
+    if options.out == docs.ROOT / "docs":
+        docs.main([])
+
+
+if __name__ == "__main__":
+    main()

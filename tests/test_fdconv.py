@@ -1,0 +1,146 @@
+"""FDConv: numbers of its release (tests/golden_fdconv), its state dict, and what its spectrum promises."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import golden_recipe as recipe
+from helpers.programs import ROOT
+from torch import nn
+from torch.nn import functional as F
+
+import kw
+from kw.baselines.fdconv import FDConv2d, load_released, to_released
+
+FOLDER = ROOT / "tests/golden_fdconv"
+CASES = json.loads((FOLDER / "cases.json").read_text())
+EXPECTED = np.load(FOLDER / "cases.npz")
+
+
+def fill(key, shape):
+    """By the table of tests/golden_fdconv/README.md."""
+    v = recipe.values(key, shape)
+    if key.endswith("num_batches_tracked"):
+        return torch.zeros(shape, dtype=torch.long)
+    if key.endswith("running_var"):
+        v = 1 + 0.2 * v
+    elif key.endswith("running_mean"):
+        v = 0.05 * v
+    elif key.endswith(("relu.scale", "norm.weight", "bn.weight")):
+        v = 1 + 0.1 * v
+    elif key.endswith("bias"):
+        v = 0.1 * v
+    elif key.endswith("dft_weight") or "FBM" in key:
+        v = (0.05 if key.endswith("dft_weight") else 0.2) * v
+    else:
+        v = v * (3 / np.prod(shape[1:])) ** 0.5
+    return torch.from_numpy(v).float()
+
+
+def made(case):
+    layer = FDConv2d(*case["arguments"], **case["keywords"])
+    layer.load_released({key: fill(key, shape) for key, shape in case["state_dict"].items()})
+    return layer
+
+
+def close(actual, expected):
+    expected = torch.from_numpy(expected)
+    torch.testing.assert_close(actual.detach(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_are_the_releases(name):
+    case = CASES[name]
+    layer = made(case)
+    assert sum(p.numel() for p in layer.parameters()) == case["params"]
+    image = torch.from_numpy(recipe.values("image", case["input_shape"])).float().requires_grad_()
+    close(layer.eval()(image), EXPECTED[f"{name}/eval"])
+    out = layer.train()(image)
+    close(out, EXPECTED[f"{name}/train"])
+    (out * torch.from_numpy(recipe.values("cotangent", out.shape)).float()).sum().backward()
+    assert image.grad.norm().item() == pytest.approx(case["grad_norm_input"], rel=1e-4)
+    for parameter in layer.parameters():
+        parameter.data = parameter.grad  # so that to_released names the gradients
+    norms = {key: value.norm().item() for key, value in to_released(layer).items() if key in case["grad_norms"]}
+    assert norms == pytest.approx(case["grad_norms"], rel=1e-4, abs=1e-4)
+
+
+def test_a_models_released_state_dict_loads_strictly():
+    model, other = (kw.create_model("resnet18", dynamic="fdconv", num_classes=3) for _ in range(2))
+    released = {key: value.clone() for key, value in to_released(other).items()}
+    assert released["layer2.0.conv1.KSM_Global.fc.weight"].shape == (16, 64, 1, 1) and "conv1.weight" in released
+    load_released(model, released)
+    for key, value in other.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    changes = {"layer2.0.conv1.dft_weight": None, "layer9.weight": torch.zeros(1), "fc.bias": torch.zeros(4)}
+    for key, value in changes.items():
+        broken = {**released, key: value} if value is not None else {k: v for k, v in released.items() if k != key}
+        with pytest.raises(ValueError, match=key):
+            load_released(model, broken)
+
+
+def test_at_zero_scores_the_kernel_is_the_static_one_and_the_input_whole():
+    layer = FDConv2d(32, 48, 3, padding=1, bias=True).double().eval()
+    static = nn.Conv2d(32, 48, 3, padding=1).double()
+    for part in [*layer.attention.modules(), layer.bands.scores]:
+        if part is not layer.attention.norm:
+            for parameter in part.parameters(recurse=False):
+                nn.init.zeros_(parameter)
+    with torch.no_grad():
+        layer.weight.copy_(layer._spectrum(static.weight))
+        layer.bias.copy_(static.bias)
+        images = torch.randn(2, 32, 9, 14, dtype=torch.float64)
+        torch.testing.assert_close(layer(images), static(images))
+
+
+def test_parameters_in_resnet50_are_those_of_the_paper():
+    with torch.device("meta"):
+        model = kw.create_model("resnet50", dynamic="fdconv")
+    extra = sum(p.numel() for p in model.parameters()) - 25_557_032
+    assert extra == 3_647_120  # published: + 3.6 M
+    assert sum(isinstance(m, FDConv2d) for m in model.modules()) == 48 and type(model.conv1) is nn.Conv2d
+
+
+def test_groups_are_runs_of_rising_frequency_of_the_same_length():
+    layer = FDConv2d(32, 64, 3, kernel_num=64)
+    assert layer.group_of.flatten().bincount().tolist() == [192 * 49 // 64] * 64
+    assert layer.group_of[0, 0] == 0 and layer.group_of[96, 48] == 63  # the mean, and the highest frequency
+    uneven = FDConv2d(24, 20, 1).group_of.flatten().bincount()  # 260 frequencies
+    assert len(uneven) == 64 and uneven.max() - uneven.min() == 1
+
+
+@pytest.mark.parametrize("arguments", [(16, 64, 3), (64, 64, 5), (64, 64, 3, 1, 1, 1, 2), (3, 64, 7)])
+def test_small_grouped_and_other_kernels_stay_static(arguments):
+    layer = FDConv2d(*arguments)
+    assert layer.attention is None and set(dict(layer.named_parameters())) == {"weight", "bias"}
+    image = torch.randn(2, arguments[0], 12, 12)
+    padding = arguments[4] if len(arguments) > 4 else 0
+    expected = F.conv2d(image, layer.weight, layer.bias, padding=padding, groups=layer.groups)
+    torch.testing.assert_close(layer(image), expected)
+
+
+def test_without_a_number_of_groups_there_are_half_the_output_channels_and_scores_are_divided():
+    layer = FDConv2d(32, 36, 1, kernel_num=None)
+    assert layer.group_count == 18 and layer.attention.heat == pytest.approx(18**0.5)
+    with pytest.raises(ValueError, match="kernel_num=0"):
+        FDConv2d(32, 36, 1, kernel_num=0)
+    with pytest.raises(ValueError, match="batch of one"):
+        layer.train()(torch.randn(1, 32, 4, 4))
+
+
+def test_groups_follow_a_model_from_the_meta_device():
+    with torch.device("meta"):
+        layer = FDConv2d(32, 64, 3)
+    assert layer.group_of.is_meta
+    assert torch.equal(layer.to_empty(device="cpu").group_of, FDConv2d(32, 64, 3).group_of)
+
+
+def test_layers_are_traced_and_exported_for_other_batches_and_sizes():
+    model = nn.Sequential(FDConv2d(24, 24, 3, padding=1), FDConv2d(24, 32, 1)).eval()
+    images, others, larger = torch.randn(3, 24, 16, 16), torch.randn(3, 24, 16, 16), torch.randn(5, 24, 20, 12)
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(model, images)(others), model(others), rtol=1e-3, atol=1e-4)
+        program = torch.export.export(model, (images,), dynamic_shapes=(sizes,)).module()
+        torch.testing.assert_close(program(larger), model(larger), rtol=1e-3, atol=1e-4)
