@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 from scripts.kill_storm import SMALL
 from scripts.storm.settings import train
 from scripts.storm.trials import Ended, Row, forked, is_kind, run
+from train.jobs.errors import RunError
 
 ENDED = ["recipe.epochs=1", "recipe.temperature_epochs=0", "recipe.warmup_epochs=0", "data.train_images=64"]
 
@@ -98,7 +100,10 @@ def attentions(bad: Path, out: Path) -> None:
 def into_detector(bad: Path) -> None:
     from detection.loading import load
 
-    load(str(bad))
+    try:
+        load(str(bad))
+    except RunError as error:  # which the program reports
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def corrupt_images(count: int, place: Path, seed: int = 0) -> Row:
