@@ -153,6 +153,9 @@ def _unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in ("model", "state_dict"):
         if isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
+    other = next((name for name in state_dict if not isinstance(name, str)), None)
+    if other is not None:
+        raise ValueError(f"The state dict has the key {other!r}, which is no name of a parameter.")
     return {name.removeprefix("module."): value for name, value in state_dict.items()}
 
 

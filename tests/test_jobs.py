@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+import torch
 from helpers.training import ALONE, NARROW, TINY, config, launch
 from hydra import initialize_config_dir
 
@@ -19,7 +20,7 @@ from train.jobs import folder as run_folder
 from train.jobs import lease, outcomes
 from train.jobs.checkpoint import FORMAT, read
 from train.jobs.checkpoints import Checkpoints
-from train.jobs.errors import ConfigError
+from train.jobs.errors import CheckpointError, ConfigError
 from train.jobs.launch import count_processes
 from train.jobs.names import MAX_NAME, extended, same, shorten
 from train.jobs.settings import fixed_settings
@@ -365,3 +366,32 @@ def test_jobs_that_are_not_done_are_listed_until_another_sweep_has_done_them(tmp
     assert outcomes.not_done([first, second]) == ["n=2: left with 143"]
     outcomes.note(second, 2, "n=2", "done")
     assert outcomes.end(second) == [] and not second.exists() and first.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.write_text("this is no checkpoint\n" * 9), "is damaged, cut off, or not a checkpoint"),
+        (lambda path: path.write_bytes(b""), "is damaged, cut off, or not a checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged, cut off, or not a checkpoint"),
+        (lambda path: flip(path), r"is damaged: the checksum of .*data/0 does not fit"),
+    ],
+    ids=["text", "empty", "cut", "flipped bit of a weight"],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(damage, said, tmp_path):
+    path = tmp_path / "last.pt"
+    torch.save({"weights": torch.full((1000,), 7.0)}, path)
+    read(path)
+    damage(path)
+    with pytest.raises(CheckpointError, match=rf"last\.pt {said}") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+
+
+def flip(path):
+    """Flip one bit of a weight, which torch.load does not notice."""
+    content = bytearray(path.read_bytes())
+    at = bytes(content).index(torch.full((1000,), 7.0).numpy().tobytes())
+    content[at] ^= 1
+    path.write_bytes(bytes(content))
+    assert not torch.equal(torch.load(path, weights_only=True)["weights"], torch.full((1000,), 7.0))

@@ -76,9 +76,10 @@ CELLS = "warehouse_manager.weights.0"
     [
         (lambda d: d.pop(CELLS), ValueError, rf"1 missing \({CELLS}\), 0 left over"),
         (lambda d: d.update(strange=torch.zeros(1)), ValueError, r"0 missing \(none\), 1 left over \(strange\)"),
+        (lambda d: d.update({5: torch.zeros(1)}), ValueError, r"has the key 5, which is no name of a parameter"),
         (lambda d: d.update({CELLS: d[CELLS][:1]}), ValueError, rf"'{CELLS}' has shape \(1, .* is needed"),
     ],
-    ids=["missing", "left over", "shape"],
+    ids=["missing", "left over", "no name", "shape"],
 )
 def test_what_does_not_fit_is_named_and_changes_nothing(model, released, spoil, error, message):
     kw.set_temperature(model, 0.5)
