@@ -50,8 +50,8 @@ def read(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
 
 
 def damaged_part(path: Path) -> str | None:
-    """The first part of a file of torch.save whose content is not what was written. torch writes checksums, but does not
-    compare them when it reads."""
+    """The first part of a file of torch.save whose content is not what was written. torch writes checksums, but does
+    not compare them when it reads."""
     if not is_zipfile(path):  # as before torch 1.6
         return None
     with ZipFile(path) as file:
