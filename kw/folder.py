@@ -34,6 +34,7 @@ FORMAT = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 OURS = ("format", "kw", "temperature", "figures", "provenance")  # keys of config.json's part of that name
 TIMMS = ("architecture", "num_classes", "label_names", "pretrained_cfg", "model_args", NAME)  # of config.json
+MORE = ("first_conv", "classifier", "pool_size", "fixed_input_size")  # of pretrained_cfg, besides `DATA`
 CLOSE = 1e-4  # of the largest output: a saved model must compute what the original does
 
 
@@ -190,7 +191,7 @@ def _contents(
         temperature=float(found[0]) if found else None,
         figures=dict(figures or {}),
         provenance=dict(provenance or {}),
-        more={key: cfg[key] for key in ("first_conv", "classifier", "pool_size", "fixed_input_size") if key in cfg},
+        more={key: cfg[key] for key in MORE if key in cfg},
     )
 
 
@@ -216,10 +217,21 @@ def _to_json(contents: Contents) -> dict[str, Any]:
 def _from_json(found: Mapping[str, Any]) -> Contents:
     cfg, ours, classes = dict(found["pretrained_cfg"]), found[NAME], found.get("label_names")
     cfg.pop("num_classes", None)
+    data = {key: _tuples(cfg.pop(key)) for key in DATA}
+    unknown = [key for key in cfg if key not in MORE]
+    if unknown:
+        raise ValueError(f"pretrained_cfg has {unknown[0]!r}, which this version of kw does not know")
+    for key in ("input_size", "mean", "std"):
+        numbers = isinstance(data[key], tuple) and all(isinstance(one, (int, float)) for one in data[key])
+        if not numbers or (key == "input_size" and len(data[key]) != 3):
+            raise ValueError(f"{key} is {data[key]!r}, not numbers")
+    number = int(found["num_classes"])
+    if classes is not None and len(classes) != number:
+        raise ValueError(f"{len(classes)} classes are named, and the model has {number}")
     return Contents(
         description=dict(found["model_args"]),
-        data={key: _tuples(cfg.pop(key)) for key in DATA},
-        num_classes=int(found["num_classes"]),
+        data=data,
+        num_classes=number,
         classes=None if classes is None else tuple(map(str, classes)),
         temperature=ours["temperature"],
         figures=dict(ours["figures"]),

@@ -34,6 +34,7 @@ def refused(monkeypatch, tmp_path):
     (["experiment=resnet18_kw1d3x"], "Did you mean resnet18_kw1d4x or"),
     (["-m", "hydra/launcher=slum"], "Did you mean slurm?"),
     (["hydra.swep.dir=x"], "Did you mean hydra.sweep.dir"),
+    (["recipe=null"], "A group of settings, such as recipe or data, must have the name of an option"),
 ])  # fmt: skip
 def test_a_mistyped_name_gets_the_nearest_ones(words, near, refused):
     assert near in refused(*words)

@@ -141,6 +141,18 @@ def test_other_methods_are_exported(method, tmp_path):
 
 
 @SLOW
+def test_sizes_vary_also_if_the_last_map_of_the_example_is_one_pixel(tmp_path):
+    """As in the digits model at 32 pixels: torch takes the 1 for a constant, and the file failed for larger images."""
+    model = kw.create_model("resnet18", n="1/2", num_classes=3, layers=(1, 1, 1, 1), channels=(16, 16, 16, 16)).eval()
+    done = kw.export.onnx(model, tmp_path / "model.onnx", torch.randn(2, 3, 32, 32))
+    assert done.varying == ("batch", "height", "width")
+    run = runner(done.path)
+    for size in ((2, 3, 32, 32), (5, 3, 64, 32), (1, 3, 40, 72)):
+        x = torch.randn(size)
+        with torch.no_grad():
+            torch.testing.assert_close(run((x,))[0], model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_several_outputs_are_numbered(tmp_path):
     """The feature maps of a detector's backbone."""
     model = kw.create_model("resnet18", n=1, features_only=True, out_indices=(2, 3), **LEAST["resnet18"]).eval()

@@ -195,6 +195,10 @@ BAD = {
     "a list": (lambda f: (f / "config.json").write_text("[]"), r"not written by kw\.save"),
     "the future": (lambda f: config(f, kernelwarehouse__format=FORMAT + 1), "has format 2.*update kw"),
     "unknown key": (lambda f: config(f, kernelwarehouse__quantized=True), r"has 'kernelwarehouse\.quantized'.*update"),
+    "a file's name": (lambda f: config(f, pretrained_cfg__file="/etc/passwd"), "pretrained_cfg has 'file', which this"),
+    "a mean in words": (lambda f: config(f, pretrained_cfg__mean="x"), "mean is 'x', not numbers"),
+    "a flat image": (lambda f: config(f, pretrained_cfg__input_size=[3]), r"input_size is \(3,\), not numbers"),
+    "names for few": (lambda f: config(f, label_names=["cat"]), "1 classes are named, and the model has"),
     "unknown model": (lambda f: config(f, model_args__base="resnet9000"), "has no model 'resnet9000'"),
     "a path to load": (
         lambda f: config(f, model_args__args={"checkpoint_path": "/tmp/evil.pth"}),

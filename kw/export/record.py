@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kw.export.check import ExportError
 
 Examples = Tensor | tuple[Tensor, ...]
+MANY = 2**20  # pixels: a size that may not be larger is bounded by the model
 
 
 def tuple_of(example: Examples, model: nn.Module) -> tuple[Tensor, ...]:
@@ -52,9 +53,10 @@ def record(
     try:
         with evaluating(model):
             if sizes and all(one.dim() == 4 for one in examples):
-                program = _program(model, examples, (2, 3))
-                spatial = tuple(name for name, dim in (("height", 2), ("width", 3)) if _varies(program, examples, dim))
-                return program, ("batch", *spatial)
+                program = _of_any_size(model, examples)
+                if program is not None:
+                    dims = (("height", 2), ("width", 3))
+                    return program, ("batch", *(name for name, dim in dims if _varies(program, examples, dim)))
             return _program(model, examples, ()), ("batch",)
     except Exception as error:  # torch raises many kinds
         line = str(error).strip().splitlines()[0] if str(error).strip() else ""
@@ -62,6 +64,29 @@ def record(
             f"torch.export cannot record this {type(model).__name__} ({type(error).__name__}: {line}). If its own code "
             f"depends on the batch size, that is what to change; fewer sizes vary with sizes=False."
         ) from error
+
+
+def _of_any_size(model: nn.Module, examples: tuple[Tensor, ...]) -> torch.export.ExportedProgram | None:
+    """The program for images of other sizes; None if there is none that holds for larger ones too.
+
+    Where a map of the model has one row or column, torch takes that 1 for a constant, and the program holds up to that
+    size only: then larger images are recorded.
+    """
+    for times in (1, 2, 4):
+        try:
+            program = _program(model, tuple(one.repeat(1, 1, times, times) for one in examples), (2, 3))
+        except Exception:  # torch raises many kinds
+            if times == 1:
+                raise
+            return None  # the model does not take larger images
+        if not any(_is_bounded(program, size) for size in _sizes(program, examples, (2, 3))):
+            return program
+    return None
+
+
+def _is_bounded(program: torch.export.ExportedProgram, size: Any) -> bool:
+    symbols = () if isinstance(size, int) else size.node.expr.free_symbols
+    return any(bool(program.range_constraints[one].upper < MANY) for one in symbols if one in program.range_constraints)
 
 
 def _program(model: nn.Module, examples: tuple[Tensor, ...], more: tuple[int, ...]) -> torch.export.ExportedProgram:
@@ -78,10 +103,16 @@ def _takes_all(model: nn.Module) -> bool:
 
 
 def _varies(program: torch.export.ExportedProgram, examples: tuple[Tensor, ...], dim: int) -> bool:
+    # A size that was found to be constant may still be a SymInt.
+    found = _sizes(program, examples, (dim,))
+    return bool(found) and not any(str(size).isdigit() for size in found)
+
+
+def _sizes(program: torch.export.ExportedProgram, examples: tuple[Tensor, ...], dims: tuple[int, ...]) -> list[Any]:
+    """The recorded sizes of the inputs in these dimensions."""
     names = program.graph_signature.user_inputs
     inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    # A size that was found to be constant may still be a SymInt.
-    return bool(inputs) and not any(str(node.meta["val"].shape[dim]).isdigit() for node in inputs[: len(examples)])
+    return [node.meta["val"].shape[dim] for node in inputs[: len(examples)] for dim in dims]
 
 
 @contextmanager

@@ -27,6 +27,8 @@ def advice(error: Exception, config_name: str) -> str:
         return f"{group}={option}: there is no such option. There are {there}.{_hint(option, error.options)}"
     if unknown := re.match(r"Could not override '([^']+)'", str(error)):
         return f"{unknown[1]}: there is no such key.{_hint(unknown[1], list(keys(config_name)))}"
+    if "Config group override must be" in str(error):  # Hydra does not say which
+        return "A group of settings, such as recipe or data, must have the name of an option, not null."
     return one_line(error)
 
 
