@@ -31,7 +31,7 @@ def refused(monkeypatch, tmp_path):
     (["-m", "recipe.augment.hflop=0,1"], "Did you mean recipe.augment.hflip or"),
     (["bakbone=resnet18"], "bakbone: there is no such key. Did you mean backbone or"),
     (["backbone=resnet19"], "Did you mean resnet18 or"),
-    (["experiment=resnet18_kw1d3x"], "Did you mean resnet18_kw1d4x or"),
+    (["experiment=resnet18_kw1d3x"], "Did you mean resnet18_kw1"),
     (["-m", "hydra/launcher=slum"], "Did you mean slurm?"),
     (["hydra.swep.dir=x"], "Did you mean hydra.sweep.dir"),
     (["recipe=null"], "A group of settings, such as recipe or data, must have the name of an option"),

@@ -147,7 +147,7 @@ def test_cases_carry_their_batch_or_take_the_commands_or_their_own_default():
         (["--choices", "triton+wrapped"], "folded"),
         (["--cuda-graph"], "--device cuda"),
         (["--in-process"], "memory"),
-        (["--choices", "frozen", "--what", "train"], "does not train"),
+        (["--choices", "frozen", "--what", "train"], "do not train"),
     ],
 )
 def test_options_that_do_not_go_together_fail_at_once(options, named, capsys):

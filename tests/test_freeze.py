@@ -334,6 +334,7 @@ def test_norms_after_static_layers_are_merged_into_them(name):
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_norms_after_folded_layers_are_merged_into_them(fold_all):
     model = backbone("resnet18", n=1).double()
     report = check(model, images().double())

@@ -16,7 +16,7 @@ from train.learner import Learner
 TRAJECTORIES = json.loads((recipe.HERE / "trajectories.json").read_text())
 # Rounding grows tenfold a micro-batch, so only so many first losses can be compared.
 CASES = [
-    ("resnet18_kw1x", 6),  # an epoch, after which model and average are evaluated
+    ("resnet18_kw1x", 4),  # an epoch, after which model and average are evaluated
     pytest.param("mobilenetv2_100_kw4x", 4, marks=pytest.mark.slow),
     pytest.param("resnet18_kw1x", 10, marks=pytest.mark.slow),
     pytest.param("convnext_tiny_kw1x", 4, marks=pytest.mark.slow),

@@ -68,7 +68,7 @@ def test_what_a_part_writes_is_listed_and_in_the_report(go, tmp_path):
 
 @pytest.mark.parametrize("stubborn", [False, True])
 def test_a_part_past_its_limit_is_asked_to_stop_then_killed_with_what_it_started(stubborn, go, monkeypatch, tmp_path):
-    monkeypatch.setattr(entry, "GRACE", 2.0)
+    monkeypatch.setattr(entry, "GRACE", 2.0 if stubborn else 20.0)
     monkeypatch.setattr(entry, "LEAST", 0.1)
     ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN)" if stubborn else "pass"
     child = f"import time, pathlib; time.sleep(20); pathlib.Path({str(tmp_path / 'survived')!r}).touch()"
@@ -77,7 +77,7 @@ def test_a_part_past_its_limit_is_asked_to_stop_then_killed_with_what_it_started
         f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
         "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('saved', flush=True)"
     )
-    status, parts, out = go(Part("long", code(text), 5), Part("next", code(""), 60))
+    status, parts, out = go(Part("long", code(text), entry.GRACE + 6), Part("next", code(""), 60))
     assert status == 1 and parts["long"]["status"] == "stopped" and parts["next"]["status"] == "ok"
     assert ("saved" in (out / "long.log").read_text().splitlines()) != stubborn
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, timeout=60).stdout

@@ -224,7 +224,10 @@ class RecipeConfig:
         if self.drop_path_rule is not None:
             check_choice("recipe.drop_path_rule", self.drop_path_rule, ("constant", "linear"))
         check(
-            self.warmup_epochs < self.epochs, "recipe.warmup_epochs", self.warmup_epochs, "must be under recipe.epochs"
+            self.warmup_epochs < self.epochs,
+            "recipe.warmup_epochs",
+            self.warmup_epochs,
+            "must be under recipe.epochs (0: none)",
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from train.config.schema import TrainConfig
 
+REMOTE = tuple(f"data.remote.{key}" for key in ("index", "cache", "cache_gb", "retries", "timeout"))
 # Keys, whether a training run uses them, and the setting that decides it.
 IN_TRAINING: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], ...] = (
     (("recipe.decay_epochs", "recipe.decay_rate"), lambda c: c.recipe.schedule == "step", "recipe.schedule"),
@@ -16,7 +17,8 @@ IN_TRAINING: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], .
     (("recipe.drop_path_rule",), lambda c: c.recipe.drop_path > 0, "recipe.drop_path"),
     (("recipe.augment.erasing_mode",), lambda c: c.recipe.augment.random_erasing > 0, "recipe.augment.random_erasing"),
     (("data.root",), lambda c: c.data.format != "digits", "data.format"),
-    (("data.window",), lambda c: c.data.format == "shards", "data.format"),
+    (("data.window", "data.parts"), lambda c: c.data.format == "shards", "data.format"),
+    (REMOTE, lambda c: ":" in (c.data.root or ""), "data.root"),
     (("logger.mode", "logger.project", "logger.entity"), lambda c: "wandb" in c.logger.services, "logger.services"),
 )
 # What an evaluation does not use of the groups that it may set.

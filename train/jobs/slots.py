@@ -58,7 +58,7 @@ def share(device: str, devices: int, workers: int | None) -> Iterator[str]:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
             yield f"gpu {', '.join(mine)}"
         return
-    threads = int(os.environ.get("OMP_NUM_THREADS", 1))
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1").partition(",")[0])
     cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
     with _taken("core", cores, min(devices * (threads + (workers or 0)), len(cores))) as mine:
         torch.set_num_threads(threads)  # each job would take all cores
