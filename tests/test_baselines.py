@@ -446,6 +446,7 @@ def test_settings_are_checked_and_runs_named_like_published_rows():
     assert any(isinstance(module, BASELINES["dcd"].layer) for module in build_model(made, 10).modules())
 
 
+@pytest.mark.slow
 def test_one_sweep_compares_methods_and_the_report_names_them(tmp_path):
     words = ["dynamic=static,se,dyconv,kw", "n=1,2", "label=r", "recipe.ema_decay=0.9", "recipe.temperature_epochs=2"]
     done = launch("-m", *words, cwd=tmp_path)

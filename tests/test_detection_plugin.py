@@ -96,6 +96,7 @@ def test_importing_it_registers_and_changes_nothing_else_until_operators_are_ask
     python(IMPORTED + (OPERATORS if torchvision_ops.in_use() else ""))
 
 
+@pytest.mark.slow
 def test_the_configurations_serve_mmdetections_own_runner(tmp_path):
     """Also after imports of its modules that look for operators. Checkpoints are read as MMEngine does it."""
     python(

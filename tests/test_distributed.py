@@ -276,6 +276,7 @@ def test_a_short_kill_storm(devices):
     assert "Killed 2 times" in done.stdout and "The same to the bit" in done.stdout
 
 
+@pytest.mark.slow
 def test_two_launchers_on_one_machine_stand_for_two_nodes(two, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

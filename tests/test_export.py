@@ -153,6 +153,7 @@ def test_sizes_vary_also_if_the_last_map_of_the_example_is_one_pixel(tmp_path):
             torch.testing.assert_close(run((x,))[0], model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_outputs_are_numbered(tmp_path):
     """The feature maps of a detector's backbone."""
     model = kw.create_model("resnet18", n=1, features_only=True, out_indices=(2, 3), **LEAST["resnet18"]).eval()

@@ -149,7 +149,7 @@ def run_part(part: Part, run: Run, environment: dict[str, str], left: float) -> 
         file.flush()
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment | part.environment, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=listen_to_interrupts,
         )  # fmt: skip
         try:
             status = "ok" if process.wait(limit) == 0 else "failed"
@@ -164,6 +164,12 @@ def run_part(part: Part, run: Run, environment: dict[str, str], left: float) -> 
             shutil.copy(ROOT / path, run.out / part.name)
     lines = log.read_text(errors="replace").splitlines()
     return Result(part.name, status, time.monotonic() - began, wrote, lines[-TAIL:] if status != "ok" else lines[-1:])
+
+
+def listen_to_interrupts() -> None:
+    """In a part's process, before it begins: a shell has what it starts in the background ignore Ctrl-C's signal, by
+    which parts are asked to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

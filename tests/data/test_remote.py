@@ -323,6 +323,7 @@ RUN = ("n=static", "recipe=digits", "recipe.epochs=2", "recipe.batch_size=4", "r
 KILLED_AT_STEP_6 = "at(trainer, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))"  # in the middle of the second epoch
 
 
+@pytest.mark.slow
 def test_a_killed_run_from_a_bad_server_ends_as_one_from_the_folder_does(shards, server, tmp_path):
     """Two processes with a worker each. Shards are dropped, cut off and refused before the kill and after it."""
     for process in ranks(2, "train", *RUN, "data=shards", f"data.root={shards}", f"hydra.run.dir={tmp_path}/folder"):
