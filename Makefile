@@ -139,7 +139,7 @@ storm: $(DETECTION)
 GPU_PYTHON ?= $(if $(DRY)$(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 gpu: $(if $(DRY),$(DETECTION))
-	$(GPU_PYTHON) -m scripts.gpu $(if $(DRY),--dry) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DATA),--data $(DATA))
+	$(GPU_PYTHON) -m scripts.gpu $(if $(DRY),--dry --minutes 30) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DATA),--data $(DATA))
 
 gpu-wheels: $(READY)
 	$(BIN)/python -m scripts.gpu.wheels .wheels
