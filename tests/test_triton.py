@@ -127,8 +127,18 @@ def test_without_triton_products_are_batched(on_a_gpu, monkeypatch):
 def test_without_measured_prices_kernels_are_made_by_the_least_arithmetic_and_traffic(on_a_gpu):
     """For each of |W| entries: n B of cells and B moved; (n + B) (H + 1) folded and B + H + 1 moved."""
     hidden = 15
-    for n, batch in ((108, 2), (108, 16), (108, 128), (1000, 8), (1000, 16), (1000, 32), (1000, 128)):
-        folded = (n + batch) * 16 + cost.MOVED * (batch + 16) < n * batch + cost.MOVED * batch
+    for n, batch in (
+        (552, 128),
+        (2000, 128),
+        (108, 2),
+        (108, 16),
+        (108, 128),
+        (1000, 8),
+        (1000, 16),
+        (1000, 32),
+        (1000, 128),
+    ):
+        folded = cost.FOLDED * ((n + batch) * 16 + cost.MOVED * (batch + 16)) < (n + cost.MOVED) * batch
         cells = on_a_gpu(n, 32, 32)
         choice = kw.functional.choose(kw.functional.Setting(), on_a_gpu(batch, 64, 14, 14), cells, THREE, hidden)
         assert choice == Choice("folded" if folded else "cells", "triton")

@@ -40,6 +40,8 @@ from kw.compute.tracing import is_recorded
 HELD = 8 << 20  # numbers (32 MiB) that the allocator keeps; it requests larger tensors from the system each time
 # Multiply-adds in the time in which a GPU writes and reads a number in half precision: 400 T/s and 3 TB/s on an H100.
 MOVED = 500
+# An H100 was faster with cells where folding was expected to save up to 1.6 times (docs/gpu.md).
+FOLDED = 2.0
 UNMEASURED = ("triton", "batched", "grouped")  # order of preference on a GPU without a table
 
 Quantities = dict[str, float]
@@ -173,7 +175,11 @@ def _unmeasured(
     for choice in possible:
         done = work(choice, x_shape, cells_shape, geometry, features, kind)
         # Kernels, and folded kernels, are written and read.
-        cost = multiply_adds(done) + MOVED * (done.get("entry", 0) + (done["cell"] if "mix folded" in done else 0))
+        folded = choice.make == "folded" and len(cells_shape) == 3
+        # Of making kernels; applying them is the same.
+        making = sum(quantity for name, quantity in done.items() if name.startswith(("mix", "fold")))
+        cost = making + MOVED * (done.get("entry", 0) + (done["cell"] if folded else 0))
+        cost *= FOLDED if folded else 1
         if choice.apply == name and cost < least:
             found, least = choice, cost
     return found
