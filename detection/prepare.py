@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.registry import FUNCTIONS
 
+from train.data.loader import leave_signals
 from train.jobs.errors import warn
+
+FUNCTIONS.register_module(name="leave_signals", module=leave_signals, force=True)
 
 # Loops that train by epochs; others keep their own way to resume.
 BY_EPOCH = ("EpochBasedTrainLoop", "ExactTrainLoop")
 
 
 def prepare(cfg: Config, on_error: str) -> None:
-    """Have a run resume exactly, read images whole, evaluate each once, and keep its checkpoints by `detection.saving`.
+    """Have a run resume exactly, read images whole, evaluate each once, keep its checkpoints by `detection.saving`, and
+    load images until it has saved.
 
     Args:
         on_error: at a broken training image, stop or substitute.
@@ -27,7 +32,9 @@ def prepare(cfg: Config, on_error: str) -> None:
         if loader := cfg.get(f"{split}_dataloader"):
             every_image_once(loader)
     for split in ("train", "val", "test"):
-        read_whole(cfg.get(f"{split}_dataloader"))
+        if loader := cfg.get(f"{split}_dataloader"):
+            read_whole(loader)
+            outlast_signals(loader)
     cfg.default_hooks = {**cfg.get("default_hooks", {}), "checkpoint": None}
 
 
@@ -37,6 +44,12 @@ def every_image_once(loader: Any) -> None:
         loader.sampler.update(shuffle=False, round_up=False)
     loader.pop("batch_sampler", None)
     loader.drop_last = False
+
+
+def outlast_signals(loader: Any) -> None:
+    """Have the processes that load images go on while the run saves, unless the file sets them up itself."""
+    if not {"worker_init_fn", "disable_subprocess_warning"} & loader.keys():
+        loader["worker_init_fn"] = {"type": "leave_signals"}
 
 
 def read_whole(part: Any) -> None:

@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.dataset import sampler as mmengine_sampler
 from mmengine.device import utils as mmengine_device
-from mmengine.registry import init_default_scope
+from mmengine.registry import FUNCTIONS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -28,11 +28,12 @@ from detection.guard import Guard
 from detection.plugin.errors import BrokenImage, UnreadableImage
 from detection.plugin.exact import NumberedBatches, SeededDataset
 from detection.plugin.images import LoadWholeImage
-from detection.prepare import every_image_once
+from detection.prepare import every_image_once, outlast_signals
 from detection.saving import SavingHook
 from scripts.data.digits_coco import SPLITS, make_split
 from scripts.kill_storm import SMALL_DETECTOR, differences, outcome_of_detector
 from train.data.digits import Digits
+from train.data.loader import leave_signals
 from train.jobs import signals
 from train.jobs.errors import ConfigError, NonFiniteError
 from train.jobs.signals import StopRequest
@@ -108,6 +109,16 @@ def test_a_signal_saves_and_leaves_and_the_same_command_resumes(
     assert f"Stopped by a signal after step {step} of 8, and saved: {how}" in capsys.readouterr().out
     detect(*words(digits, tmp_path))
     assert differences(calm, outcome_of_detector(tmp_path)) == []
+
+
+def test_processes_that_load_images_outlast_signals_unless_the_file_sets_them_up():
+    loader = {"num_workers": 2}
+    outlast_signals(loader)
+    assert FUNCTIONS.get(loader["worker_init_fn"]["type"]) is leave_signals
+    for own in ({"worker_init_fn": {"type": "mine"}}, {"disable_subprocess_warning": True}):
+        loader = dict(own)
+        outlast_signals(loader)
+        assert loader == own
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_its_images(digits, tmp_path, capsys):

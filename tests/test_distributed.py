@@ -101,20 +101,21 @@ at(trainer, 7, lambda: until_signalled(trainer, f"{trainer.folder}/waits{world.r
 
 @pytest.mark.parametrize("devices, number", [
     pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow), (1, signal.SIGINT), (2, signal.SIGUSR1),
-    pytest.param(2, signal.SIGINT, marks=pytest.mark.slow),
+    pytest.param(2, signal.SIGINT, marks=pytest.mark.slow), pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_signal_saves_and_the_same_command_resumes_to_the_same_end(devices, number, two, tmp_path):
-    """The signal goes to the launcher, which passes it on; Ctrl-C to all processes, those that load data too."""
+    """SIGUSR1 goes to the launcher, which passes it on; Ctrl-C and SIGTERM to all processes, also those that load data,
+    as from a terminal and from SLURM."""
     folder, code = tmp_path / "stopped", tmp_path / "code.py"
     code.write_text(WAITS_AT_STEP_7)
     settings = (*SMALL, "n=static", f"runtime.devices={devices}", "runtime.workers=1")
     process = Program("helpers.disturbed", code, folder, *settings, start_new_session=True)
     for rank in range(devices):
         wait_for(folder / f"waits{rank}", process)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
-    else:
+    if number == signal.SIGUSR1:
         process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)
     stopped = finish(process, code=128 + number)
     assert "Stopped by a signal" in stopped.stdout
     assert 7 <= read(folder / "checkpoints" / "last.pt")["step"] < 10

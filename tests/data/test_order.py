@@ -1,17 +1,21 @@
 """The same order and augmentation however many processes read, and every sample once."""
 
 import itertools
+import os
 import random
+import signal
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 from helpers.image_sets import flat, loaded, samples_of
 from helpers.selection import paired
+from torch.utils.data import DataLoader
 
 from train.config import DataConfig, RecipeConfig
 from train.data.formats import open_split
-from train.data.loader import Samples, eval_loader
+from train.data.loader import Samples, eval_loader, leave_signals
 from train.data.order import Key, epoch_order
 from train.data.transforms import eval_transform
 
@@ -80,3 +84,31 @@ def test_evaluation_sees_every_sample_once(data, world, workers):
     seen = [index for loader in loaders for batch in loader for index in batch.indices.tolist()]
     assert sorted(seen) == list(range(13))
     assert sum(len(loader) for loader in loaders) == sum(-(-len(range(rank, 13, world)) // 4) for rank in range(world))
+
+
+class ItsProcess(torch.utils.data.Dataset):
+    """Each sample is the number of the process that loads it."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return os.getpid()
+
+
+def test_a_process_that_loads_data_outlasts_signals_of_others():
+    """All processes of a job get them, and the one that trains has to save first."""
+    loader = DataLoader(ItsProcess(), batch_size=None, num_workers=1, worker_init_fn=leave_signals)
+    batches = iter(loader)
+    process = next(batches)
+    for name in ("INT", "USR1", "TERM", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(process)], check=True)
+    assert list(batches) == [process] * 19
+
+
+def test_a_process_that_loads_data_ends_at_its_parents_sigterm():
+    loader = DataLoader(ItsProcess(), batch_size=None, num_workers=1, worker_init_fn=leave_signals)
+    batches = iter(loader)
+    os.kill(next(batches), signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(batches)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterable, Iterator
+from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
@@ -125,7 +127,18 @@ def _load(samples: Samples, batches: Iterable[list[Key]], workers: int, pin: boo
 
 
 def leave_signals(worker: int) -> None:
-    """Have a process that loads data go on after a Ctrl-C or SIGUSR1, which all processes of a job may get: those that
-    train still need data for their last steps. At SIGTERM of its parent it ends: torch sees to that."""
+    """Have a process that loads data go on after a signal that all processes of a job get, by a Ctrl-C or from SLURM:
+    those that train still need data for their last steps. Where their own SIGTERM cannot be told from others (macOS),
+    it ends at any."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_at_sigterm_of_parent, daemon=True).start()
+
+
+def _end_at_sigterm_of_parent() -> None:
+    """torch sends it to what still loads when the run is over."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
