@@ -117,10 +117,10 @@ class Bands(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights = _at_least_float(2 * torch.sigmoid(self.scores(x)))
         # sum_t weights_t (low_{t-1} - low_t) + low_3 = weights_1 low_0 + sum_t (weights_{t+1} - weights_t) low_t
-        steps = torch.diff(weights, dim=1, append=torch.ones_like(weights[:, :1])).split(1, dim=1)
+        steps = torch.diff(weights, dim=1, append=torch.ones_like(weights[:, :1]))
         whole = _at_least_float(x)
         total = weights[:, :1] * whole
-        for low, step in zip(_lower(whole), steps, strict=True):
+        for low, step in zip(_lower(whole), torch.split(steps, 1, dim=1), strict=True):
             total = torch.addcmul(total, step, low)
         return total.to(x.dtype)
 
