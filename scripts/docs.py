@@ -80,7 +80,7 @@ def coco() -> str:
     rows = [row for row in published() if row.task == DETECTION]
     lines = [
         [
-            f"`{row.name}`",
+            f"`{row.name}`" if row.has_code else f"{row.name}: published only",
             row.n if row.dynamic != "fdconv" else "-",
             HANDS[row.hand],
             _score(row, "box_ap"),

@@ -84,7 +84,7 @@ def test_the_file_of_a_published_row_states_its_figures(row):
     assert head[1] == f"# Published: box AP {row['box_ap']}, mask AP {row['mask_ap']}."
 
 
-RIVALS = [row for row in published() if row.task == DETECTION and row.dynamic not in ("kw", "static")]
+RIVALS = [row for row in published() if row.task == DETECTION and row.has_code and row.dynamic not in ("kw", "static")]
 
 
 @pytest.mark.parametrize("row", RIVALS, ids=lambda row: row.id)

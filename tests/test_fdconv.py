@@ -136,6 +136,22 @@ def test_groups_follow_a_model_from_the_meta_device():
     assert torch.equal(layer.to_empty(device="cpu").group_of, FDConv2d(32, 64, 3).group_of)
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_large_batch_of_small_images_has_the_numbers_of_single_ones(kernel):
+    """As many samples as groups: kernels are sums of a basis, and bands products with a matrix."""
+    layer = FDConv2d(20, 24, kernel, padding=kernel // 2, kernel_num=5).double().eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    images = torch.randn(6, 20, 7, 8, dtype=torch.float64)
+    grads = []
+    for parts in ([images], images.split(1)):
+        layer.zero_grad()
+        out = torch.cat([layer(part) for part in parts])
+        out.square().sum().backward()
+        grads.append([out.detach(), *(parameter.grad for parameter in layer.parameters())])
+    torch.testing.assert_close(*grads)
+
+
 def test_layers_are_traced_and_exported_for_other_batches_and_sizes():
     model = nn.Sequential(FDConv2d(24, 24, 3, padding=1), FDConv2d(24, 32, 1)).eval()
     images, others, larger = torch.randn(3, 24, 16, 16), torch.randn(3, 24, 16, 16), torch.randn(5, 24, 20, 12)

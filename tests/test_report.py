@@ -80,12 +80,14 @@ def test_every_published_row_is_there_and_says_that_it_was_not_run(tmp_path):
         "ImageNet, ResNet50, 300 epochs",
         "ImageNet, ODConv's release (100 epochs; MobileNetV2 150)",
         "COCO, Mask R-CNN with ResNet50 as KernelWarehouse trains it: other dynamic convolutions",
+        "COCO, Mask R-CNN, 12 epochs, FDConv in other backbones",
     ]
     rows = [row for section in made for row in section.rows]
-    assert [row.name for row in rows] == [row.name for row in published()] and len(rows) == 30 + 11 + 3 + 12 + 3
+    assert [row.name for row in rows] == [row.name for row in published()] and len(rows) == 30 + 11 + 3 + 12 + 3 + 2
     assert {row.state for row in rows if row.name != "resnet50"} == {"not run", "published only"}
     text = markdown(made)
-    assert text.count("published only |") == 5 and text.count("not run |") == text.count("| not measured |") == 53
+    assert "| resnet50_fdconv | - | not run |" in text and "| resnet50_dyconv4x | 4 | not run |" in text
+    assert text.count("published only |") == 7 and text.count("not run |") == text.count("| not measured |") == 53
 
 
 def test_a_table_says_where_its_figures_stand_what_is_best_and_what_is_odd(tmp_path):
@@ -96,6 +98,7 @@ def test_a_table_says_where_its_figures_stand_what_is_best_and_what_is_odd(tmp_p
     assert "Published figures: the KernelWarehouse release (first hand)." in notes["ImageNet"]
     assert any("44.7" in note and "44.8" in note for note in notes["COCO, Mask R-CNN, 12 epochs"])
     assert any("ap50 65.4" in note and "second hand" in note for note in notes["COCO, Mask R-CNN, 12 epochs"])
+    assert any("UPerNet" in note for note in notes["COCO, Mask R-CNN, 12 epochs, FDConv in other backbones"])
     hundred = notes["ImageNet, ResNet18, 100 epochs"]
     assert any(note.startswith("Published figures: MCL, Table II") and "second hand" in note for note in hundred)
     assert "Best by budget, measured top-1: resnet18_100e_odconv4x (74.50) at n = 4." in hundred

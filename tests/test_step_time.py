@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 
 from scripts.bench import step_time, trainer
+from scripts.bench.timing import rounded
 from scripts.report.steps import read_steps
 
 SMALL = ["data.image_size=32", "runtime.device=cpu"]
@@ -60,3 +61,7 @@ def test_the_trainers_step_is_compared_with_a_bare_one(capsys):
         ["backbone=resnet_digits", "data.image_size=16", "recipe.batch_size=4", "steps=2", "runtime.device=cpu"]
     )
     assert "n=static, 16 pixels, batch 4" in (text := capsys.readouterr().out) and "ms a step: " in text
+
+
+def test_a_slow_step_is_not_rounded_to_zero():
+    assert [rounded(value) for value in (0.000123456, 0.0139, 24472.18)] == [0.0001235, 0.0139, 24470.0]

@@ -27,17 +27,18 @@ from torch.nn import functional as F
 
 from kw.baselines.layer import MIN_HIDDEN, DynamicConv2d, he_normal, pool
 from kw.baselines.registry import register
-from kw.compute.tracing import is_recorded, leaf
+from kw.compute.tracing import is_observed, is_recorded, leaf
 
 REDUCTION = 16
 MIN_CHANNELS = 17
 CUTOFFS = (0.5 / 2, 0.5 / 4, 0.5 / 8)  # of the bands, in cycles per pixel
 MASK = 64  # the release makes the bands' masks at this size, and resizes them to the input's
+MATRIX_PIXELS = 256  # images of more pixels are cut into bands by Fourier transforms
 NEARLY_ZERO = 1e-6  # standard deviation of scores that shall begin near zero
 
 
 class Attentions(NamedTuple):
-    """Factors of a batch; `space` is None for a pointwise layer."""
+    """Factors of a batch; `space` is None for a pointwise layer, and `local` is half of a_local."""
 
     channel: Tensor
     filter: Tensor
@@ -97,7 +98,7 @@ class FrequencyAttention(nn.Module):
             filter=self._factor(self.filter(h)),
             space=None if self.space is None else self._factor(self.space(h)),
             group=self._factor(self.group(h)),
-            local=2 * torch.sigmoid(self.local(self.local_norm(pooled)[:, None])),
+            local=torch.sigmoid(self.local(self.local_norm(pooled)[:, None])),
         )
 
     def _factor(self, scores: Tensor) -> Tensor:
@@ -114,17 +115,37 @@ class Bands(nn.Module):
         nn.init.zeros_(self.scores.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = 2 * torch.sigmoid(self.scores(x))
-        height, width = x.shape[2:]
-        high = _at_least_float(x)
-        spectrum, total = torch.fft.rfft2(high, norm="ortho"), torch.zeros_like(high)
-        rows, columns = (axis(MASK, device=x.device) for axis in (torch.fft.fftfreq, torch.fft.rfftfreq))
-        for cutoff, weight in zip(CUTOFFS, torch.split(weights, 1, dim=1), strict=True):
-            mask = _below(cutoff, rows, height)[:, None] * _below(cutoff, columns, width // 2 + 1)
-            low = torch.fft.irfft2(spectrum * mask, s=(height, width), norm="ortho")
-            total = total + weight * (high - low)
-            high = low
-        return (total + high).to(x.dtype)
+        weights = _at_least_float(2 * torch.sigmoid(self.scores(x)))
+        # sum_t weights_t (low_{t-1} - low_t) + low_3 = weights_1 low_0 + sum_t (weights_{t+1} - weights_t) low_t
+        steps = torch.diff(weights, dim=1, append=torch.ones_like(weights[:, :1]))
+        whole = _at_least_float(x)
+        total = weights[:, :1] * whole
+        for low, step in zip(_lower(whole), torch.split(steps, 1, dim=1), strict=True):
+            total = torch.addcmul(total, step, low)
+        return total.to(x.dtype)
+
+
+def _lower(x: Tensor) -> list[Tensor]:
+    """The input below each cut-off. For small images as a product with a matrix, made by transforming a unit image for
+    each pixel, where that is less work than transforming the input."""
+    height, width = x.shape[2:]
+    pixels = height * width
+    if is_recorded(x.shape) or is_observed() or pixels > MATRIX_PIXELS or x.shape[0] * x.shape[1] < pixels:
+        return _filtered(x)
+    images = torch.eye(pixels, dtype=x.dtype, device=x.device).view(pixels, 1, height, width)
+    return [(x.flatten(2) @ matrix.view(pixels, pixels)).view(x.shape) for matrix in _filtered(images)]
+
+
+def _filtered(x: Tensor) -> list[Tensor]:
+    """The input below each cut-off, by Fourier transforms."""
+    height, width = x.shape[2:]
+    spectrum = torch.fft.rfft2(x, norm="ortho")
+    rows, columns = (axis(MASK, device=x.device) for axis in (torch.fft.fftfreq, torch.fft.rfftfreq))
+    found = []
+    for cutoff in CUTOFFS:
+        above = _below(cutoff, rows, height)[:, None] * _below(cutoff, columns, width // 2 + 1) == 0
+        found.append(torch.fft.irfft2(spectrum.masked_fill(above, 0), s=(height, width), norm="ortho"))
+    return found
 
 
 def _below(cutoff: float, frequencies: Tensor, size: int) -> Tensor:
@@ -205,15 +226,27 @@ class FDConv2d(DynamicConv2d):
 
     def kernels(self, attentions: Attentions) -> Tensor:
         """Each sample's kernel, `(B, *kernel_shape)`, without a_channel and a_filter."""
-        spectrum = torch.complex(*(_at_least_float(self.weight[0]) * self.scale).unbind(-1))
-        group = _at_least_float(attentions.group)[:, self.group_of]
-        matrix: Tensor = torch.fft.irfft2(spectrum * group, s=self.matrix_shape)
-        out, channels, (high, wide) = self.out_channels, self.in_channels, self.kernel_size
-        local = attentions.local.view(-1, out, high, wide, channels)
+        group = 2 * _at_least_float(attentions.group)  # 2 of a_local, where it is least work
+        batch, groups = group.shape
+        if is_recorded(group.shape) or is_observed() or batch < groups:
+            kernels = self._positions(group)
+        else:  # fewer transforms: each group's, then a weighted sum for each sample
+            basis = self._positions(torch.eye(groups, dtype=group.dtype, device=group.device))
+            kernels = (group @ basis.flatten(1)).view(batch, *basis.shape[1:])
+        kernels = kernels * attentions.local.view(kernels.shape)
         if attentions.space is not None:
-            local = local * attentions.space.view(-1, 1, high, wide, 1)
-        kernels = matrix.view(-1, out, high, channels, wide).transpose(3, 4) * local
-        return kernels.permute(0, 1, 4, 2, 3).contiguous()
+            kernels = kernels * attentions.space[:, None, :, None]
+        return kernels.transpose(2, 3).reshape(-1, *self.kernel_shape)
+
+    def _positions(self, group: Tensor) -> Tensor:
+        """Kernels `(B, C_out, P, C_in)` of the spectrum, with its groups weighted by `(B, kernel_num)`."""
+        real, imaginary = (_at_least_float(self.weight[0]) * self.scale).unbind(-1)
+        weights = group[:, self.group_of]
+        # Not a complex product, which is slow on a CPU.
+        spectrum = torch.complex(real.contiguous() * weights, imaginary.contiguous() * weights)
+        matrix: Tensor = torch.fft.irfft2(spectrum, s=self.matrix_shape)
+        (high, wide), channels = self.kernel_size, self.in_channels
+        return matrix.view(-1, self.out_channels, high, channels, wide).transpose(3, 4).flatten(2, 3)
 
     def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a layer of FDConv's release, strictly (`load_released` below)."""

@@ -16,7 +16,7 @@ from detection.compose import find
 from detection.run import calm
 from scripts.bench.detection import train
 from scripts.bench.memory import free, peak, reset_peak
-from scripts.bench.timing import in_turns, medians
+from scripts.bench.timing import in_turns, medians, rounded
 
 LARGEST = (800, 1333)
 
@@ -32,5 +32,5 @@ def measure(name: str, device: str, repeats: int, size: tuple[int, int] = LARGES
     torch.manual_seed(0)
     images = demo_mm_inputs(batch, [[3, *size]] * batch, num_classes=80, with_mask=True)
     (seconds,) = medians(in_turns({name: partial(train, model, images)}, repeats, warm_up=1))
-    return {"images_per_second": round(batch / seconds, 3), "memory_gb": round(peak(device) / 1e9, 3),
+    return {"images_per_second": rounded(batch / seconds), "memory_gb": round(peak(device) / 1e9, 3),
             "micro_batch": batch, "precision": "float32", "repeats": repeats}  # fmt: skip

@@ -26,7 +26,7 @@ import torch
 
 from scripts.bench.machine import machine_name
 from scripts.bench.memory import free, peak, reset_peak
-from scripts.bench.timing import in_turns, medians
+from scripts.bench.timing import in_turns, medians, rounded
 from scripts.options import one_line_errors, parse
 from scripts.report.published import CLASSIFICATION, DETECTION, Published, published
 from scripts.report.steps import STEPS
@@ -97,7 +97,7 @@ def measure(row: str, overrides: list[str], repeats: int) -> dict[str, Any]:
     return {
         "row": row,
         "device": device_name(device),
-        "images_per_second": round(speed, 3),
+        "images_per_second": rounded(speed),
         "memory_gb": round(peak(device.type) / 1e9, 3),
         "micro_batch": micro,
         "precision": config.runtime.precision,
@@ -131,7 +131,7 @@ def main(words: list[str]) -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            speed = f"{line['images_per_second']:,.1f} images/s, {line['memory_gb']:.1f} GB"
+            speed = f"{line['images_per_second']:,} images/s, {line['memory_gb']:.1f} GB"
             print(f"{row}: {speed} ({line['device']}, {line['precision']})", flush=True)
 
 

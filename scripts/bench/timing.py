@@ -96,3 +96,8 @@ def medians(samples: Mapping[str, Sample]) -> list[float]:
 
 def message(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def rounded(value: float) -> float:
+    """To four significant digits: decimals would round a detector's images per second on a CPU to zero."""
+    return float(f"{value:.4g}")

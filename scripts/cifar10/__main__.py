@@ -6,6 +6,9 @@
 A folder is recognized by what it learnt (config.yaml), not by its name. cifar10.csv has a line for each epoch of each
 run, cifar10.png the curves; python -m scripts.docs writes the table of docs/cifar10.md from docs/cifar10.csv, and runs
 at the end. `make cifar10` trains what is missing first.
+
+A finished run that cifar10.csv has already stays there, unless a folder has the same run to its end: so folders may be
+deleted, or be on another machine. To forget a run, delete its lines.
 """
 
 from __future__ import annotations
@@ -16,26 +19,31 @@ from pathlib import Path
 
 from scripts import docs
 from scripts.arguments import argument_parser
-from scripts.cifar10.cases import COLUMNS, collect
+from scripts.cifar10.cases import COLUMNS, by_run, collect, in_order, merge
 from scripts.cifar10.figure import draw
 from scripts.cifar10.table import missing
 
 
 def main() -> None:
     parser = argument_parser("cifar10", __doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders above them")
+    parser.add_argument("folders", nargs="*", type=Path, help="run folders, or folders above them")
     parser.add_argument("--out", type=Path, default=docs.ROOT / "docs", help="where the files go (default: docs)")
     options = parser.parse_args()
     absent = [str(folder) for folder in options.folders if not folder.is_dir()]
     if absent:
         sys.exit(f"No such folder: {', '.join(absent)}")
-    lines, remarks = collect(options.folders)
-    for remark in remarks:
+    path = options.out / "cifar10.csv"
+    runs, remarks = collect(options.folders)
+    runs, kept = merge(by_run(_rows(path)), runs)
+    lines = in_order(runs)
+    for remark in remarks + kept:
         print(remark)
     if not lines:
-        sys.exit(f"No run of docs/cifar10.md below {', '.join(map(str, options.folders))}: make cifar10 trains them.")
+        sys.exit(
+            f"No run of docs/cifar10.md in {', '.join(map(str, [path, *options.folders]))}: make cifar10 trains them."
+        )
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "cifar10.csv").open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
@@ -44,6 +52,13 @@ def main() -> None:
         print(f"missing: {lacking}")
     if options.out == docs.ROOT / "docs":
         docs.main([])
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

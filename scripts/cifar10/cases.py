@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ class Case:
     epochs: int
     large: str | None = None
 
+    @property
+    def title(self) -> str:
+        return self.name + (", augmented" if self.protocol == AUGMENTED else "")
+
 
 CASES = (
     Case("static", ORDER, "experiment=cifar10/order n=static", 16),
@@ -45,21 +50,61 @@ CASES = (
     Case("KernelWarehouse, n = 1", AUGMENTED, "experiment=cifar10/order_augmented n=1", 24),
     Case("KernelWarehouse, n = 4", AUGMENTED, "experiment=cifar10/order_augmented n=4", 24),
 )
-COLUMNS = ("protocol", "network", "seed", "params", "macs", "device", "epoch", "train_top1", "top1", "top5", "seconds")
+COSTS = ("params", "macs", "device", "commit")  # from summary.json, which a finished run has
+COLUMNS = ("protocol", "network", "seed", *COSTS, "epoch", "train_top1", "top1", "top5", "seconds")
 Line = dict[str, Any]
+Runs = dict[tuple[Case, int], list[Line]]  # by case and seed, the lines of its epochs
 
 
-def collect(roots: Iterable[Path]) -> tuple[list[Line], list[str]]:
-    """A line of `COLUMNS` for each epoch of each case and seed, and remarks on folders that are left out.
+def is_finished(case: Case, run: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a run has all of its epochs, and what a finished run says of itself."""
+    return bool(run) and int(run[-1]["epoch"]) == case.epochs and run[-1]["params"] != ""
+
+
+def merge(earlier: Runs, found: Runs) -> tuple[Runs, list[str]]:
+    """The runs found in folders, and of the earlier ones those that no folder has to its end; remarks on both.
+
+    So a run stays in docs/cifar10.csv after its folder is gone. An earlier run that was not finished goes: it can be
+    continued only where its folder is.
+    """
+    made, remarks = dict(found), list[str]()
+    for (case, seed), old in earlier.items():
+        if not is_finished(case, old):
+            continue
+        new = made.get((case, seed), [])
+        if not is_finished(case, new):
+            made[case, seed] = old
+            remarks.append(f"{case.title}, seed {seed}: kept from before, no folder has all of it")
+        elif float(old[-1]["top1"]) != float(new[-1]["top1"]):
+            was, now = old[-1]["top1"], new[-1]["top1"]
+            remarks.append(f"{case.title}, seed {seed}: top-1 {now} in its folder, which counts, and {was} before")
+    return made, remarks
+
+
+def by_run(lines: Iterable[Mapping[str, Any]]) -> Runs:
+    """The lines of docs/cifar10.csv by case and seed."""
+    cases = {(case.protocol, case.name): case for case in CASES}
+    found: Runs = {}
+    for line in lines:
+        case = cases.get((line["protocol"], line["network"]))
+        if case is not None:
+            found.setdefault((case, int(line["seed"])), []).append({key: line.get(key, "") for key in COLUMNS})
+    return found
+
+
+def in_order(runs: Runs) -> list[Line]:
+    """All lines, case by case and seed by seed."""
+    return [line for case in CASES for seed in SEEDS for line in runs.get((case, seed), [])]
+
+
+def collect(roots: Iterable[Path]) -> tuple[Runs, list[str]]:
+    """The runs below `roots`, a line of `COLUMNS` for each epoch, and remarks on folders that are left out.
 
     A folder is a case's run if everything that decides what it learns is the same, whatever it is called. Of several,
     the one with the most epochs counts.
     """
-    wanted = {}
-    for case in CASES:
-        config = compose([*case.command.split(), "data.root=x"])
-        wanted |= {_key(replace(config, seed=seed)): (case, seed) for seed in SEEDS}
-    found: dict[tuple[Case, int], list[Line]] = {}
+    wanted = _wanted()
+    found: Runs = {}
     remarks = []
     for path in sorted({path for root in roots for path in root.rglob("config.yaml")}):
         try:
@@ -73,7 +118,16 @@ def collect(roots: Iterable[Path]) -> tuple[list[Line], list[str]]:
             continue
         if len(lines) > len(found.get(wanted[key], [])):
             found[wanted[key]] = lines
-    return [line for one in wanted.values() for line in found.get(one, [])], remarks
+    return found, remarks
+
+
+@cache
+def _wanted() -> dict[str, tuple[Case, int]]:
+    found: dict[str, tuple[Case, int]] = {}
+    for case in CASES:
+        config = compose([*case.command.split(), "data.root=x"])
+        found |= {_key(replace(config, seed=seed)): (case, seed) for seed in SEEDS}
+    return found
 
 
 def _key(config: TrainConfig) -> str:
@@ -87,12 +141,18 @@ def _lines(folder: Path, case: Case, seed: int, batch: int) -> list[Line]:
     summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8") if (folder / "metrics.jsonl").exists() else ""
     made: list[Line] = []
+    costs = {key: summary.get(key) or "" for key in COSTS}
+    costs["commit"] = _short(costs["commit"])
     seconds, before = 0.0, 0
     for metric in map(json.loads, (line for line in text.splitlines(keepends=True) if line.endswith("\n"))):
         seconds += (metric["step"] - before) * batch / metric["images_per_second"]
         before = metric["step"]
         values = {key: round(metric[key], 4) for key in ("train_top1", "top1", "top5")}
-        costs = {key: summary.get(key, "") for key in ("params", "macs", "device")}
         made.append({"protocol": case.protocol, "network": case.name, "seed": seed, **costs,
                      "epoch": metric["epoch"] + 1, **values, "seconds": round(seconds, 1)})  # fmt: skip
     return made
+
+
+def _short(commit: str) -> str:
+    """Seven digits, and "+" if files had been changed since."""
+    return commit[:7] + commit[40:]

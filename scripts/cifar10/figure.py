@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,16 +14,17 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from scripts.cifar10.cases import CASES, Case
-from scripts.cifar10.table import TITLES, runs_of
+from scripts.cifar10.table import TITLES, complete, runs_of
 from scripts.page import COLORS
 
 
-def draw(lines: list[Mapping[str, Any]], path: Path) -> None:
-    """One row of axes for each protocol that has runs, at least one.
+def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One row of axes for each protocol that has runs, at least one. Finished runs only, where there are any.
 
     Over epochs: the mean of the seeds, and a band from the least to the greatest. Over hours of training: each seed's
     own line, for machines and loads differ.
     """
+    lines = complete(lines) or lines
     run = {line["protocol"] for line in lines}
     titles = {protocol: title for protocol, title in TITLES.items() if protocol in run}
     figure, axes = plt.subplots(len(titles), 2, figsize=(11, 4.2 * len(titles)), squeeze=False, layout="constrained")
@@ -40,7 +41,7 @@ def draw(lines: list[Mapping[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def _add(over_epochs: Axes, over_time: Axes, lines: list[Mapping[str, Any]], case: Case, color: str) -> None:
+def _add(over_epochs: Axes, over_time: Axes, lines: Sequence[Mapping[str, Any]], case: Case, color: str) -> None:
     runs = list(runs_of(lines, case).values())
     if not runs:
         return

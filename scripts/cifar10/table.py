@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from scripts.cifar10.cases import AUGMENTED, CASES, ORDER, SEEDS, Case
+from scripts.cifar10.cases import AUGMENTED, CASES, ORDER, SEEDS, Case, is_finished
 
 HEAD = ("network", "parameters", "training top-1", "test top-1", "by seed", "over static", "over static as large")
 TITLES = {
     ORDER: "16 epochs, crops of at least 70% of the area",
     AUGMENTED: "24 epochs, crops of at least 50% of the area, label smoothing 0.1",
 }
-Runs = Mapping[int, list[Mapping[str, Any]]]  # by seed, the lines of its epochs
 
 
-def runs_of(lines: Iterable[Mapping[str, Any]], case: Case) -> Runs:
+def runs_of(lines: Iterable[Mapping[str, Any]], case: Case) -> dict[int, list[Mapping[str, Any]]]:
     """The case's lines by seed, in the order of epochs."""
     found: dict[int, list[Mapping[str, Any]]] = {}
     for line in lines:
@@ -28,11 +27,10 @@ def runs_of(lines: Iterable[Mapping[str, Any]], case: Case) -> Runs:
 
 def finished(lines: Iterable[Mapping[str, Any]], case: Case, key: str = "top1") -> dict[int, float]:
     """The last epoch's figure of each run that is complete, by seed."""
-    ends = {seed: run[-1] for seed, run in runs_of(lines, case).items()}
-    return {seed: float(end[key]) for seed, end in sorted(ends.items()) if int(end["epoch"]) == case.epochs}
+    return {seed: float(run[-1][key]) for seed, run in sorted(runs_of(lines, case).items()) if is_finished(case, run)}
 
 
-def text(lines: list[Mapping[str, Any]]) -> str:
+def text(lines: Sequence[Mapping[str, Any]]) -> str:
     """Both tables in Markdown, with what is missing below."""
     parts = []
     for protocol, title in TITLES.items():
@@ -41,18 +39,24 @@ def text(lines: list[Mapping[str, Any]]) -> str:
         parts.append(f"**{title}**\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows))
     lacking = missing(lines)
     parts.append(f"Missing: {'; '.join(lacking)}.\n" if lacking else "Nothing is missing.\n")
-    parts.append(f"Trained on: {', '.join(f'{device} ({count})' for device, count in _devices(lines).items())}.\n")
+    devices, commits = (_counted(lines, key) for key in ("device", "commit"))
+    parts.append(f"Runs by device: {devices}; by commit: {commits}.\n")
     return "\n".join(parts)
 
 
-def _devices(lines: list[Mapping[str, Any]]) -> Counter[str]:
-    """How many finished runs each kind of device has trained."""
-    return Counter(
-        runs_of(lines, case)[seed][-1]["device"] or "unknown" for case in CASES for seed in finished(lines, case)
-    )
+def complete(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines of runs that are finished."""
+    runs = [run for case in CASES for run in runs_of(lines, case).values() if is_finished(case, run)]
+    return [line for run in runs for line in run]
 
 
-def missing(lines: list[Mapping[str, Any]]) -> list[str]:
+def _counted(lines: Sequence[Mapping[str, Any]], key: str) -> str:
+    """How many finished runs have each value of `key`."""
+    ends = [runs_of(lines, case)[seed][-1] for case in CASES for seed in finished(lines, case)]
+    return ", ".join(f"{value} ({count})" for value, count in Counter(end[key] or "unknown" for end in ends).items())
+
+
+def missing(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """What was not run to its end."""
     found = []
     for case in CASES:
@@ -64,12 +68,11 @@ def missing(lines: list[Mapping[str, Any]]) -> list[str]:
             if seed not in done
         ]
         if states:
-            kind = ", augmented" if case.protocol == AUGMENTED else ""
-            found.append(f"{case.name}{kind}: {', '.join(states)}")
+            found.append(f"{case.title}: {', '.join(states)}")
     return found
 
 
-def _row(lines: list[Mapping[str, Any]], case: Case, cases: list[Case]) -> list[str]:
+def _row(lines: Sequence[Mapping[str, Any]], case: Case, cases: list[Case]) -> list[str]:
     scores = finished(lines, case)
     if not scores:
         return [case.name, *["-"] * (len(HEAD) - 1)]

@@ -106,7 +106,9 @@ def published() -> list[Published]:
             counted = [costs.get(row["id"], {}).get(key) for key in ("params", "macs")]
             made.append(Published(row["id"], *of, *counted, scores, settings, epochs, row.get("top1_gain")))
     for group in content["groups"]:
-        table = Table(group["title"], group["source"], group["hand"], _speeds(group.get("speed")))
+        table = Table(
+            group["title"], group["source"], group["hand"], (*_speeds(group.get("speed")), *group.get("remarks", ()))
+        )
         made += [_of_group(row, group, table, content["recipes"], costs) for row in group["rows"]]
     return made
 
@@ -118,7 +120,7 @@ def _of_group(row: dict[str, Any], group: dict[str, Any], table: Table, recipes:
     n = STATIC if dynamic == STATIC else str(row.get("n", 1))
     label = row["id"].partition(f"_{dynamic}")[0]
     cost, has_code = costs.get(row["id"].replace("_100e", ""), {}), row.get("code") != "none"
-    params = cost.get("params") if has_code else round(1e6 * row["params_m"])
+    params = cost.get("params") if has_code or "params_m" not in row else round(1e6 * row["params_m"])
     return Published(
         row["id"], task, table, row["backbone"], label, dynamic, n, params, cost.get("macs"),
         {key: row.get(key) for key in SCORES[task]}, settings, settings.get("recipe.epochs", DETECTION_EPOCHS),
