@@ -5,10 +5,14 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 
@@ -331,6 +335,38 @@ def test_code_in_a_folder_is_not_run(saved, tmp_path):
     with pytest.raises(FolderError):
         kw.load(saved)
     assert not mark.exists()
+
+
+ELSEWHERE = """
+import sys
+
+for name in ("train", "detection", "scripts", "hydra", "omegaconf", "mmdet", "mmengine", "onnx", "onnxruntime"):
+    sys.modules[name] = None  # importing it fails
+import kw, timm, torch
+from PIL import Image
+
+model = kw.load(sys.argv[1])
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.no_grad():
+    logits = model(transform(Image.linear_gradient("L").convert("RGB"))[None])
+print(model.pretrained_cfg["label_names"][logits.argmax()], *logits[0].tolist())
+"""
+
+
+def test_a_folder_that_was_moved_predicts_where_there_is_kw_alone(tmp_path):
+    model = build()
+    kw.save(model, tmp_path / "mine", classes=CLASSES, data=PICTURE)
+    shutil.move(tmp_path / "mine", tmp_path / "moved")
+    environment = {**os.environ, "PYTHONPATH": str(Path(kw.__file__).parents[1])}
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "moved")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    name, *logits = done.stdout.split()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(kw.load(tmp_path / "moved")))
+    with torch.no_grad():
+        expected = model(transform(Image.linear_gradient("L").convert("RGB"))[None])[0]
+    torch.testing.assert_close(torch.tensor([float(one) for one in logits]), expected)
+    assert name == CLASSES[expected.argmax()]
 
 
 def test_a_folder_of_something_else_is_not_overwritten(tmp_path):

@@ -58,15 +58,15 @@ def onnx(
         _halve(proto)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(proto.SerializeToString())
-    worst, tried = None, ()
+    checked: tuple[Any, ...] = ()
     if check:
         _import("onnx").checker.check_model(str(path), full_check=True)
         run = runner(path)
         with evaluating(model):
-            worst, tried = compare(model, run, examples, varying, CLOSE_HALF if half else CLOSE, path)
+            checked = compare(model, run, examples, varying, CLOSE_HALF if half else CLOSE, path)
     weights = ", float16 weights" if half else ""
     runtime = f", onnxruntime {_import('onnxruntime').__version__}" if check else ""
-    return Exported(path, f"ONNX, opset {opset}{weights}{runtime}", varying, worst, tried)
+    return Exported(path, f"ONNX, opset {opset}{weights}{runtime}", varying, *checked)
 
 
 def runner(path: Path, threads: int = 0) -> Any:
