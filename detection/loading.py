@@ -16,8 +16,8 @@ from mmengine.runner.checkpoint import get_torch_safe_globals
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from train.jobs.checkpoint import read
 from train.jobs.errors import CheckpointError
+from train.jobs.reading import read
 
 # MMEngine tries its loaders' regular expressions in reverse alphabetical order, and takes the first that matches the
 # beginning of the path. "~" sorts after all letters, and as it is optional, this one matches every path.

@@ -12,9 +12,9 @@ import kw
 from kw.layers import KWLayer
 from scripts.options import imagenet_defaults
 from train.config import TrainConfig, compose, load_saved, validate
-from train.jobs.checkpoint import FORMAT, read
 from train.jobs.checkpoints import State, newest
 from train.jobs.errors import CheckpointError, ConfigError
+from train.jobs.reading import FORMAT, read
 from train.model import build_model, load_weights
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from scripts.arguments import argument_parser
-from train.jobs.checkpoint import read
+from train.jobs.reading import read
 
 SMALL = [
     "recipe.batch_size=64",

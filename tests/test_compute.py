@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kw
 from kw import KWConfig, functional
-from kw.compute import IMPLEMENTATIONS, Geometry, blocks, gathering, mixing, operator, samples
+from kw.compute import IMPLEMENTATIONS, Geometry, blocks, gathering, grouped, mixing, operator, samples, stand_in
 from kw.compute.cost import Choice
 from kw.compute.strips import Strips
 
@@ -470,3 +470,12 @@ def test_half_precision_is_about_as_exact_as_the_plain_choice(choice, times):
         gradients(choice, *tensors, geometry), gradients("grouped", *tensors, geometry), exact, strict=True
     ):
         assert (value.double() - true).square().mean() <= times**2 * (plain.double() - true).square().mean()
+
+
+@pytest.mark.parametrize("grid", [(9, 1, 1), (4, 3, 1), (4, 1, 3), (9, 2, 5), (1, 3, 2)])
+def test_kernels_for_onnx_are_those_of_every_other_use(grid):
+    """Recorded for ONNX, their axes are moved in another order."""
+    mixtures = torch.randn(2, math.prod(grid), 4, 2)
+    plain = grouped.assemble_mixtures(mixtures, grid)
+    with stand_in.recorded():
+        torch.testing.assert_close(grouped.assemble_mixtures(mixtures, grid), plain, rtol=0, atol=0)

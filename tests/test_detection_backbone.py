@@ -23,7 +23,7 @@ from detection.plugin import pretrained
 from detection.plugin.errors import PretrainedError, SettingError
 from kw.attention import Attention
 from kw.layers import DynamicLayer, KWLayer
-from train.jobs.checkpoint import FORMAT
+from train.jobs.reading import FORMAT
 
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}
 

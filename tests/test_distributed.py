@@ -14,8 +14,8 @@ import yaml
 from helpers.programs import ROOT, Program, command, finish, ranks, wait_for
 
 from scripts.kill_storm import differences, outcome
-from train.jobs.checkpoint import read
 from train.jobs.launch import PassedOn
+from train.jobs.reading import read
 
 SMALL = (
     "recipe.batch_size=32",

@@ -14,7 +14,7 @@ from scripts import export, predict
 from train.config.saved import to_plain
 from train.data.digits import Digits
 from train.data.transforms import eval_transform
-from train.jobs.checkpoint import FORMAT
+from train.jobs.reading import FORMAT
 from train.model import build_model
 
 CLASSES = [str(k) for k in range(10)]

@@ -18,11 +18,11 @@ from hydra import initialize_config_dir
 from train.config import RuntimeConfig, TrainConfig, learnt_settings, load_saved, saved, to_plain, validate
 from train.jobs import folder as run_folder
 from train.jobs import lease, outcomes
-from train.jobs.checkpoint import FORMAT, read
 from train.jobs.checkpoints import Checkpoints
 from train.jobs.errors import CheckpointError, ConfigError
 from train.jobs.launch import count_processes
 from train.jobs.names import MAX_NAME, extended, same, shorten
+from train.jobs.reading import FORMAT, read
 from train.jobs.settings import fixed_settings
 from train.jobs.sweep import CONFIGS, sweep_name
 from train.jobs.torchrun import is_main, under_torchrun

@@ -21,9 +21,9 @@ from scripts.kill_storm import differences, outcome
 from train.config import RecipeConfig
 from train.data.batching import MicroBatches, accumulation
 from train.data.order import epoch_order
-from train.jobs.checkpoint import FORMAT, read
 from train.jobs.checkpoints import Checkpoints, newest
 from train.jobs.errors import CheckpointError, ConfigError
+from train.jobs.reading import FORMAT, read
 from train.model import build_model
 from train.optim import build_optimizer
 from train.schedule import learning_rate, temperature

@@ -21,8 +21,8 @@ from scripts.kill_storm import differences, outcome
 from train import learner as module
 from train import optim
 from train.evaluate import evaluate
-from train.jobs.checkpoint import read
 from train.jobs.errors import NonFiniteError
+from train.jobs.reading import read
 from train.jobs.world import World
 from train.trainer import Trainer
 from train.watch import Watch

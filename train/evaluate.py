@@ -17,9 +17,9 @@ from train.data.formats import open_split
 from train.data.loader import Batch, Samples, eval_loader
 from train.data.transforms import eval_transform
 from train.jobs.agreement import once_per_node
-from train.jobs.checkpoint import FORMAT, read
 from train.jobs.checkpoints import State, newest
 from train.jobs.errors import CheckpointError, ConfigError, check, warn
+from train.jobs.reading import FORMAT, read
 from train.jobs.sweep import GROUP
 from train.jobs.world import World
 from train.model import build_model, load_weights

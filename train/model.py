@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import kw
 from train.config import TrainConfig
-from train.jobs.checkpoint import read
 from train.jobs.checkpoints import newest
 from train.jobs.errors import CheckpointError, ConfigError
+from train.jobs.reading import read
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:

@@ -23,12 +23,12 @@ from train.data.run_data import RunData
 from train.display import EpochDisplay
 from train.evaluate import cast, evaluate
 from train.jobs.agreement import agree
-from train.jobs.checkpoint import FORMAT
 from train.jobs.checkpoints import Checkpoints, State
 from train.jobs.display import progress
 from train.jobs.errors import CheckpointError, ConfigError, NonFiniteError, RunError
 from train.jobs.folder import write_atomically
 from train.jobs.metrics import MetricsFile
+from train.jobs.reading import FORMAT
 from train.jobs.signals import StopRequest, first_signal, leave
 from train.jobs.world import World
 from train.learner import Learner

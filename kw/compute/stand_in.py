@@ -33,6 +33,11 @@ def recorded() -> Iterator[None]:
         _is_used = before
 
 
+def is_used() -> bool:
+    """Whether a model is recorded for ONNX."""
+    return _is_used
+
+
 def applies(geometry: Geometry) -> bool:
     """Whether the node is to be recorded: not for kernels of one position, which are matrices."""
     return _is_used and (set(geometry.kernel_size) != {1} or any(geometry.padding))

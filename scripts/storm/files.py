@@ -17,7 +17,6 @@ from PIL import Image
 from scripts.kill_storm import SMALL
 from scripts.storm.settings import train
 from scripts.storm.trials import Ended, Row, forked, is_kind, run
-from train.jobs.errors import RunError
 
 ENDED = ["recipe.epochs=1", "recipe.temperature_epochs=0", "recipe.warmup_epochs=0", "data.train_images=64"]
 
@@ -98,11 +97,13 @@ def attentions(bad: Path, out: Path) -> None:
 
 
 def into_detector(bad: Path) -> None:
-    from detection.loading import load
+    from detection.plugin.backbone import KWBackbone
+    from detection.plugin.errors import PretrainedError
 
+    backbone = KWBackbone(name="resnet18", n=1, init_cfg={"type": "Pretrained", "checkpoint": str(bad)})
     try:
-        load(str(bad))
-    except RunError as error:  # which the program reports
+        backbone.init_weights()
+    except PretrainedError as error:  # which the program reports
         sys.exit(f"{type(error).__name__}: {error}")
 
 

@@ -26,8 +26,8 @@ from train.data.loader import eval_loader
 from train.data.order import deal
 from train.data.remote import Cache, Remote, digest_of, url_of
 from train.data.remote_shards import parse_index
-from train.jobs.checkpoint import read
 from train.jobs.errors import ConfigError, DataError
+from train.jobs.reading import read
 
 SHARD = "train-000001.tar"
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from train.jobs.checkpoint import FORMAT, read
 from train.jobs.errors import CheckpointError, writing
 from train.jobs.folder import link
+from train.jobs.reading import FORMAT, read
 
 State = dict[str, Any]
 NAMES = ("fresh.pt", "last.pt", "previous.pt")  # of a run's checkpoints, newest first
