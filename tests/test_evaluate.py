@@ -9,8 +9,8 @@ import kw
 from train.config import unused_in_evaluation, unused_in_training
 from train.config.saved import to_plain
 from train.evaluate import data_settings, evaluate_checkpoint
-from train.jobs.checkpoint import FORMAT
 from train.jobs.errors import ConfigError
+from train.jobs.reading import FORMAT
 from train.jobs.world import World
 from train.model import build_model
 from train.trainer import Trainer
