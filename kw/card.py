@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from kw.contents import Contents
+from kw.description import CURRENT
 
 PAPER = "[KernelWarehouse](https://arxiv.org/abs/2406.07879) (Li and Yao, ICML 2024)"
 
 
 def card(contents: Contents, weights: Mapping[str, Tensor]) -> str:
     """The text of the card."""
-    base = contents.description["base"] or "a model of your own"
-    title = f"{base}, {_kind(contents)}"
+    title = f"{_base(contents)}, {_kind(contents)}"
     height, width = contents.data["input_size"][1:]
     rows = {
         "parameters": f"{sum(value.numel() for name, value in weights.items() if _is_parameter(name)):,}",
@@ -50,6 +50,15 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 logits = model(transform(image)[None])
 ```
 """
+
+
+def _base(contents: Contents) -> str:
+    """timm's name of the static model, and which settings it was built with."""
+    base = contents.description["base"]
+    if base is None:
+        return "a model of your own"
+    others = sorted(key for key, value in contents.description["args"].items() if value and key not in CURRENT)
+    return f"{base} with other {', '.join(others)}" if others else str(base)
 
 
 def _kind(contents: Contents) -> str:

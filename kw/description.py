@@ -6,8 +6,7 @@
 A static model has no "warehouses". One of `kw.baselines` has {"method": "odconv", "n": 4, "layers": [...]} in place of
 them. A model that timm did not build has the base None, and is built by whoever has its code.
 
-`build` makes the model again. It also stands in timm's registry, as "kernelwarehouse", so that
-`timm.create_model("local-dir:FOLDER")` and "hf-hub:USER/NAME" find it.
+`build` makes the model again.
 """
 
 from __future__ import annotations
@@ -18,11 +17,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
-from timm.models import get_model_args, load_pretrained, register_model, resolve_pretrained_cfg
+from timm.models import get_model_args
 from torch import nn
 
 from kw.backbones import BACKBONES, Backbone
-from kw.backbones.build import FEATURE_OPTIONS
 from kw.baselines import BASELINES
 from kw.baselines import convert as convert_to_baseline
 from kw.config import STATIC, KWConfig
@@ -31,6 +29,7 @@ from kw.layers import DynamicLayer, KWLayer
 
 NAME = "kernelwarehouse"  # in timm's registry
 KEYS = ("base", "args", "warehouses", "method", "n", "layers")
+WAREHOUSE = {"name": str, "layers": list, "settings": dict}  # keys of a warehouse, and what they have
 # Arguments of timm's that load something, or have no effect on what is computed.
 NOT_KEPT = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir",
             "checkpoint_path", "features_only", "device", "dtype")  # fmt: skip
@@ -72,15 +71,16 @@ def build(description: Mapping[str, Any], static: nn.Module | None = None) -> nn
     _check_keys("the model", description, KEYS)
     model = _build_static(description) if static is None else static
     if "warehouses" in description:
-        warehouses = description["warehouses"]
-        for one in warehouses:
-            _check_keys("a warehouse", one, ("name", "layers", "settings"))
+        warehouses = _warehouses_of(description)
         settings = {one["name"]: _settings(one) for one in warehouses}
         try:
             return convert_as(model, {one["name"]: list(one["layers"]) for one in warehouses}, settings)
         except AttributeError as error:
             raise ValueError(f"this {type(model).__name__} lacks a layer that is dynamic: {error}") from None
     if "method" in description:
+        missing = [key for key in ("n", "layers") if key not in description]
+        if missing:
+            raise ValueError(f"the model lacks {missing[0]!r}, with method {description['method']!r}")
         return convert_to_baseline(model, description["method"], description["n"], description["layers"])
     return model
 
@@ -155,14 +155,35 @@ def plain_settings(config: KWConfig) -> dict[str, str]:
     return {field.name: str(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
+def _warehouses_of(description: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The description's warehouses, checked for their keys and the types of their values."""
+    found = description["warehouses"]
+    if not isinstance(found, list):
+        raise ValueError(f"warehouses is {found!r}, not a list")
+    for k, one in enumerate(found):
+        where = f"warehouses[{k}]"
+        _check_keys(where, one, tuple(WAREHOUSE))
+        for key, kind in WAREHOUSE.items():
+            if key not in one:
+                raise ValueError(f"{where} lacks {key!r}")
+            if not isinstance(one[key], kind):
+                raise ValueError(f"{where}.{key} is {one[key]!r}, not a {kind.__name__}")
+        wrong = [layer for layer in one["layers"] if not isinstance(layer, str)]
+        if wrong or not one["layers"]:
+            raise ValueError(f"{where}.layers is {one['layers']!r}, not names of layers")
+    names = [one["name"] for one in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"warehouses has two of the name {max(names, key=names.count)!r}")
+    return found
+
+
 def _settings(warehouse: Mapping[str, Any]) -> KWConfig:
+    settings, known = warehouse["settings"], [field.name for field in dataclasses.fields(KWConfig)]
+    _check_keys(f"settings of warehouse {warehouse['name']!r}", settings, known)
     try:
-        return KWConfig(**warehouse["settings"])
-    except TypeError:
-        raise ValueError(
-            f"warehouse {warehouse['name']!r} has settings that this version of kw does not know: "
-            f"{', '.join(warehouse['settings'])}"
-        ) from None
+        return KWConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"settings of warehouse {warehouse['name']!r}: {error}") from None
 
 
 def _check_keys(what: str, found: Any, known: Sequence[str]) -> None:
@@ -171,27 +192,3 @@ def _check_keys(what: str, found: Any, known: Sequence[str]) -> None:
     unknown = [key for key in found if key not in known]
     if unknown:
         raise ValueError(f"{what} has {unknown[0]!r}, which this version of kw does not know")
-
-
-@register_model
-def kernelwarehouse(
-    pretrained: bool = False,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: Any = None,
-    cache_dir: Any = None,
-    features_only: bool = False,
-    **kwargs: Any,
-) -> nn.Module:
-    """The entry in timm's registry: the model of a folder's description, which timm passes as keywords. Others, such as
-    `num_classes`, override the static model's arguments."""
-    description = {key: kwargs.pop(key) for key in KEYS if key in kwargs}
-    kwargs.pop("pretrained_model_args", None)
-    features: dict[str, Any] = {key: kwargs.pop(key) for key in FEATURE_OPTIONS if key in kwargs}
-    args = {**description.get("args", {}), **kwargs}
-    model: Any = build({**description, "args": args})
-    cfg: dict[str, Any] = resolve_pretrained_cfg(NAME, pretrained_cfg, pretrained_cfg_overlay).to_dict()  # type: ignore[no-untyped-call]
-    model.pretrained_cfg = {**cfg, "architecture": description["base"]}
-    if pretrained:
-        load_pretrained(model, cfg, model.num_classes, args.get("in_chans", 3), cache_dir=cache_dir)
-    base = description["base"]
-    return BACKBONES.get(base, Backbone(base)).features_of(model, features) if features_only else model

@@ -143,9 +143,18 @@ def _provenance(opened: Opened) -> dict[str, Any]:
         return {"made from": f"{opened.path.name}, a released checkpoint"}
     return {
         "made from": f"{config.name}, {opened.path.name}" + (", averaged weights" if opened.averaged else ""),
-        "trained on": f"{config.data.name}, {config.recipe.epochs} epochs, seed {config.seed}",
+        "trained on": f"{config.data.name}, {_epochs(opened)}, seed {config.seed}",
         "trained by": "python -m train, of the KernelWarehouse framework",
     }
+
+
+def _epochs(opened: Opened) -> str:
+    """How long these weights were trained: "12 epochs", or of a checkpoint from before the end, "7 of 12 epochs"."""
+    last, planned = opened.state.get("epoch"), opened.config.recipe.epochs  # the first epoch is 0
+    epochs = "1 epoch" if planned == 1 else f"{planned} epochs"
+    if last is None:  # saved within an epoch
+        return f"{opened.state['step']} steps of {epochs}"
+    return epochs if last + 1 == planned else f"{last + 1} of {epochs}"
 
 
 def _export(name: str, model: nn.Module, folder: Path, half: bool) -> str:

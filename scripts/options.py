@@ -6,15 +6,18 @@ A command declares its own keys as a dataclass. All other keys are overrides of 
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TypeVar
 
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from train.config import TrainConfig
 from train.jobs.errors import ConfigError, RunError
 
 T = TypeVar("T")
@@ -24,7 +27,8 @@ def parse(kind: type[T], words: Sequence[str], doc: str | None) -> tuple[T, list
     """The command's own options, and the words that are not among them. With --help, prints `doc` and exits.
 
     Raises:
-        ConfigError: a word is not KEY=VALUE, or an option has a wrong value; the message names it.
+        ConfigError: a word is not KEY=VALUE or is nearly one of the options, or an option has a wrong value; the
+            message names it.
     """
     own = OmegaConf.structured(kind)
     if {"-h", "--help"} & set(words):
@@ -36,6 +40,7 @@ def parse(kind: type[T], words: Sequence[str], doc: str | None) -> tuple[T, list
         if not equals and not word.startswith("~"):  # ~KEY is Hydra's: remove this key
             raise ConfigError(f"{word!r} is not KEY=VALUE. Keys of this command: {', '.join(own)}.")
         if key not in own:
+            _refuse_mistyped(word, key, list(map(str, own)))
             others.append(word)
             continue
         try:
@@ -45,6 +50,14 @@ def parse(kind: type[T], words: Sequence[str], doc: str | None) -> tuple[T, list
     options = OmegaConf.to_object(own)
     assert isinstance(options, kind)
     return options, others
+
+
+def _refuse_mistyped(word: str, key: str, own: list[str]) -> None:
+    """Raises ConfigError: the key is nearly one of the command's own, and is not one of the training configuration."""
+    known = {one.name for one in fields(TrainConfig)}
+    near = difflib.get_close_matches(key, own, n=1, cutoff=0.8)
+    if near and key not in known:
+        raise ConfigError(f"{word}: did you mean {near[0]}=...? Keys of this command: {', '.join(own)}.")
 
 
 def imagenet_defaults(overrides: list[str]) -> list[str]:

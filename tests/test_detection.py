@@ -26,8 +26,9 @@ from detection.compose import learnt_settings
 from detection.config import DetectionConfig, open_up
 from detection.data import check_data
 from detection.names import run_name
+from scripts import export_detector
 from scripts.data.digits_coco import SPLITS, make_split
-from scripts.draw_detections import detected
+from scripts.draw_detections import detected, load_detector
 from train.data.digits import Digits
 from train.jobs import folder as run_folder
 from train.jobs.command import Jobs
@@ -458,6 +459,32 @@ def test_a_folder_without_a_trained_detector_is_not_drawn(tmp_path):
     (tmp_path / "mask_rcnn.py").write_text("model = dict()\n")
     with pytest.raises(CheckpointError, match=rf"{tmp_path} has no checkpoint"):
         next(detected(tmp_path, 1, 0.5, 1))
+
+
+@pytest.mark.slow
+def test_the_backbone_and_neck_of_a_run_run_in_onnxruntime(in_this_process, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from kw.export.to_onnx import runner
+
+    in_this_process(f"hydra.run.dir={tmp_path}/run", "train_cfg.max_epochs=1")
+    monkeypatch.setattr(
+        sys, "argv", ["export_detector", f"{tmp_path}/run", f"{tmp_path}/maps.onnx", "--size", "64", "96"]
+    )
+    export_detector.main()
+    assert "batch, height, width may vary; agrees with PyTorch" in capsys.readouterr().out
+    detector, _ = load_detector(tmp_path / "run")
+    x = torch.randn(5, 3, 96, 160)
+    with torch.no_grad():
+        maps = detector.neck(detector.backbone(x))
+    for ours, theirs in zip(maps, runner(tmp_path / "maps.onnx")((x,)), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4 * ours.abs().max().item())
+
+
+def test_a_folder_without_a_trained_detector_is_not_exported(tmp_path, monkeypatch, safe_loading):
+    monkeypatch.setattr(sys, "argv", ["export_detector", str(tmp_path), f"{tmp_path}/maps.onnx"])
+    with pytest.raises(SystemExit, match=rf"CheckpointError: {tmp_path} has no configuration"):
+        export_detector.main()
 
 
 @pytest.mark.slow

@@ -5,10 +5,14 @@ import torch
 from helpers.training import NARROW, TINY, config
 from PIL import Image
 
+import kw
 from train.config import unused_in_evaluation, unused_in_training
+from train.config.saved import to_plain
 from train.evaluate import data_settings, evaluate_checkpoint
 from train.jobs.errors import ConfigError
+from train.jobs.reading import FORMAT
 from train.jobs.world import World
+from train.model import build_model
 from train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -88,3 +92,44 @@ def test_what_a_training_does_not_use_is_told():
     ]
     used = config("recipe.schedule=step", "data=folder", "data.root=x", "logger=both")
     assert unused_in_training(used, typed) == ["recipe.min_lr is not used with recipe.schedule=step."]
+
+
+def checkpoint(path):
+    """A checkpoint of a model for digits at n = 1, not trained."""
+    made = config(*TINY, *NARROW)
+    torch.manual_seed(0)
+    model = build_model(made, 10)
+    kw.set_temperature(model, 0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)  # the last one of a block begins at 0, and hides its layers
+            module.momentum = 1.0
+    model(torch.randn(64, 3, 16, 16))
+    state = {"format": FORMAT, "model": model.state_dict(), "ema": None, "config": to_plain(made)}
+    torch.save({**state, "classes": [str(k) for k in range(10)]}, path)
+    return path
+
+
+def test_a_frozen_model_is_evaluated_with_its_cells_in_other_types(tmp_path):
+    found, path = {}, checkpoint(tmp_path / "last.pt")
+    for word in ((), ("freeze=float32",), ("freeze=bfloat16",), ("freeze=int8",)):
+        found[word] = evaluate_checkpoint(*overridden(f"evaluate={path}", *word), ALONE)
+    usual, same, half, eight = found.values()
+    assert "freeze" not in usual and same["freeze"] == "float32"
+    assert same["eval_loss"] == pytest.approx(usual["eval_loss"], rel=1e-5) and same["top1"] == usual["top1"]
+    assert half["eval_loss"] != same["eval_loss"] == pytest.approx(half["eval_loss"], rel=0.2)
+    assert eight["eval_loss"] not in (same["eval_loss"], half["eval_loss"])
+    assert eight["megabytes"] < half["megabytes"] < same["megabytes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("evaluate={run}", "freeze=int8"), "freeze=int8: This ResNet has no dynamic layer"),
+        (("evaluate={run}", "freeze=int4"), "freeze='int4'.*float32, bfloat16, int8"),
+        (("freeze=int8",), "freeze='int8': needs evaluate="),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused(words, said, run):
+    with pytest.raises(ConfigError, match=said):
+        evaluate_checkpoint(*overridden(*(word.format(run=run) for word in words)), ALONE)

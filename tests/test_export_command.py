@@ -59,7 +59,8 @@ def test_a_run_becomes_a_folder_of_its_average_with_its_classes_data_and_figures
     assert cfg["label_names"] == tuple(CLASSES) and cfg["input_size"] == (3, 16, 16)
     card = (folder / "README.md").read_text()
     assert "| top-1 (%) | 22.00 |" in card and "| images | 359 |" in card and "digits, val" in card
-    assert "averaged weights" in card and "12 epochs, seed 0" in card
+    assert "averaged weights" in card and "| trained on | digits, 3 of 12 epochs, seed 0 |" in card
+    assert "# resnet18 with other channels, layers, stem_width, KernelWarehouse at n = 1/2\n" in card
 
 
 def test_the_weights_themselves_are_taken_if_asked_for(run, tmp_path):
@@ -122,6 +123,9 @@ def test_other_formats_lie_beside(folder, run, tmp_path):
         (export, ["checkpoint={run}", "to={out}", "half=true"], "half=True: is for formats=onnx"),
         (export, ["checkpoint={run}", "to={out}", "n=4"], "leave n=4 out"),
         (export, ["checkpoint={folder}", "to={out}", "n=4"], "leave n=4 out"),
+        (export, ["checkpoin={run}", "to={out}"], "did you mean checkpoint=...? Keys of this command: checkpoint, to"),
+        (export, ["checkpoint={out}", "to={out}"], "out: no checkpoint can be read"),
+        (predict, ["model={folder}", "image={text}"], "did you mean images=...? Keys of this command: model, images"),
         (export, ["checkpoint=nowhere.pt", "to={out}"], "nowhere.pt does not exist"),
         (predict, ["model={folder}"], "images=''"),
         (predict, ["model={folder}", "images=nowhere"], "images=nowhere: there is no such file"),

@@ -4,10 +4,15 @@ import io
 import json
 import os
 import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 
@@ -183,6 +188,24 @@ def cut(path, share=0.5):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
+def warehouse(folder, change):
+    """Change the first warehouse of config.json."""
+    found = json.loads((folder / "config.json").read_text())["model_args"]["warehouses"]
+    config(folder, model_args__warehouses=[change(found[0]), *found[1:]])
+
+
+def without(key):
+    return lambda one: {name: value for name, value in one.items() if name != key}
+
+
+def with_(**changes):
+    return lambda one: one | changes
+
+
+def setting(**changes):
+    return lambda one: one | {"settings": one["settings"] | changes}
+
+
 BAD = {
     "nowhere": (lambda f: [os.remove(path) for path in f.iterdir()] and f.rmdir(), "mine does not exist"),
     "a run": (lambda f: os.remove(f / "config.json") or (f / "checkpoints").mkdir(), "is a run folder: python -m"),
@@ -199,6 +222,27 @@ BAD = {
     "a mean in words": (lambda f: config(f, pretrained_cfg__mean="x"), "mean is 'x', not numbers"),
     "a flat image": (lambda f: config(f, pretrained_cfg__input_size=[3]), r"input_size is \(3,\), not numbers"),
     "names for few": (lambda f: config(f, label_names=["cat"]), "1 classes are named, and the model has"),
+    "no list of warehouses": (lambda f: config(f, model_args__warehouses=3), r"config\.json: .*warehouses is 3, not a"),
+    "a warehouse of a word": (lambda f: warehouse(f, lambda w: "x"), r"warehouses\[0\] is described by a str"),
+    "a warehouse without layers": (lambda f: warehouse(f, without("layers")), r"warehouses\[0\] lacks 'layers'"),
+    "a warehouse without name": (lambda f: warehouse(f, without("name")), r"warehouses\[0\] lacks 'name'"),
+    "layers of a number": (lambda f: warehouse(f, with_(layers=3)), r"warehouses\[0\]\.layers is 3, not a list"),
+    "a layer of a number": (lambda f: warehouse(f, with_(layers=[3])), r"layers is \[3\], not names of layers"),
+    "no layers": (lambda f: warehouse(f, with_(layers=[])), r"layers is \[\], not names of layers"),
+    "a layer that is not there": (lambda f: warehouse(f, with_(layers=["layer9"])), r"config\.json: .*layer9"),
+    "settings of a word": (lambda f: warehouse(f, with_(settings="x")), r"\.settings is 'x', not a dict"),
+    "an unknown setting": (
+        lambda f: warehouse(f, setting(depth=3)),
+        r"settings of warehouse 'stage0' has 'depth', which this version of kw does not know",
+    ),
+    "a damaged setting": (
+        lambda f: warehouse(f, setting(n="much")),
+        r"settings of warehouse 'stage0': .*much",
+    ),
+    "a setting of a list": (
+        lambda f: warehouse(f, setting(n=[1])),
+        r"settings of warehouse 'stage0': ",
+    ),
     "unknown model": (lambda f: config(f, model_args__base="resnet9000"), "has no model 'resnet9000'"),
     "a path to load": (
         lambda f: config(f, model_args__args={"checkpoint_path": "/tmp/evil.pth"}),
@@ -225,9 +269,42 @@ def test_a_bad_folder_is_refused_in_a_line_that_names_the_file(name, saved, tmp_
     assert "\n" not in str(raised.value) and str(saved) in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["the future", "unknown key", "a mean in words", "names for few"])
+@pytest.mark.parametrize("source", ["local-dir", "hf-hub"])
+def test_timm_refuses_such_a_folder_too(source, name, saved, hub):
+    change, said = BAD[name]
+    change(saved)
+    with pytest.raises(FolderError, match=said):
+        timm.create_model(f"{source}:{saved if source == 'local-dir' else 'me/mine'}", pretrained=True)
+
+
+def test_timm_loads_it_from_the_hub(saved, hub):
+    assert_same(kw.load(saved), timm.create_model("hf-hub:me/mine@v2", pretrained=True).eval())
+    assert hub == {("me/mine", "config.json", "v2"), ("me/mine", "model.safetensors", "v2")}
+
+
 @pytest.fixture
-def saved(tmp_path):
-    return kw.save(build(), tmp_path / "mine", data=PICTURE)
+def hub(saved, monkeypatch):
+    """The Hub, with one model: the folder. What was downloaded."""
+    asked = set()
+
+    def download(repo_id, filename, revision=None, **_):
+        asked.add((repo_id, filename, revision))
+        return str(saved / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return kw.save(build(), tmp_path_factory.mktemp("models") / "mine", data=PICTURE)
+
+
+@pytest.fixture
+def saved(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "mine")
 
 
 class Payload:
@@ -258,6 +335,38 @@ def test_code_in_a_folder_is_not_run(saved, tmp_path):
     with pytest.raises(FolderError):
         kw.load(saved)
     assert not mark.exists()
+
+
+ELSEWHERE = """
+import sys
+
+for name in ("train", "detection", "scripts", "hydra", "omegaconf", "mmdet", "mmengine", "onnx", "onnxruntime"):
+    sys.modules[name] = None  # importing it fails
+import kw, timm, torch
+from PIL import Image
+
+model = kw.load(sys.argv[1])
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.no_grad():
+    logits = model(transform(Image.linear_gradient("L").convert("RGB"))[None])
+print(model.pretrained_cfg["label_names"][logits.argmax()], *logits[0].tolist())
+"""
+
+
+def test_a_folder_that_was_moved_predicts_where_there_is_kw_alone(tmp_path):
+    model = build()
+    kw.save(model, tmp_path / "mine", classes=CLASSES, data=PICTURE)
+    shutil.move(tmp_path / "mine", tmp_path / "moved")
+    environment = {**os.environ, "PYTHONPATH": str(Path(kw.__file__).parents[1])}
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "moved")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    name, *logits = done.stdout.split()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(kw.load(tmp_path / "moved")))
+    with torch.no_grad():
+        expected = model(transform(Image.linear_gradient("L").convert("RGB"))[None])[0]
+    torch.testing.assert_close(torch.tensor([float(one) for one in logits]), expected)
+    assert name == CLASSES[expected.argmax()]
 
 
 def test_a_folder_of_something_else_is_not_overwritten(tmp_path):

@@ -86,13 +86,13 @@ def evaluate_checkpoint(config: TrainConfig, typed: Sequence[str], world: World)
     if ours:
         saved = load_saved(state["config"])
         for key in typed:
-            if not key.startswith(("data", "runtime", "evaluate", "hydra", "logger")):
+            if not key.startswith(("data", "runtime", "evaluate", "freeze", "hydra", "logger")):
                 raise ConfigError(
                     f"{path} is a checkpoint of {saved.name} and contains its settings: leave {key}=... out."
                 )
         check(not unused, "evaluate", config.evaluate, f"an evaluation does not use {', '.join(unused)}: leave it out")
         saved.data = data_settings(saved.data, config.data, typed)
-        saved.runtime = config.runtime
+        saved.runtime, saved.evaluate, saved.freeze = config.runtime, config.evaluate, config.freeze
         config = saved
     images = once_per_node(world, lambda: open_split(config.data, config.data.eval_split))
     if ours and list(state["classes"]) != images.classes:
@@ -107,6 +107,8 @@ def evaluate_checkpoint(config: TrainConfig, typed: Sequence[str], world: World)
     results["image_size"] = config.data.image_size
     for prefix, weights in _weights(state, ours):
         model = _load(config, path, weights, len(images.classes), ours).to(world.device)
+        if config.freeze is not None:
+            results |= {"freeze": config.freeze, "megabytes": _freeze(model, config.freeze) / 1e6}
         pin = world.device.type == "cuda"
         loader = eval_loader(samples, batch, config.runtime.workers, pin, world.rank, world.size)
         found = evaluate(model, loader, world, cast(config, world.device))
@@ -151,3 +153,12 @@ def _load(config: TrainConfig, path: Path, weights: State, num_classes: int, our
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit {config.backbone.label} at n={config.n}: {error}") from None
     return model
+
+
+def _freeze(model: nn.Module, cells: str) -> int:
+    """Freeze the model; returns its bytes."""
+    dtype = None if cells == "float32" else getattr(torch, cells)
+    try:
+        return kw.freeze(model, dtype=dtype).bytes
+    except ValueError as error:
+        raise ConfigError(f"freeze={cells}: {error}") from None

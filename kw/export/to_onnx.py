@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kw.compute import stand_in
-from kw.export.check import BATCHES, CLOSE, CLOSE_HALF, Exported, ExportError, difference, outputs
+from kw.export.check import BATCHES, CLOSE, CLOSE_HALF, Exported, ExportError, compare, outputs
 from kw.export.per_sample import write_out
 from kw.export.record import Examples, evaluating, record, tuple_of
 
@@ -38,7 +38,8 @@ def onnx(
         opset: of the operators, 18 or higher.
         sizes: also let height and width of images vary, where the model allows.
         half: store weights in float16, half the file. Runtimes cast them to float32 when they load it.
-        check: read the file by onnx's checker, and compare onnxruntime with the model at batches of 1, 3 and 8.
+        check: read the file by onnx's checker, and compare onnxruntime with the model: at batches of 1, 3 and 8, and at
+            twice the height and twice the width where these vary.
 
     Raises:
         ExportError: a package is missing, torch cannot export the model, or the file computes something else.
@@ -57,15 +58,15 @@ def onnx(
         _halve(proto)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(proto.SerializeToString())
-    worst = None
+    checked: tuple[Any, ...] = ()
     if check:
         _import("onnx").checker.check_model(str(path), full_check=True)
         run = runner(path)
         with evaluating(model):
-            worst = difference(model, run, examples, CLOSE_HALF if half else CLOSE, path)
+            checked = compare(model, run, examples, varying, CLOSE_HALF if half else CLOSE, path)
     weights = ", float16 weights" if half else ""
     runtime = f", onnxruntime {_import('onnxruntime').__version__}" if check else ""
-    return Exported(path, f"ONNX, opset {opset}{weights}{runtime}", varying, worst)
+    return Exported(path, f"ONNX, opset {opset}{weights}{runtime}", varying, *checked)
 
 
 def runner(path: Path, threads: int = 0) -> Any:

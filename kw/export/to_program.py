@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kw.export.check import CLOSE, Exported, ExportError, difference, outputs
+from kw.export.check import CLOSE, Exported, ExportError, compare, outputs
 from kw.export.record import Examples, evaluating, record, tuple_of
 
 
@@ -30,15 +30,18 @@ def program(
     examples = tuple_of(example, model)
     made, varying = record(model, examples, sizes)
     torch.export.save(made, path)
-    worst = _check(model, torch.export.load(path).module(), examples, path) if check else None
-    return Exported(path, f"torch.export, torch {torch.__version__}", varying, worst)
+    checked = _check(model, torch.export.load(path).module(), examples, varying, path) if check else ()
+    return Exported(path, f"torch.export, torch {torch.__version__}", varying, *checked)
 
 
 def compiled(
     model: nn.Module, path: str | Path, example: Examples, *, sizes: bool = False, check: bool = True
 ) -> Exported:
     """Write a model as machine code for this kind of machine, by AOTInductor: `torch._inductor.aoti_load_package(path)`
-    runs it, also without Python's interpreter. It needs a C++ compiler.
+    runs it, also without Python's interpreter. It needs a C++ compiler, and takes minutes.
+
+    The code does not look at the size of its input, and computes nonsense for one that may not vary, unless the
+    environment has AOTI_RUNTIME_CHECK_INPUTS=1.
 
     Args:
         path: ends in .pt2.
@@ -60,8 +63,8 @@ def compiled(
     except Exception as error:  # compilers fail in many ways
         line = str(error).strip().splitlines()[0]
         raise ExportError(f"AOTInductor cannot compile the model ({type(error).__name__}: {line}).") from error
-    worst = _check(model, read(str(path)), examples, path) if check else None
-    return Exported(path, f"AOTInductor, torch {torch.__version__}", varying, worst)
+    checked = _check(model, read(str(path)), examples, varying, path) if check else ()
+    return Exported(path, f"AOTInductor, torch {torch.__version__}", varying, *checked)
 
 
 def _path(path: str | Path) -> Path:
@@ -72,6 +75,8 @@ def _path(path: str | Path) -> Path:
     return path
 
 
-def _check(model: nn.Module, run: Callable[..., Any], examples: tuple[Tensor, ...], path: Path) -> float:
+def _check(
+    model: nn.Module, run: Callable[..., Any], examples: tuple[Tensor, ...], varying: tuple[str, ...], path: Path
+) -> tuple[float, tuple[tuple[int, int], ...]]:
     with evaluating(model):
-        return difference(model, lambda inputs: outputs(run(*inputs)), examples, CLOSE, path)
+        return compare(model, lambda inputs: outputs(run(*inputs)), examples, varying, CLOSE, path)

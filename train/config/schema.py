@@ -24,6 +24,7 @@ from train.data.remote import is_url
 from train.jobs.errors import ConfigError, check, check_choice
 from train.jobs.settings import RESUMABLE, LoggerConfig, Runtime, resumable
 
+FROZEN = ("float32", "bfloat16", "int8")  # what cells of a frozen model are kept in
 Number = int | float | str  # 0.25, or "1/4"
 
 
@@ -267,6 +268,7 @@ class TrainConfig:
     start_from: str | None = None  # a run or checkpoint of the same backbone at n=static: train on from its weights
     resume: str = resumable("auto")
     evaluate: str | None = resumable(None)
+    freeze: str | None = resumable(None)  # with evaluate: of the frozen model, its cells float32, bfloat16 or int8
     label: str = resumable("${backbone.label}")  # the run's name begins with it
     name: str = resumable("")  # of the run folder; empty: `train.config.names`
 
@@ -289,6 +291,9 @@ class TrainConfig:
         rule = f"needs dynamic=kw or static, not {self.dynamic}: other methods have no place for static weights"
         check(self.start_from is None or self.dynamic in (KW, STATIC), "start_from", self.start_from, rule)
         check_choice("resume", self.resume, ("auto", "never"))
+        if self.freeze is not None:
+            check_choice("freeze", self.freeze, FROZEN)
+            check(self.evaluate is not None, "freeze", self.freeze, "needs evaluate=RUN_FOLDER_OR_CHECKPOINT")
         check(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
 
     @property
