@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dataset import worker_init_fn
+from mmengine.dist import get_rank
 from mmengine.registry import FUNCTIONS
 
-from train.data.loader import leave_signals
 from train.jobs.errors import warn
-
-FUNCTIONS.register_module(name="leave_signals", module=leave_signals, force=True)
+from train.jobs.signals import outlast_signals
 
 # Loops that train by epochs; others keep their own way to resume.
 BY_EPOCH = ("EpochBasedTrainLoop", "ExactTrainLoop")
@@ -34,7 +34,7 @@ def prepare(cfg: Config, on_error: str) -> None:
     for split in ("train", "val", "test"):
         if loader := cfg.get(f"{split}_dataloader"):
             read_whole(loader)
-            outlast_signals(loader)
+            keep_loading(loader, cfg)
     cfg.default_hooks = {**cfg.get("default_hooks", {}), "checkpoint": None}
 
 
@@ -46,10 +46,22 @@ def every_image_once(loader: Any) -> None:
     loader.drop_last = False
 
 
-def outlast_signals(loader: Any) -> None:
+def start_worker(worker: int, **seeds: Any) -> None:
+    """MMEngine's start of a process that loads images, which then outlasts signals to the whole job."""
+    worker_init_fn(worker, **seeds)
+    outlast_signals()
+
+
+FUNCTIONS.register_module(module=start_worker, force=True)
+
+
+def keep_loading(loader: Any, cfg: Any) -> None:
     """Have the processes that load images go on while the run saves, unless the file sets them up itself."""
-    if not {"worker_init_fn", "disable_subprocess_warning"} & loader.keys():
-        loader["worker_init_fn"] = {"type": "leave_signals"}
+    if {"worker_init_fn", "disable_subprocess_warning"} & loader.keys():
+        return
+    seed = (cfg.get("randomness") or {}).get("seed") or 0
+    workers = loader.get("num_workers", 0)
+    loader["worker_init_fn"] = {"type": "start_worker", "num_workers": workers, "rank": get_rank(), "seed": seed}
 
 
 def read_whole(part: Any) -> None:

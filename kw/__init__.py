@@ -5,7 +5,7 @@
 >>> model = kw.convert(timm.create_model("regnety_002"), config=kw.KWConfig(n="1/2"))
 """
 
-import kw.hub  # noqa: F401  # timm finds model folders by it
+import kw.hub  # noqa: F401  # registers "kernelwarehouse" in timm
 from kw import backbones, baselines, export, functional
 from kw.config import KWConfig
 from kw.conversion import convert

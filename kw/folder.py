@@ -113,6 +113,9 @@ def load(folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:
         built: Any = build(contents.description, model)
     except (ValueError, KeyError, TypeError) as error:
         raise FolderError(f"{folder / CONFIG}: the model cannot be built: {str(error).removesuffix('.')}.") from error
+    if getattr(built, "num_classes", contents.num_classes) != contents.num_classes:
+        counts = f"num_classes is {contents.num_classes}, and the model has {built.num_classes}"
+        raise FolderError(f"{folder / CONFIG} is damaged: {counts}. Export the model again.")
     _check_fits(built, weights, folder)
     dtypes = {value.dtype for value in weights.values() if value.is_floating_point() and value.dim()}
     if len(dtypes) == 1:
@@ -187,7 +190,7 @@ def _contents(
         description=description,
         data={**{key: timms[key] for key in DATA}, **(data or {})},
         num_classes=int(number),
-        classes=None if classes is None else tuple(map(str, classes)),
+        classes=None if classes is None else tuple(classes),
         temperature=float(found[0]) if found else None,
         figures=dict(figures or {}),
         provenance=dict(provenance or {}),
@@ -226,6 +229,8 @@ def _from_json(found: Mapping[str, Any]) -> Contents:
         if not numbers or (key == "input_size" and len(data[key]) != 3):
             raise ValueError(f"{key} is {data[key]!r}, not numbers")
     number = int(found["num_classes"])
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(one, str) for one in classes)):
+        raise ValueError(f"label_names is {classes!r}, not a list of names")
     if classes is not None and len(classes) != number:
         raise ValueError(f"{len(classes)} classes are named, and the model has {number}")
     return Contents(

@@ -247,7 +247,7 @@ def test_images_are_taken_evenly_from_folders_with_or_without_classes(folder):
         (["checkpoint={run}", "classes=0"], "classes=0"),
         (["checkpoint={run}", "classes=many"], "classes=many"),
         (["checkpoint={run}", "ema=maybe"], "ema=maybe"),
-        (["checkpoint={run}", "clases=3"], "leave clases=3 out"),
+        (["checkpoint={run}", "clases=3"], "clases=3: did you mean classes="),
         (["checkpoint={run}", "data.rot=x"], "data.rot"),
         (["checkpoint={run}", "ema=true"], "no average"),
         (["checkpoint={run}", "n=4"], "leave n=4 out"),

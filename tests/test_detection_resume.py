@@ -28,12 +28,11 @@ from detection.guard import Guard
 from detection.plugin.errors import BrokenImage, UnreadableImage
 from detection.plugin.exact import NumberedBatches, SeededDataset
 from detection.plugin.images import LoadWholeImage
-from detection.prepare import every_image_once, outlast_signals
+from detection.prepare import every_image_once, keep_loading, start_worker
 from detection.saving import SavingHook
 from scripts.data.digits_coco import SPLITS, make_split
 from scripts.kill_storm import SMALL_DETECTOR, differences, outcome_of_detector
 from train.data.digits import Digits
-from train.data.loader import leave_signals
 from train.jobs import signals
 from train.jobs.errors import ConfigError, NonFiniteError
 from train.jobs.signals import StopRequest
@@ -113,11 +112,13 @@ def test_a_signal_saves_and_leaves_and_the_same_command_resumes(
 
 def test_processes_that_load_images_outlast_signals_unless_the_file_sets_them_up():
     loader = {"num_workers": 2}
-    outlast_signals(loader)
-    assert FUNCTIONS.get(loader["worker_init_fn"]["type"]) is leave_signals
+    keep_loading(loader, {"randomness": {"seed": 5}})
+    start = loader["worker_init_fn"]
+    assert FUNCTIONS.get(start.pop("type")) is start_worker
+    assert start == {"num_workers": 2, "rank": 0, "seed": 5}  # from which MMEngine seeds each of them
     for own in ({"worker_init_fn": {"type": "mine"}}, {"disable_subprocess_warning": True}):
         loader = dict(own)
-        outlast_signals(loader)
+        keep_loading(loader, {})
         assert loader == own
 
 

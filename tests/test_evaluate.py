@@ -125,7 +125,7 @@ def test_a_frozen_model_is_evaluated_with_its_cells_in_other_types(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("evaluate={run}", "freeze=int8"), "freeze=int8: This ResNet has no dynamic layer"),
+        (("evaluate={run}", "freeze=int8"), "freeze='int8': the model has no KernelWarehouse layer"),
         (("evaluate={run}", "freeze=int4"), "freeze='int4'.*float32, bfloat16, int8"),
         (("freeze=int8",), "freeze='int8': needs evaluate="),
     ],

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import kw
-from kw.baselines.fdconv import FDConv2d, load_released, to_released
+from kw.baselines.fdconv import Attentions, FDConv2d, _lower, load_released, to_released
+from kw.baselines.layer import pool
 
 FOLDER = ROOT / "tests/golden_fdconv"
 CASES = json.loads((FOLDER / "cases.json").read_text())
@@ -150,6 +151,19 @@ def test_a_large_batch_of_small_images_has_the_numbers_of_single_ones(kernel):
         out.square().sum().backward()
         grads.append([out.detach(), *(parameter.grad for parameter in layer.parameters())])
     torch.testing.assert_close(*grads)
+
+
+def test_under_autocast_kernels_and_bands_are_computed_in_float32():
+    """As Fourier transforms are, so that the precision does not depend on the batch."""
+    layer, images = FDConv2d(20, 24, 3, padding=1, kernel_num=5).eval(), torch.randn(6, 20, 7, 8)
+    attentions = layer.attention(pool(images))
+    alone = [Attentions(*(None if part is None else part[k : k + 1] for part in attentions)) for k in range(6)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        of_all, of_each = layer.kernels(attentions), torch.cat([layer.kernels(one) for one in alone])
+        low_of_all, low_of_each = _lower(images)[0], torch.cat([_lower(one)[0] for one in images.split(1)])
+    assert of_all.dtype == low_of_all.dtype == torch.float32
+    torch.testing.assert_close(of_all, of_each, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(low_of_all, low_of_each, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_are_traced_and_exported_for_other_batches_and_sizes():

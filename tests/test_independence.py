@@ -31,9 +31,10 @@ def test_source_imports_torch_timm_and_the_standard_library_alone(source):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             imported.add(node.module.partition(".")[0])
-    # Triton comes with torch where it can be used, safetensors with timm; ONNX's packages are imported when they are
-    # needed. Without them, their files do without, or say what to install.
-    optional = {"implicit": {"triton"}, "folder": {"safetensors"}, "per_sample": {"onnx"}}.get(source.stem, set())
+    # Triton comes with torch where it can be used, safetensors and huggingface_hub with timm; ONNX's packages are
+    # imported when they are needed. Without them, their files do without, or say what to install.
+    others = {"implicit": "triton", "folder": "safetensors", "hub": "huggingface_hub", "per_sample": "onnx"}
+    optional = {others[source.stem]} if source.stem in others else set()
     assert imported <= {"kw", "torch", "timm", *optional, *sys.stdlib_module_names}
 
 

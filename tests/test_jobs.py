@@ -89,7 +89,7 @@ def test_a_sweep_s_name_says_what_it_sweeps_over_and_what_differs(words, name):
 # ---- what may change ------------------------------------------------------------------------------------------------
 
 MAY_CHANGE = {
-    "data.root", "evaluate", "label", "name", "resume", "logger",
+    "data.root", "evaluate", "freeze", "label", "name", "resume", "logger",
     *(f"data.remote.{key}" for key in ("index", "cache", "cache_gb", "retries", "timeout")),
     *(f"runtime.{key}" for key in (
         "device", "devices", "nodes", "rendezvous", "micro_batch", "workers", "channels_last", "compile",

@@ -156,5 +156,5 @@ def test_the_survey_of_plans_counts_the_models_that_keep_the_promises(capsys):
     assert list(counts) == ["1/8", "1/4", "1/2", "1", "2", "4"]
     for kept, reached, names in counts.values():
         assert 0 <= reached <= 2 and kept == 2 and len(names) == 2 - reached
-    with pytest.raises(SystemExit, match="'model=2' is no option"):
+    with pytest.raises(SystemExit, match="model=2: did you mean models="):
         plan_survey.main(["model=2"])

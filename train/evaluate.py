@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import kw
+from kw.layers import KWLayer
 from train.config import DataConfig, TrainConfig, load_saved, unused_in_evaluation
 from train.data.formats import open_split
 from train.data.loader import Batch, Samples, eval_loader
@@ -157,6 +158,8 @@ def _load(config: TrainConfig, path: Path, weights: State, num_classes: int, our
 
 def _freeze(model: nn.Module, cells: str) -> int:
     """Freeze the model; returns its bytes."""
+    dynamic = any(isinstance(module, KWLayer) for module in model.modules())
+    check(dynamic, "freeze", cells, "the model has no KernelWarehouse layer (static, or another method): leave it out")
     dtype = None if cells == "float32" else getattr(torch, cells)
     try:
         return kw.freeze(model, dtype=dtype).bytes

@@ -38,7 +38,8 @@ NEARLY_ZERO = 1e-6  # standard deviation of scores that shall begin near zero
 
 
 class Attentions(NamedTuple):
-    """Factors of a batch; `space` is None for a pointwise layer, and `local` is half of a_local."""
+    """Factors of a batch; `space` is None for a pointwise layer, and `local` is the sigmoid alone: its factor 2
+    is multiplied into `group`, which has the fewest numbers."""
 
     channel: Tensor
     filter: Tensor
@@ -133,7 +134,8 @@ def _lower(x: Tensor) -> list[Tensor]:
     if is_recorded(x.shape) or is_observed() or pixels > MATRIX_PIXELS or x.shape[0] * x.shape[1] < pixels:
         return _filtered(x)
     images = torch.eye(pixels, dtype=x.dtype, device=x.device).view(pixels, 1, height, width)
-    return [(x.flatten(2) @ matrix.view(pixels, pixels)).view(x.shape) for matrix in _filtered(images)]
+    with torch.autocast(x.device.type, enabled=False):
+        return [(x.flatten(2) @ matrix.view(pixels, pixels)).view(x.shape) for matrix in _filtered(images)]
 
 
 def _filtered(x: Tensor) -> list[Tensor]:
@@ -226,13 +228,14 @@ class FDConv2d(DynamicConv2d):
 
     def kernels(self, attentions: Attentions) -> Tensor:
         """Each sample's kernel, `(B, *kernel_shape)`, without a_channel and a_filter."""
-        group = 2 * _at_least_float(attentions.group)  # 2 of a_local, where it is least work
+        group = 2 * _at_least_float(attentions.group)  # and the factor 2 of `local`
         batch, groups = group.shape
         if is_recorded(group.shape) or is_observed() or batch < groups:
             kernels = self._positions(group)
         else:  # fewer transforms: each group's, then a weighted sum for each sample
             basis = self._positions(torch.eye(groups, dtype=group.dtype, device=group.device))
-            kernels = (group @ basis.flatten(1)).view(batch, *basis.shape[1:])
+            with torch.autocast(group.device.type, enabled=False):
+                kernels = (group @ basis.flatten(1)).view(batch, *basis.shape[1:])
         kernels = kernels * attentions.local.view(kernels.shape)
         if attentions.space is not None:
             kernels = kernels * attentions.space[:, None, :, None]

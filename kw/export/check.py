@@ -73,7 +73,10 @@ def compare(
     for name, times in (("height", (1, 1, 2, 1)), ("width", (1, 1, 1, 2))):
         if name in varying:
             larger = tuple(one.repeat(times) for one in examples)
-            worst = max(worst, difference(model, run, larger, tolerance, path, batches=(2,)))
+            try:
+                worst = max(worst, difference(model, run, larger, tolerance, path, batches=(2,)))
+            except ExportError as error:
+                raise ExportError(f"{error} With sizes=False only the batch varies.") from error
             tried.append((larger[0].shape[2], larger[0].shape[3]))
     return worst, tuple(tried)
 
@@ -119,9 +122,7 @@ def _apply(what: str, run: Run, inputs: tuple[Tensor, ...], shapes: str) -> Sequ
         return run(inputs)
     except Exception as error:  # models and runtimes raise many kinds
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ExportError(
-            f"{what} does not run on an input of {shapes}: {line}. With sizes=False only the batch varies."
-        ) from error
+        raise ExportError(f"{what} does not run on an input of {shapes}: {line}.") from error
 
 
 def _of_batch(example: Tensor, batch: int) -> Tensor:

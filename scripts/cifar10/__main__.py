@@ -8,7 +8,7 @@ run, cifar10.png the curves; python -m scripts.docs writes the table of docs/cif
 at the end. `make cifar10` trains what is missing first.
 
 A finished run that cifar10.csv has already stays there, unless a folder has the same run to its end: so folders may be
-deleted, or be on another machine. To forget a run, delete its lines.
+deleted, or be on another machine. To forget a run, as after a change of its experiment, delete its lines.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ def main() -> None:
         sys.exit(f"No such folder: {', '.join(absent)}")
     path = options.out / "cifar10.csv"
     runs, remarks = collect(options.folders)
-    runs, kept = merge(by_run(_rows(path)), runs)
+    try:
+        earlier = by_run(_rows(path))
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        sys.exit(f"{path} is damaged ({error!r}): take it from git again, or delete it to start anew.")
+    runs, kept = merge(earlier, runs)
     lines = in_order(runs)
     for remark in remarks + kept:
         print(remark)

@@ -70,6 +70,8 @@ def merge(earlier: Runs, found: Runs) -> tuple[Runs, list[str]]:
     made, remarks = dict(found), list[str]()
     for (case, seed), old in earlier.items():
         if not is_finished(case, old):
+            if (case, seed) not in made:
+                remarks.append(f"{case.title}, seed {seed}: its {len(old)} epochs are left out, as no folder has them")
             continue
         new = made.get((case, seed), [])
         if not is_finished(case, new):

@@ -1,5 +1,6 @@
 """The same order and augmentation however many processes read, and every sample once."""
 
+import collections
 import itertools
 import os
 import random
@@ -15,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from train.config import DataConfig, RecipeConfig
 from train.data.formats import open_split
-from train.data.loader import Samples, eval_loader, leave_signals
+from train.data.loader import Samples, eval_loader
 from train.data.order import Key, epoch_order
 from train.data.transforms import eval_transform
+from train.jobs.signals import outlast_signals
 
 
 def test_samples_do_not_depend_on_workers_ranks_or_accumulation(data):
@@ -87,10 +89,10 @@ def test_evaluation_sees_every_sample_once(data, world, workers):
 
 
 class ItsProcess(torch.utils.data.Dataset):
-    """Each sample is the number of the process that loads it."""
+    """Each sample is the number of the process that loads it; they do not end."""
 
     def __len__(self):
-        return 20
+        return 10**9
 
     def __getitem__(self, index):
         return os.getpid()
@@ -98,17 +100,17 @@ class ItsProcess(torch.utils.data.Dataset):
 
 def test_a_process_that_loads_data_outlasts_signals_of_others():
     """All processes of a job get them, and the one that trains has to save first."""
-    loader = DataLoader(ItsProcess(), batch_size=None, num_workers=1, worker_init_fn=leave_signals)
+    loader = DataLoader(ItsProcess(), batch_size=None, num_workers=1, worker_init_fn=outlast_signals)
     batches = iter(loader)
     process = next(batches)
     for name in ("INT", "USR1", "TERM", "TERM"):
         subprocess.run(["kill", f"-{name}", str(process)], check=True)
-    assert list(batches) == [process] * 19
+    assert [next(batches) for _ in range(19)] == [process] * 19
 
 
 def test_a_process_that_loads_data_ends_at_its_parents_sigterm():
-    loader = DataLoader(ItsProcess(), batch_size=None, num_workers=1, worker_init_fn=leave_signals)
+    loader = DataLoader(ItsProcess(), batch_size=None, num_workers=1, worker_init_fn=outlast_signals)
     batches = iter(loader)
     os.kill(next(batches), signal.SIGTERM)
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
-        list(batches)
+        collections.deque(batches, maxlen=0)

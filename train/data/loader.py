@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterable, Iterator
-from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
@@ -18,6 +15,7 @@ from train.data.images import BrokenImage, Images
 from train.data.order import Key, seed_everything
 from train.data.transforms import Transform
 from train.jobs.errors import DataError, without_trace
+from train.jobs.signals import outlast_signals
 
 if TYPE_CHECKING:
     from train.data.substitutes import Substitutes
@@ -123,22 +121,6 @@ def eval_loader(samples: Samples, batch_size: int, workers: int, pin: bool, rank
 
 
 def _load(samples: Samples, batches: Iterable[list[Key]], workers: int, pin: bool) -> DataLoader[Loaded]:
-    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals)
-
-
-def leave_signals(worker: int) -> None:
-    """Have a process that loads data go on after a signal that all processes of a job get, by a Ctrl-C or from SLURM:
-    those that train still need data for their last steps. Where their own SIGTERM cannot be told from others (macOS),
-    it ends at any."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_end_at_sigterm_of_parent, daemon=True).start()
-
-
-def _end_at_sigterm_of_parent() -> None:
-    """torch sends it to what still loads when the run is over."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+    return DataLoader(
+        samples, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=outlast_signals
+    )

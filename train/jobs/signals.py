@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
+from threading import Thread
 from types import FrameType
 from typing import NoReturn
 
@@ -71,3 +73,25 @@ def leave(number: int, main: bool, when: str, say: Callable[[str], None]) -> NoR
     how = "it is back in the queue" if again else "the same command resumes it"
     say(f"Stopped by a signal {when}, and saved: {how}.")
     raise SystemExit(128 + number)
+
+
+def outlast_signals(worker: int = 0) -> None:
+    """Have a process that loads data go on after a signal that all processes of a job get, by a Ctrl-C or from SLURM:
+    those that train still need data for their last steps. A `worker_init_fn` of a DataLoader.
+
+    It ends at a SIGTERM of the process that trains. What it starts itself inherits that SIGTERM is blocked. Where the
+    sender cannot be told (macOS), it ends at any SIGTERM.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None and hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_at_sigterm_of, args=(parent.pid,), daemon=True).start()
+
+
+def _end_at_sigterm_of(process: int | None) -> None:
+    """torch sends it to what still loads when the run is over."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)
