@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -134,7 +135,7 @@ def _lower(x: Tensor) -> list[Tensor]:
     if is_recorded(x.shape) or is_observed() or pixels > MATRIX_PIXELS or x.shape[0] * x.shape[1] < pixels:
         return _filtered(x)
     images = torch.eye(pixels, dtype=x.dtype, device=x.device).view(pixels, 1, height, width)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         return [(x.flatten(2) @ matrix.view(pixels, pixels)).view(x.shape) for matrix in _filtered(images)]
 
 
@@ -154,6 +155,12 @@ def _below(cutoff: float, frequencies: Tensor, size: int) -> Tensor:
     """1 where an axis' frequencies are below the cut-off, else 0, resized to `(size,)` as the release does."""
     mask = (frequencies.abs() < cutoff + 1e-8).float()
     return F.interpolate(mask[None, None], size=size, mode="nearest")[0, 0]
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Products in the dtype of their factors, as Fourier transforms are; a meta device has no autocast."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.autocast_mode.is_autocast_available(kind) else nullcontext()
 
 
 def _at_least_float(x: Tensor) -> Tensor:
@@ -234,7 +241,7 @@ class FDConv2d(DynamicConv2d):
             kernels = self._positions(group)
         else:  # fewer transforms: each group's, then a weighted sum for each sample
             basis = self._positions(torch.eye(groups, dtype=group.dtype, device=group.device))
-            with torch.autocast(group.device.type, enabled=False):
+            with _without_autocast(group):
                 kernels = (group @ basis.flatten(1)).view(batch, *basis.shape[1:])
         kernels = kernels * attentions.local.view(kernels.shape)
         if attentions.space is not None:
