@@ -78,9 +78,11 @@ def figure_html(figure: go.Figure, title: str = "") -> str:
     return f"<div>{f'<h3>{html.escape(title)}</h3>' if title else ''}{text}</div>"
 
 
-def menu(buttons: list[dict[str, object]], x: float = 0.0) -> dict[str, object]:
-    """A drop-down list above a figure, which begins at `x` of its width."""
-    return {"buttons": buttons, "x": x, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "showactive": True}
+def menu(buttons: list[dict[str, object]], above: int = 0) -> dict[str, object]:
+    """A drop-down list above a figure, and above as many others as `above` says: side by side they would overlap on a
+    narrow screen."""
+    place = {"x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "pad": {"b": 40 * above}}
+    return {"buttons": buttons, "showactive": True, **place}
 
 
 def table(names: list[str], rows: list[list[str]], left: int, classes: list[str] | None = None) -> str:

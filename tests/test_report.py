@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -327,11 +328,17 @@ def test_the_menus_of_a_figure_choose_score_and_cost(tmp_path):
     of_row(tmp_path / "a", "resnet18", top1=70.5, top5=89.0)
     (tables, *_), _ = rows_of(tmp_path)
     figure = cost_figure(tables, {})
-    scores, costs = ([button.args for button in menu.buttons] for menu in figure.layout.updatemenus)
+    costs, scores = ([button.args for button in menu.buttons] for menu in figure.layout.updatemenus)
     (measured,) = (place for place, trace in enumerate(figure.data) if trace.name == "resnet18")
     assert [change["y"][measured] for change, _ in scores] == [[70.5], [89.0]]
     assert [title["xaxis.title.text"] for _, title in costs][:2] == ["parameters", "multiply-adds per image"]
     assert [change["x"][measured] for change, _ in costs][:2] == [[10], [20]]
+
+
+def test_a_point_of_a_method_without_budgets_is_called_by_the_method():
+    (group,) = (part for part in sections([], [])[0] if part.title == "ImageNet, ResNet18, 100 epochs")
+    texts = {trace.name: trace.text for trace in cost_figure(group, {}).data}
+    assert texts["resnet18_100e se, published"] == ("se",) and texts["resnet18_100e odconv, published"] == ("4",)
 
 
 def test_steps_are_read_where_they_are_whole(tmp_path):
@@ -404,6 +411,13 @@ def test_the_page_works_in_a_browser(scheme, fifty, tmp_path):
         page.click("th >> nth=6")  # the published top-1
         assert page.locator("tbody tr >> nth=0").inner_text() != first
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.set_viewport_size({"width": 400, "height": 800})  # a phone
+        page.locator(".main-svg[width='314'] >> nth=0").wait_for(state="attached")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        figure = page.locator(".js-plotly-plot >> nth=0")
+        boxes = [box.bounding_box() for box in figure.locator(".updatemenu-header, .xtitle, .legend").all()]
+        boxes = sorted((box["y"], box["y"] + box["height"]) for box in boxes)
+        assert len(boxes) == 4 and all(end <= start for (_, end), (start, _) in pairwise(boxes)), "they overlap"
         folder = os.environ.get("SCREENSHOTS")
         if folder:
             page.screenshot(path=f"{folder}/report_{scheme}.png", full_page=True)

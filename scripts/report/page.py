@@ -20,6 +20,7 @@ AXES = {
     "hours": "device-hours of training",
     "images_per_second": "images per second of training",
 }
+LEGEND = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
 Sizes = dict[tuple[str, str], int | None]
 
@@ -89,7 +90,8 @@ def cost_figure(part: Section, sizes: Sizes) -> go.Figure:
                 error_y={"array": errors[part.scores[0]][-1], "thickness": 1.5},
                 name=plain(series) + ("" if measured else ", published"),
                 mode="lines+markers+text",
-                text=[row and plain(row.n) for row in points],
+                cliponaxis=False,
+                text=[row and plain(row.n if row.has_budget else row.dynamic) for row in points],
                 textposition="top center",
                 hovertext=[row and _describe(row) for row in points],
                 hoverinfo="text",
@@ -101,16 +103,17 @@ def cost_figure(part: Section, sizes: Sizes) -> go.Figure:
                 },
             )
     menus = []
-    for axis, keys, labels, values, place in (("y", part.scores, LABELS, ys, 0.0), ("x", costs, AXES, xs, 0.25)):
+    for axis, keys, labels, values in (("x", costs, AXES, xs), ("y", part.scores, LABELS, ys)):
         changes = [{axis: values[key]} | ({"error_y.array": errors[key]} if axis == "y" else {}) for key in keys]
         buttons = [
             {"label": f"{axis}: {label}", "method": "update", "args": [change, {f"{axis}axis.title.text": label}]}
             for label, change in zip((labels[key] for key in keys), changes, strict=True)
         ]
-        menus += [menu(buttons, place)] if len(keys) > 1 else []
+        menus += [menu(buttons, len(menus))] if len(keys) > 1 else []
     figure.update_xaxes(type="log", tickformat="~s", dtick="D2", title_text=AXES[costs[0]] if costs else "")
     figure.update_yaxes(title_text=f"{LABELS[part.scores[0]]} (%)")
-    return figure.update_layout(updatemenus=menus, legend={"orientation": "h", "y": -0.2})
+    room = 40 * len(menus)
+    return figure.update_layout(updatemenus=menus, margin_t=20 + room, height=400 + room, legend=LEGEND)
 
 
 def _cost(row: Row, key: str, sizes: Sizes) -> float | None:
@@ -174,7 +177,7 @@ def curves_figure(part: Section) -> go.Figure:
             )  # fmt: skip
     figure.update_xaxes(title_text="epoch")
     figure.update_yaxes(title_text=f"{LABELS[part.scores[0]]} (%)")
-    return figure.update_layout(hovermode="x unified", legend={"orientation": "h", "y": -0.2})
+    return figure.update_layout(hovermode="x unified", legend=LEGEND)
 
 
 def curve(row: Row) -> list[tuple[int, float, float, float]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
+from kw.baselines import BASELINES
 from kw.config import KW, STATIC
 from scripts.report.published import CLASSIFICATION, DETECTION, SCORES, Published, Table, departures, published
 from scripts.report.runs import Run
@@ -61,6 +62,11 @@ class Row:
     def dynamic(self) -> str:
         """The method."""
         return self._first.dynamic
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether n means something for the method."""
+        return self.dynamic in (KW, STATIC) or (self.dynamic in BASELINES and BASELINES[self.dynamic].budget)
 
     @property
     def series(self) -> str:

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kw.baselines import BASELINES
 from kw.config import KW, STATIC
 from scripts.report.published import CLASSIFICATION, HANDS, LABELS
 from scripts.report.rows import DONE, NOT_RUN, UNFINISHED, Row, Section
@@ -38,7 +37,7 @@ def left(section: Section) -> int:
 def cells(row: Row, section: Section) -> list[str]:
     """The row under `head`'s names."""
     data = () if section.published else (row.data,)
-    made = [row.name, row.n if _has_budget(row) else "-", *data, state(row), count(row.params), count(row.macs)]
+    made = [row.name, row.n if row.has_budget else "-", *data, state(row), count(row.params), count(row.macs)]
     for key in section.scores:
         made.append(spread(row.score(key)))
         if section.published:
@@ -113,11 +112,6 @@ def _sources(section: Section) -> list[str]:
     return [*made, *table.remarks]
 
 
-def _has_budget(row: Row) -> bool:
-    """Whether n means something for the row's method."""
-    return row.dynamic in (KW, STATIC) or (row.dynamic in BASELINES and BASELINES[row.dynamic].budget)
-
-
 def _best(section: Section) -> list[str]:
     """In a table of several methods, the best row of each budget and backbone."""
     if section.table is None or len({row.dynamic for row in section.rows} - {STATIC, KW}) == 0:
@@ -129,7 +123,7 @@ def _best(section: Section) -> list[str]:
             found = score(row, key)
             value = found[0] if isinstance(found, tuple) else found
             if value is not None and row.published and (kind == "published" or row.state == DONE):
-                budget = f"at n = {row.n}" if _has_budget(row) else "without n"
+                budget = f"at n = {row.n}" if row.has_budget else "without n"
                 groups.setdefault((row.published.backbone, budget), []).append((value, row.name))
         best = [f"{name} ({value:.2f}) {n}" for (_, n), rows in groups.items() if len(rows) > 1
                 for value, name in [max(rows)]]  # fmt: skip
