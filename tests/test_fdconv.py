@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kw
-from kw.baselines.fdconv import Attentions, FDConv2d, _lower, load_released, to_released
+from kw.baselines.fdconv import Attentions, FDConv2d, _filtered, _lower, load_released, to_released
 from kw.baselines.layer import pool
 
 FOLDER = ROOT / "tests/golden_fdconv"
@@ -135,6 +135,19 @@ def test_groups_follow_a_model_from_the_meta_device():
         layer = FDConv2d(32, 64, 3)
     assert layer.group_of.is_meta
     assert torch.equal(layer.to_empty(device="cpu").group_of, FDConv2d(32, 64, 3).group_of)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_groups_and_bands_do_not_depend_on_the_default_dtype(dtype):
+    images, groups = torch.randn(2, 64, 12, 12), FDConv2d(64, 64, 3).group_of
+    low = _filtered(images)
+    torch.set_default_dtype(dtype)
+    try:
+        others, other_low = FDConv2d(64, 64, 3).group_of, _filtered(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(others, groups)
+    assert all(torch.equal(*pair) for pair in zip(other_low, low, strict=True))
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

@@ -143,7 +143,9 @@ def _filtered(x: Tensor) -> list[Tensor]:
     """The input below each cut-off, by Fourier transforms."""
     height, width = x.shape[2:]
     spectrum = torch.fft.rfft2(x, norm="ortho")
-    rows, columns = (axis(MASK, device=x.device) for axis in (torch.fft.fftfreq, torch.fft.rfftfreq))
+    # float32 as in the release, whatever torch's default is: whether a frequency is below its cut-off is rounding.
+    axes = (torch.fft.fftfreq, torch.fft.rfftfreq)
+    rows, columns = (axis(MASK, device=x.device, dtype=torch.float32) for axis in axes)
     found = []
     for cutoff in CUTOFFS:
         above = _below(cutoff, rows, height)[:, None] * _below(cutoff, columns, width // 2 + 1) == 0
@@ -222,10 +224,8 @@ class FDConv2d(DynamicConv2d):
         multiply-adds, with which the release's checkpoints agree.
         """
         rows, columns = self.matrix_shape
-        u, v = (
-            torch.fft.fftfreq(rows, device="cpu").double()[:, None],
-            torch.fft.rfftfreq(columns, device="cpu").double(),
-        )
+        u = torch.fft.fftfreq(rows, dtype=torch.float32, device="cpu").double()[:, None]
+        v = torch.fft.rfftfreq(columns, dtype=torch.float32, device="cpu").double()
         squares = (u.square().float().double() + v.square()).float()
         distance = squares.double().sqrt().float().flatten()
         group_of = torch.empty(distance.numel(), dtype=torch.long, device="cpu")
