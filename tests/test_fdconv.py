@@ -150,6 +150,17 @@ def test_groups_and_bands_do_not_depend_on_the_default_dtype(dtype):
     assert all(torch.equal(*pair) for pair in zip(other_low, low, strict=True))
 
 
+@pytest.mark.parametrize("channels", [16, 64])
+def test_reset_parameters_draws_a_kernel_of_the_same_size(channels):
+    layer, fresh = FDConv2d(channels, 64, 3), FDConv2d(channels, 64, 3)
+    parameters = dict(layer.named_parameters())
+    nn.init.ones_(layer.bias)
+    layer.reset_parameters()
+    assert not torch.equal(layer.weight, fresh.weight) and not layer.bias.any()
+    assert layer.weight.std().item() == pytest.approx(fresh.weight.std().item(), rel=0.1)
+    assert all(parameter is parameters[name] for name, parameter in layer.named_parameters())
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_a_large_batch_of_small_images_has_the_numbers_of_single_ones(kernel):
     """As many samples as groups: kernels are sums of a basis, and bands products with a matrix."""

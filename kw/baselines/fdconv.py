@@ -203,6 +203,17 @@ class FDConv2d(DynamicConv2d):
     def scale(self) -> float:
         return min(self.in_channels, self.out_channels) // 2
 
+    def reset_parameters(self) -> None:
+        """The kernel and bias of all methods; a dynamic layer holds that kernel's spectrum. The attention stays."""
+        if getattr(self, "attention", None) is None:  # also while the layer is built
+            return super().reset_parameters()
+        spectrum = self.weight
+        self.weight = nn.Parameter(spectrum.new_empty(self.kernel_shape))
+        super().reset_parameters()
+        with torch.no_grad():
+            spectrum.copy_(self._spectrum(self.weight))
+        self.weight = spectrum
+
     def _apply(self, fn: Any, recurse: bool = True) -> FDConv2d:
         """From the meta device, `to_empty` brings no values: the groups follow from the shape."""
         had_none = self.attention is not None and self.group_of.is_meta
