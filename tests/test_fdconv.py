@@ -161,6 +161,15 @@ def test_reset_parameters_draws_a_kernel_of_the_same_size(channels):
     assert all(parameter is parameters[name] for name, parameter in layer.named_parameters())
 
 
+@pytest.mark.parametrize("batch", [2, 6])
+def test_a_layer_compiles_as_one_graph(batch):
+    """With fewer samples than groups, and with more."""
+    layer, images = FDConv2d(20, 24, 3, padding=1, kernel_num=5), torch.randn(batch, 20, 7, 8)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), layer(images))
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_a_large_batch_of_small_images_has_the_numbers_of_single_ones(kernel):
     """As many samples as groups: kernels are sums of a basis, and bands products with a matrix."""

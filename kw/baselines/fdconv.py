@@ -132,7 +132,7 @@ def _lower(x: Tensor) -> list[Tensor]:
     each pixel, where that is less work than transforming the input."""
     height, width = x.shape[2:]
     pixels = height * width
-    if is_recorded(x.shape) or is_observed() or pixels > MATRIX_PIXELS or x.shape[0] * x.shape[1] < pixels:
+    if _is_watched(x) or pixels > MATRIX_PIXELS or x.shape[0] * x.shape[1] < pixels:
         return _filtered(x)
     images = torch.eye(pixels, dtype=x.dtype, device=x.device).view(pixels, 1, height, width)
     with _without_autocast(x):
@@ -159,10 +159,15 @@ def _below(cutoff: float, frequencies: Tensor, size: int) -> Tensor:
     return F.interpolate(mask[None, None], size=size, mode="nearest")[0, 0]
 
 
+def _is_watched(x: Tensor) -> bool:
+    """Whether the operations on `x` are recorded or counted: then there is one way for all sizes. Code for
+    torch.compile cannot ask who counts."""
+    return is_recorded(x.shape) or (not torch.compiler.is_compiling() and is_observed())
+
+
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Products in the dtype of their factors, as Fourier transforms are; a meta device has no autocast."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.autocast_mode.is_autocast_available(kind) else nullcontext()
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _at_least_float(x: Tensor) -> Tensor:
@@ -248,7 +253,7 @@ class FDConv2d(DynamicConv2d):
         """Each sample's kernel, `(B, *kernel_shape)`, without a_channel and a_filter."""
         group = 2 * _at_least_float(attentions.group)  # and the factor 2 of `local`
         batch, groups = group.shape
-        if is_recorded(group.shape) or is_observed() or batch < groups:
+        if _is_watched(group) or batch < groups:
             kernels = self._positions(group)
         else:  # fewer transforms: each group's, then a weighted sum for each sample
             basis = self._positions(torch.eye(groups, dtype=group.dtype, device=group.device))
