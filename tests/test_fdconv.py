@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kw
-from kw.baselines.fdconv import Attentions, FDConv2d, _lower, load_released, to_released
+from kw.baselines.fdconv import Attentions, FDConv2d, _filtered, _lower, load_released, to_released
 from kw.baselines.layer import pool
 
 FOLDER = ROOT / "tests/golden_fdconv"
@@ -135,6 +135,39 @@ def test_groups_follow_a_model_from_the_meta_device():
         layer = FDConv2d(32, 64, 3)
     assert layer.group_of.is_meta
     assert torch.equal(layer.to_empty(device="cpu").group_of, FDConv2d(32, 64, 3).group_of)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_groups_and_bands_do_not_depend_on_the_default_dtype(dtype):
+    images, groups = torch.randn(2, 64, 12, 12), FDConv2d(64, 64, 3).group_of
+    low = _filtered(images)
+    torch.set_default_dtype(dtype)
+    try:
+        others, other_low = FDConv2d(64, 64, 3).group_of, _filtered(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(others, groups)
+    assert all(torch.equal(*pair) for pair in zip(other_low, low, strict=True))
+
+
+@pytest.mark.parametrize("channels", [16, 64])
+def test_reset_parameters_draws_a_kernel_of_the_same_size(channels):
+    layer, fresh = FDConv2d(channels, 64, 3), FDConv2d(channels, 64, 3)
+    parameters = dict(layer.named_parameters())
+    nn.init.ones_(layer.bias)
+    layer.reset_parameters()
+    assert not torch.equal(layer.weight, fresh.weight) and not layer.bias.any()
+    assert layer.weight.std().item() == pytest.approx(fresh.weight.std().item(), rel=0.1)
+    assert all(parameter is parameters[name] for name, parameter in layer.named_parameters())
+
+
+@pytest.mark.parametrize("batch", [2, 6])
+def test_a_layer_compiles_as_one_graph(batch):
+    """With fewer samples than groups, and with more."""
+    layer, images = FDConv2d(20, 24, 3, padding=1, kernel_num=5), torch.randn(batch, 20, 7, 8)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), layer(images))
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

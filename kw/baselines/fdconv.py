@@ -132,7 +132,7 @@ def _lower(x: Tensor) -> list[Tensor]:
     each pixel, where that is less work than transforming the input."""
     height, width = x.shape[2:]
     pixels = height * width
-    if is_recorded(x.shape) or is_observed() or pixels > MATRIX_PIXELS or x.shape[0] * x.shape[1] < pixels:
+    if _is_watched(x) or pixels > MATRIX_PIXELS or x.shape[0] * x.shape[1] < pixels:
         return _filtered(x)
     images = torch.eye(pixels, dtype=x.dtype, device=x.device).view(pixels, 1, height, width)
     with _without_autocast(x):
@@ -143,7 +143,9 @@ def _filtered(x: Tensor) -> list[Tensor]:
     """The input below each cut-off, by Fourier transforms."""
     height, width = x.shape[2:]
     spectrum = torch.fft.rfft2(x, norm="ortho")
-    rows, columns = (axis(MASK, device=x.device) for axis in (torch.fft.fftfreq, torch.fft.rfftfreq))
+    # float32 as in the release, whatever torch's default is: whether a frequency is below its cut-off is rounding.
+    axes = (torch.fft.fftfreq, torch.fft.rfftfreq)
+    rows, columns = (axis(MASK, device=x.device, dtype=torch.float32) for axis in axes)
     found = []
     for cutoff in CUTOFFS:
         above = _below(cutoff, rows, height)[:, None] * _below(cutoff, columns, width // 2 + 1) == 0
@@ -157,10 +159,15 @@ def _below(cutoff: float, frequencies: Tensor, size: int) -> Tensor:
     return F.interpolate(mask[None, None], size=size, mode="nearest")[0, 0]
 
 
+def _is_watched(x: Tensor) -> bool:
+    """Whether the operations on `x` are recorded or counted: then there is one way for all sizes. Code for
+    torch.compile cannot ask who counts."""
+    return is_recorded(x.shape) or (not torch.compiler.is_compiling() and is_observed())
+
+
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Products in the dtype of their factors, as Fourier transforms are; a meta device has no autocast."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.autocast_mode.is_autocast_available(kind) else nullcontext()
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _at_least_float(x: Tensor) -> Tensor:
@@ -201,6 +208,17 @@ class FDConv2d(DynamicConv2d):
     def scale(self) -> float:
         return min(self.in_channels, self.out_channels) // 2
 
+    def reset_parameters(self) -> None:
+        """The kernel and bias of all methods; a dynamic layer holds that kernel's spectrum. The attention stays."""
+        if getattr(self, "attention", None) is None:  # also while the layer is built
+            return super().reset_parameters()
+        spectrum = self.weight
+        self.weight = nn.Parameter(spectrum.new_empty(self.kernel_shape))
+        super().reset_parameters()
+        with torch.no_grad():
+            spectrum.copy_(self._spectrum(self.weight))
+        self.weight = spectrum
+
     def _apply(self, fn: Any, recurse: bool = True) -> FDConv2d:
         """From the meta device, `to_empty` brings no values: the groups follow from the shape."""
         had_none = self.attention is not None and self.group_of.is_meta
@@ -222,10 +240,8 @@ class FDConv2d(DynamicConv2d):
         multiply-adds, with which the release's checkpoints agree.
         """
         rows, columns = self.matrix_shape
-        u, v = (
-            torch.fft.fftfreq(rows, device="cpu").double()[:, None],
-            torch.fft.rfftfreq(columns, device="cpu").double(),
-        )
+        u = torch.fft.fftfreq(rows, dtype=torch.float32, device="cpu").double()[:, None]
+        v = torch.fft.rfftfreq(columns, dtype=torch.float32, device="cpu").double()
         squares = (u.square().float().double() + v.square()).float()
         distance = squares.double().sqrt().float().flatten()
         group_of = torch.empty(distance.numel(), dtype=torch.long, device="cpu")
@@ -237,7 +253,7 @@ class FDConv2d(DynamicConv2d):
         """Each sample's kernel, `(B, *kernel_shape)`, without a_channel and a_filter."""
         group = 2 * _at_least_float(attentions.group)  # and the factor 2 of `local`
         batch, groups = group.shape
-        if is_recorded(group.shape) or is_observed() or batch < groups:
+        if _is_watched(group) or batch < groups:
             kernels = self._positions(group)
         else:  # fewer transforms: each group's, then a weighted sum for each sample
             basis = self._positions(torch.eye(groups, dtype=group.dtype, device=group.device))
