@@ -149,7 +149,8 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, world: World) -> N
         figures = last_figures(saving.metrics, runner)
         results = {**summary(config, cfg, figures, runner), "devices": world.size}
         write_atomically(folder / "summary.json", json.dumps(results, indent=2) + "\n")
-        display.print(f"{config.name}: {line(figures)}. Everything is in {folder}.")
+        without = "nothing was detected, so there is no AP" if figures.get("eval_images") else "not evaluated"
+        display.print(f"{config.name}: {line(figures) or without}. Everything is in {folder}.")
 
 
 def last_figures(metrics: MetricsFile, runner: Runner) -> dict[str, Any]:

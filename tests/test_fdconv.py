@@ -111,6 +111,13 @@ def test_groups_are_runs_of_rising_frequency_of_the_same_length():
     assert len(uneven) == 64 and uneven.max() - uneven.min() == 1
 
 
+def test_a_model_whose_layers_all_stay_static_is_no_comparison_without_a_word():
+    with pytest.warns(UserWarning, match="fdconv with n = 1 leaves all 2 layers of Sequential static"):
+        kw.baselines.convert(nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(3))), "fdconv")
+    with pytest.warns(UserWarning, match="dyconv with n = 1 leaves all 2 layers"):
+        kw.baselines.convert(nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(3))), "dyconv")
+
+
 @pytest.mark.parametrize("arguments", [(16, 64, 3), (64, 64, 5), (64, 64, 3, 1, 1, 1, 2), (3, 64, 7)])
 def test_small_grouped_and_other_kernels_stay_static(arguments):
     layer = FDConv2d(*arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,6 +28,8 @@ def convert(model: nn.Module, name: str, n: BudgetLike = 1, scope: Choice | None
         settings: of the method: `attention_function="caf"` gives DY-Conv and CondConv the attention function of
             KernelWarehouse, with its temperature.
 
+    Warns if every one of these layers stays static, as those of FDConv do in a ConvNeXt.
+
     Biases are kept. Kernels are not: they are initialized at random. What was set on a layer is kept, as in
     `kw.convert`, and an optimizer that was made before must be made again.
 
@@ -46,6 +49,9 @@ def convert(model: nn.Module, name: str, n: BudgetLike = 1, scope: Choice | None
     for layer_name in names:
         static = model.get_submodule(layer_name)
         layers[static] = like(static, method.layer(*convolution_arguments(static), **keywords), layer_name)
+    if all(getattr(layer, "attention", None) is None for layer in layers.values()):
+        kept = f"all {len(layers)} layers of {type(model).__name__}" if len(layers) > 1 else f"the layer {names[0]!r}"
+        warnings.warn(f"{name} with n = {n} leaves {kept} static: there is no attention to learn.", stacklevel=2)
     replace(model, layers)
     share_temperature(model)
     return model
