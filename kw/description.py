@@ -4,7 +4,8 @@
      "warehouses": [{"name": "stage0", "layers": ["layer1.0.conv1", ...], "settings": {"n": "1/4", ...}}, ...]}
 
 A static model has no "warehouses". One of `kw.baselines` has {"method": "odconv", "n": 4, "layers": [...]} in place of
-them. A model that timm did not build has the base None, and is built by whoever has its code.
+them, and "settings" of the method if they are not the usual ones. A model that timm did not build has the base None,
+and is built by whoever has its code.
 
 `build` makes the model again.
 """
@@ -23,12 +24,13 @@ from torch import nn
 from kw.backbones import BACKBONES, Backbone
 from kw.baselines import BASELINES
 from kw.baselines import convert as convert_to_baseline
+from kw.baselines.registry import find
 from kw.config import STATIC, KWConfig
 from kw.conversion import convert_as
 from kw.layers import DynamicLayer, KWLayer
 
 NAME = "kernelwarehouse"  # in timm's registry
-KEYS = ("base", "args", "warehouses", "method", "n", "layers")
+KEYS = ("base", "args", "warehouses", "method", "n", "layers", "settings")
 WAREHOUSE = {"name": str, "layers": list, "settings": dict}  # keys of a warehouse, and what they have
 # Arguments of timm's that load something, or have no effect on what is computed.
 NOT_KEPT = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir",
@@ -81,7 +83,10 @@ def build(description: Mapping[str, Any], static: nn.Module | None = None) -> nn
         missing = [key for key in ("n", "layers") if key not in description]
         if missing:
             raise ValueError(f"the model lacks {missing[0]!r}, with method {description['method']!r}")
-        return convert_to_baseline(model, description["method"], description["n"], description["layers"])
+        method, n, layers = (description[key] for key in ("method", "n", "layers"))
+        chosen = description.get("settings", {})
+        _check_keys(f"settings of method {method!r}", chosen, tuple(find(method).settings))
+        return convert_to_baseline(model, method, n, layers, **chosen)
     return model
 
 
@@ -123,13 +128,27 @@ def _dynamic(model: nn.Module) -> dict[str, Any]:
     (method,) = methods
     if method == "kw":
         return {"warehouses": _warehouses(layers)}
-    return {"method": method, "n": max(getattr(layer, "n", 1) for layer in layers.values()), "layers": list(layers)}
+    chosen = _chosen(method, list(layers.values()))
+    n = max(getattr(layer, "n", 1) for layer in layers.values())
+    return {"method": method, "n": n, "layers": list(layers), **({"settings": chosen} if chosen else {})}
 
 
 def _methods(layer: DynamicLayer) -> list[str]:
     if isinstance(layer, KWLayer):
         return ["kw"]
     return [name for name, one in BASELINES.items() if type(layer) is one.layer] or [type(layer).__name__]
+
+
+def _chosen(method: str, layers: Sequence[Any]) -> dict[str, str]:
+    """The settings of the method that are not the usual ones, which are left out as in folders from before."""
+    chosen = {}
+    for key, values in (BASELINES[method].settings if method in BASELINES else {}).items():
+        found = sorted({getattr(layer, key) for layer in layers})
+        if len(found) > 1:
+            raise ValueError(f"This model has {method} layers of several settings: {key} is {' and '.join(found)}.")
+        if found != [values[0]]:
+            chosen[key] = found[0]
+    return chosen
 
 
 def _warehouses(layers: Mapping[str, Any]) -> list[dict[str, Any]]:

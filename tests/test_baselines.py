@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import ArgumentTypeError
 from itertools import product
 
 import pytest
@@ -19,7 +20,9 @@ from torch.nn import functional as F
 import kw
 from kw.backbones import BACKBONES
 from kw.baselines import BASELINES, DynamicConv2d, KernelBank, register
+from kw.baselines.layer import AnnealedSoftmax
 from kw.config import STATIC
+from kw.description import build, describe
 from kw.layers import DynamicLayer
 from scripts.bench import cases
 from scripts.bench.step_time import composed
@@ -247,21 +250,31 @@ def test_a_model_is_traced_for_a_batch_size(dynamic):
         torch.testing.assert_close(torch.jit.trace(model, images)(others), model(others), rtol=1e-3, atol=1e-4)
 
 
+def shares(made, images):
+    """What the annealed softmaxes of a layer return."""
+    found = []
+    for part in made.modules():
+        if isinstance(part, AnnealedSoftmax):
+            part.register_forward_hook(lambda module, inputs, output: found.append(output))
+    made(images)
+    return found
+
+
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_temperature_makes_shares_alike_and_is_saved(name):
     cold, hot = shaken(layer(name, 4)), layer(name, 4)
     hot.load_state_dict(cold.state_dict())
-    if name not in ("dyconv", "odconv"):
-        assert kw.temperatures(cold) == []
+    if not kw.temperatures(cold):
+        assert name not in ("dyconv", "odconv")
         with pytest.raises(ValueError, match="has no temperature"):
             kw.set_temperature(cold, 1)
         return
     kw.set_temperature(hot, 1)
     assert [float(t.value) for t in kw.temperatures(cold) + kw.temperatures(hot)] == [0, 1]
-    pooled = torch.randn(5, 8)
-    near, far = ((s.kernel if name == "odconv" else s) for s in (m.eval().attention(pooled) for m in (hot, cold)))
-    torch.testing.assert_close(near.sum(1), torch.ones(5))
-    assert near.std(1).mean() < far.std(1).mean() / 10
+    images = torch.randn(5, 8, 1, 1).expand(-1, -1, 7, 7)
+    for near, far in zip(*(shares(made.eval(), images) for made in (hot, cold)), strict=True):
+        torch.testing.assert_close(near.sum(1), torch.ones(5))
+        assert near.std(1).mean() < far.std(1).mean() / 10
     cold.load_state_dict(hot.state_dict())
     assert float(kw.temperatures(cold)[0].value) == 1
 
@@ -400,6 +413,12 @@ def test_other_refusals_say_what_to_do():
         meta("kw_resnet18", dynamic="odcon")
     with pytest.raises(ValueError, match=r"reduction.*'odconv'"):
         meta("kw_resnet18", dynamic="odconv", reduction="1/8")
+    with pytest.raises(ValueError, match=r"'dyconv' has no setting 'attention', but attention_function"):
+        kw.baselines.convert(timm.create_model("resnet18"), "dyconv", attention="caf")
+    with pytest.raises(TypeError, match=r"'attention'.*Settings of dyconv are attention_function\."):
+        meta("kw_resnet18", dynamic="dyconv", attention="caf")
+    with pytest.raises(ArgumentTypeError, match=r"small:odcon4: 'odcon'.*condconv.*odconv"):
+        cases.parse_case("small:odcon4")
     with pytest.raises(ValueError, match=r"matches no layer.*nn\.Conv2d"):
         meta("kw_deit_tiny_patch16_224", dynamic="odconv")
     model = meta("kw_resnet18", dynamic="odconv", n=4)
@@ -505,27 +524,78 @@ def test_a_published_row_stands_beside_a_run_of_its_method_and_no_other(tmp_path
     ]
 
 
-def test_a_new_method_is_one_class_and_known_everywhere():
-    @register("toy", budget=True)
-    class Toy(KernelBank):
-        """All kernels alike."""
+@pytest.fixture
+def invented():
+    """A method of one class, with a setting of its own. It has a name that nobody's file will have."""
+
+    @register("invented", budget=True, settings={"start": ("equal", "first")})
+    class Invented(KernelBank):
+        def __init__(self, *args, start="equal", **kwargs):
+            super().__init__(*args, **kwargs)
+            self.start = start
 
         def forward(self, x):
-            return self.add_bias(self.convolve_mixed(x, x.new_full((len(x), self.n), 1 / self.n)))
+            shares = torch.ones(self.n) if self.start == "equal" else torch.arange(self.n, 0, -1)
+            return self.add_bias(self.convolve_mixed(x, (shares / shares.sum()).to(x).expand(len(x), -1)))
 
-    try:
-        model = meta("kw_resnet18", dynamic="toy", n=3)
-        assert 2 * kw.profile(model).assembly == 3 * kw.profile(meta("kw_resnet18", dynamic="condconv", n=2)).assembly
-        made = config("dynamic=toy", "n=3", "backbone=resnet18")
-        assert made.name == run_name("resnet18", "toy", 3) == "resnet18_toy3x"
-        assert any(isinstance(module, Toy) for module in build_model(made, 10).modules())
-        case = cases.parse_case("small:toy3@2")
-        built = cases.create(case, case.n, cases.Settings())
-        assert any(isinstance(module, DynamicLayer) for module in built.modules())
-        with pytest.raises(ValueError, match=r"'toy'.*toy"):
-            register("toy", budget=False)
-    finally:
-        del BASELINES["toy"]
+    yield Invented
+    del BASELINES["invented"]
+
+
+def test_a_new_method_is_one_class_and_known_everywhere(invented):
+    model = meta("kw_resnet18", dynamic="invented", n=3)
+    assert 2 * kw.profile(model).assembly == 3 * kw.profile(meta("kw_resnet18", dynamic="condconv", n=2)).assembly
+    made = config("dynamic=invented", "n=3", "backbone=resnet18", "+backbone.kwargs.start=first")
+    assert made.name.startswith(run_name("resnet18", "invented", 3)) and "resnet18_invented3x+" in made.name
+    layers = [module for module in build_model(made, 10).modules() if isinstance(module, invented)]
+    assert {one.start for one in layers} == {"first"}
+    case = cases.parse_case("small:invented3@2")
+    built = cases.create(case, case.n, cases.Settings())
+    assert any(isinstance(module, DynamicLayer) for module in built.modules())
+
+
+def test_what_cannot_be_registered_is_said(invented):
+    with pytest.raises(ValueError, match=r"'invented'.*taken, by .*test_baselines"):
+        register("invented", budget=False)
+    for name, words in (("static", "taken"), ("eca2", "lower case letters only")):
+        with pytest.raises(ValueError, match=words):
+            register(name, budget=False)
+    static = type("Static", (DynamicConv2d,), {})
+    for layer_type, words in ((nn.Conv2d, "inherits .*DynamicConv2d"), (static, "Static.*needs a forward")):
+        with pytest.raises(TypeError, match=words):
+            register("another", budget=False)(layer_type)
+    assert "another" not in BASELINES
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_saved_model_has_the_settings_of_its_method(method, tmp_path):
+    settings = {key: values[-1] for key, values in BASELINES[method].settings.items()}
+    narrow = {"layers": (1, 1, 1, 1), "channels": (24, 24, 32, 32), "num_classes": 3}
+    for name, chosen in (("usual", {}), *([("chosen", settings)] if settings else [])):
+        model = kw.create_model("resnet18", dynamic=method, n=2, **chosen, **narrow).eval()
+        kw.save(model, tmp_path / name)
+        described = json.loads((tmp_path / name / "config.json").read_text())
+        assert '"settings"' in json.dumps(described) if chosen else '"settings"' not in json.dumps(described)
+        images = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(kw.load(tmp_path / name)(images), model(images))
+
+
+def test_a_saved_models_setting_is_no_weight(invented, tmp_path):
+    """Weights fit with any value of this setting: it must come from the description."""
+    convolution = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    model = kw.baselines.convert(convolution, "invented", n=2, scope=["1"], start="first").eval()
+    assert describe(model)["settings"] == {"start": "first"}
+    again = build(describe(model), nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
+    assert again[1].start == "first"
+    for wrong, words in (
+        ({"begin": "first"}, "settings of method 'invented' has 'begin'"),
+        ({"start": "x"}, "start='x'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build({**describe(model), "settings": wrong}, nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
+    kw.baselines.convert(other := nn.Sequential(nn.Conv2d(3, 4, 3)), "invented", n=2, scope=["0"])
+    with pytest.raises(ValueError, match="several settings: start is equal and first"):
+        describe(nn.Sequential(model[1], other[0]))
 
 
 def test_the_folder_is_all_that_lists_the_methods():
@@ -535,7 +605,8 @@ def test_the_folder_is_all_that_lists_the_methods():
         "registry",
         "conversion",
     }
-    assert files == {BASELINES[name].layer.__module__.rpartition(".")[2] for name in METHODS}
+    defining = {BASELINES[name].layer.__module__.rpartition(".")[2] for name in METHODS}
+    assert files == defining, f"{', '.join(sorted(files - defining))}: no class in this file has @register"
     missing = sorted(BASELINES.keys() - DEFINITIONS.keys())
     assert not missing, f"write what {', '.join(missing)} computes, and add it to DEFINITIONS in this file"
     assert DEFINITIONS.keys() == BASELINES.keys()

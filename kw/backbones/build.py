@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kw.baselines.conversion import convert as convert_to_baseline
-from kw.baselines.registry import check_settings, choices
+from kw.baselines.registry import BASELINES, check_settings, choices
 from kw.config import KW, SETTINGS, STATIC, BudgetLike, KWConfig, parse_budget
 from kw.conversion import Scope, convert, convert_by_scope
 from kw.replace import drop_unused_warehouses
@@ -71,7 +71,8 @@ class Backbone:
         if dynamic not in choices():
             raise ValueError(f"dynamic={dynamic!r} is not a known method; there are {', '.join(choices())}.")
         dynamic = STATIC if n == STATIC else dynamic
-        settings = {key: kwargs.pop(key) for key in SETTINGS if key in kwargs}
+        own = tuple(BASELINES[dynamic].settings) if dynamic in BASELINES else ()
+        settings = {key: kwargs.pop(key) for key in (*SETTINGS, *own) if key in kwargs}
         if settings and dynamic == STATIC:
             raise ValueError(f"{', '.join(settings)} applies to dynamic='kw' only, not to {dynamic!r}.")
         if dynamic not in (KW, STATIC):
@@ -82,7 +83,8 @@ class Backbone:
         try:
             model = self.vanilla(self.base, pretrained=pretrained, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{self.base}: {error}. Settings of its warehouses are {', '.join(SETTINGS)}.") from error
+            whose, known = (dynamic, own) if dynamic in BASELINES else ("its warehouses", SETTINGS)
+            raise TypeError(f"{self.base}: {error}. Settings of {whose} are {', '.join(known) or 'none'}.") from error
         model.kw_args = {**kwargs}  # type: ignore[assignment]  # kw/description.py reads them
         if dynamic == KW:
             self._convert(model, parse_budget(n), settings, from_weights)

@@ -45,4 +45,5 @@ class CondConv2d(KernelBank):
 
     def __init__(self, *args: Any, attention_function: str = SIGMOID, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.attention_function = attention_function
         self.attention = Routing(self.in_channels, self.n, attention_function)

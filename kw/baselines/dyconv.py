@@ -49,5 +49,6 @@ class DYConv2d(KernelBank):
 
     def __init__(self, *args: Any, attention_function: str = SOFTMAX, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.attention_function = attention_function
         if self.n > 1:
             self.attention = KernelAttention(self.in_channels, self.n, attention_function)

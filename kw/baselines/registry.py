@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from kw.config import KW, STATIC, BudgetLike, parse_budget
+from torch import nn
+
+from kw.baselines.layer import DynamicConv2d
+from kw.config import KW, SETTINGS, STATIC, BudgetLike, parse_budget
 
 
 @dataclass(frozen=True)
 class Baseline:
     """A method. Its layer accepts the arguments of `nn.Conv2d`, if it has a `budget` the keyword `n`, and its
-    `settings`: keywords with the values that they may have, the usual one first."""
+    `settings`: keywords with the values that they may have, the usual one first. It keeps n and each setting as an
+    attribute of that name, from which `kw.save` describes it."""
 
     name: str
     layer: type[Any]
@@ -41,13 +45,21 @@ def register(
 
     Raises:
         ValueError: the name is taken, or not of lower case letters.
+        TypeError: the layer is no `DynamicConv2d`, or lacks `forward`: it would be a static convolution, unnoticed.
     """
-    if name in (KW, STATIC, *BASELINES) or not re.fullmatch("[a-z]+", name):
-        raise ValueError(
-            f"A method cannot be called {name!r}: use lower case letters only, and none of {', '.join(choices())}."
-        )
+    if not re.fullmatch("[a-z]+", name):
+        raise ValueError(f"A method cannot be called {name!r}: use lower case letters only.")
+    if name in choices():
+        by = f", by {BASELINES[name].layer.__module__}" if name in BASELINES else ""
+        raise ValueError(f"A method cannot be called {name!r}: that name is taken{by}.")
 
     def add(layer: type[Any]) -> type[Any]:
+        if not (isinstance(layer, type) and issubclass(layer, DynamicConv2d)):
+            raise TypeError(
+                f"The layer of the method {name!r} must be a class that inherits kw.baselines.DynamicConv2d."
+            )
+        if layer.forward is nn.Conv2d.forward:
+            raise TypeError(f"{layer.__name__}, the layer of the method {name!r}, needs a forward of its own.")
         BASELINES[name] = Baseline(name, layer, budget, settings)
         return layer
 
@@ -87,6 +99,8 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     known = find(name).settings
     for key, value in settings.items():
         if key not in known:
-            raise ValueError(f"{key} applies to dynamic={KW!r} only, not to {name!r}.")
+            if key in SETTINGS:
+                raise ValueError(f"{key} applies to dynamic={KW!r} only, not to {name!r}.")
+            raise ValueError(f"dynamic={name!r} has no setting {key!r}, but {', '.join(known) or 'none'}.")
         if value not in known[key]:
             raise ValueError(f"{key}={value!r} is not for dynamic={name!r}: it can be {', '.join(known[key])}.")
