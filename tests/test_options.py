@@ -176,6 +176,7 @@ def test_a_disk_that_is_full_is_reported_and_loses_nothing(tmp_path):
     full = start(fresh, limit=50_000)
     assert full.returncode == 1
     assert "last.pt could not be written" in full.stderr or "fresh.pt could not be written" in full.stderr
+    assert "File too large" in full.stderr  # not torch's "unexpected pos"
     assert "Traceback" not in full.stderr
     assert not list(fresh.rglob("*.tmp"))
     assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == saved

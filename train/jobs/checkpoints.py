@@ -31,10 +31,12 @@ def write(path: Path, state: State) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        # A full disk: torch closes its archive after the OSError, fails, and tells of an "unexpected pos".
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(
-            f"{path} could not be written ({error}); earlier checkpoints are as they were."
+            f"{path} could not be written ({reason}); earlier checkpoints are as they were."
         ) from error
 
 
