@@ -23,7 +23,7 @@ def put(folder, command, epochs, top1=80.0, finished=True, **changes):
               "images_per_second": 390.0} for at in range(epochs)]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
-        summary = {"params": 1000, "macs": 2000, "device": "cpu", "commit": "0123456789" * 4 + "+"}
+        summary = {"params": 1000, "macs": 2_000_000, "device": "cpu", "commit": "0123456789" * 4 + "+"}
         (folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -54,9 +54,9 @@ def collected(runs):
 def test_the_table_has_spread_differences_and_what_is_missing(runs, collected):
     lines, remarks = collected
     made = text(lines)
-    assert "| static | 1,000 | 85.0 | 80.00 ± 1.00 | 79.00, 80.00, 81.00 |  |  |" in made
-    assert "| KernelWarehouse, n = 1 | 1,000 | 85.0 | 83.00 | 83.00 (1 of 3) | +3.00 | +1.50 |" in made
-    assert "| KernelWarehouse, n = 1 | 1,000 | 85.0 | 84.00 | 84.00 (1 of 3) | - |  |" in made  # augmented, no static
+    assert "| static | 1,000 | 2.0 M | 85.0 | 80.00 ± 1.00 | 79.00, 80.00, 81.00 |  |  |" in made
+    assert "| KernelWarehouse, n = 1 | 1,000 | 2.0 M | 85.0 | 83.00 | 83.00 (1 of 3) | +3.00 | +1.50 |" in made
+    assert "| KernelWarehouse, n = 1 | 1,000 | 2.0 M | 85.0 | 84.00 | 84.00 (1 of 3) | - |  |" in made  # no static
     assert "KernelWarehouse, n = 4: seed 0 (5 of 16 epochs), seed 1 (16 of 16 epochs), seed 2;" in made
     assert "99.0" not in made and "98.0" not in made
     assert "Runs by device: cpu (6); by commit: 0123456+ (6)." in made

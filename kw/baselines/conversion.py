@@ -50,8 +50,11 @@ def convert(model: nn.Module, name: str, n: BudgetLike = 1, scope: Choice | None
         static = model.get_submodule(layer_name)
         layers[static] = like(static, method.layer(*convolution_arguments(static), **keywords), layer_name)
     if all(getattr(layer, "attention", None) is None for layer in layers.values()):
-        kept = f"all {len(layers)} layers of {type(model).__name__}" if len(layers) > 1 else f"the layer {next(iter(names))!r}"
-        warnings.warn(f"{name} with n = {n} leaves {kept} static: there is no attention to learn.", stacklevel=2)
+        warnings.warn(
+            f"{name} with n = {n} makes nothing dynamic in {type(model).__name__}: no layer that it replaces "
+            f"({len(layers)}) has an attention.",
+            stacklevel=2,
+        )
     replace(model, layers)
     share_temperature(model)
     return model

@@ -9,7 +9,8 @@ from typing import Any
 
 from scripts.cifar10.cases import AUGMENTED, CASES, ORDER, SEEDS, Case, is_finished
 
-HEAD = ("network", "parameters", "training top-1", "test top-1", "by seed", "over static", "over static as large")
+HEAD = ("network", "parameters", "multiply-adds", "training top-1", "test top-1", "by seed", "over static",
+        "over static as large")  # fmt: skip
 TITLES = {
     ORDER: "16 epochs, crops of at least 70% of the area",
     AUGMENTED: "24 epochs, crops of at least 50% of the area, label smoothing 0.1",
@@ -84,6 +85,7 @@ def _row(lines: Sequence[Mapping[str, Any]], case: Case, cases: list[Case]) -> l
     return [
         case.name,
         f"{int(run[-1]['params']):,}",
+        f"{int(run[-1]['macs']) / 1e6:.1f} M",
         f"{training:.1f}",
         _spread(list(scores.values())),
         by_seed + (f" ({len(scores)} of {len(SEEDS)})" if len(scores) < len(SEEDS) else ""),
