@@ -87,6 +87,9 @@ def build(description: Mapping[str, Any], static: nn.Module | None = None) -> nn
         chosen = description.get("settings", {})
         _check_keys(f"settings of method {method!r}", chosen, tuple(find(method).settings))
         return convert_to_baseline(model, method, n, layers, **chosen)
+    without = [key for key in ("n", "layers", "settings") if key in description]
+    if without:
+        raise ValueError(f"the model has {without[0]!r}, but no method")
     return model
 
 
@@ -143,6 +146,11 @@ def _chosen(method: str, layers: Sequence[Any]) -> dict[str, str]:
     """The settings of the method that are not the usual ones, which are left out as in folders from before."""
     chosen = {}
     for key, values in (BASELINES[method].settings if method in BASELINES else {}).items():
+        lacking = [type(layer).__name__ for layer in layers if not hasattr(layer, key)]
+        if lacking:
+            raise ValueError(
+                f"{lacking[0]}, the layer of {method!r}, does not keep its setting {key!r} as an attribute."
+            )
         found = sorted({getattr(layer, key) for layer in layers})
         if len(found) > 1:
             raise ValueError(f"This model has {method} layers of several settings: {key} is {' and '.join(found)}.")

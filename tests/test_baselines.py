@@ -1,5 +1,6 @@
 """The dynamic convolutions to compare with: each against its definition, and whatever holds for all, for each."""
 
+import copy
 import json
 import math
 from argparse import ArgumentTypeError
@@ -272,6 +273,7 @@ def test_temperature_makes_shares_alike_and_is_saved(name):
     kw.set_temperature(hot, 1)
     assert [float(t.value) for t in kw.temperatures(cold) + kw.temperatures(hot)] == [0, 1]
     images = torch.randn(5, 8, 1, 1).expand(-1, -1, 7, 7)
+    assert shares(cold.eval(), images), "no softmax was found"
     for near, far in zip(*(shares(made.eval(), images) for made in (hot, cold)), strict=True):
         torch.testing.assert_close(near.sum(1), torch.ones(5))
         assert near.std(1).mean() < far.std(1).mean() / 10
@@ -413,8 +415,16 @@ def test_other_refusals_say_what_to_do():
         meta("kw_resnet18", dynamic="odcon")
     with pytest.raises(ValueError, match=r"reduction.*'odconv'"):
         meta("kw_resnet18", dynamic="odconv", reduction="1/8")
-    with pytest.raises(ValueError, match=r"'dyconv' has no setting 'attention', but attention_function"):
+    with pytest.raises(ValueError, match=r"'dyconv' has no setting 'attention': its settings are attention_function"):
         kw.baselines.convert(timm.create_model("resnet18"), "dyconv", attention="caf")
+    with pytest.raises(ValueError, match="'se' has no setting 'attention': it has none"):
+        kw.baselines.convert(timm.create_model("resnet18"), "se", attention="caf")
+    with pytest.raises(
+        ValueError, match="attention_function does not apply to dynamic='odconv', but to kw, condconv, dyconv"
+    ):
+        kw.baselines.convert(timm.create_model("resnet18"), "odconv", attention_function="caf")
+    with pytest.raises(ArgumentTypeError, match=r"'kw4'.*by its n alone"):
+        cases.parse_case("small:kw4")
     with pytest.raises(TypeError, match=r"'attention'.*Settings of dyconv are attention_function\."):
         meta("kw_resnet18", dynamic="dyconv", attention="caf")
     with pytest.raises(ArgumentTypeError, match=r"small:odcon4: 'odcon'.*condconv.*odconv"):
@@ -555,6 +565,8 @@ def test_a_new_method_is_one_class_and_known_everywhere(invented):
 
 
 def test_what_cannot_be_registered_is_said(invented):
+    with pytest.raises(ValueError, match="cannot be called 'scope'"):
+        register("other", budget=False, settings={"scope": ("all", "none")})
     with pytest.raises(ValueError, match=r"'invented'.*taken, by .*test_baselines"):
         register("invented", budget=False)
     for name, words in (("static", "taken"), ("eca2", "lower case letters only")):
@@ -593,6 +605,12 @@ def test_a_saved_models_setting_is_no_weight(invented, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             build({**describe(model), "settings": wrong}, nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
+    with pytest.raises(ValueError, match="'settings', but no method"):
+        build({key: value for key, value in describe(model).items() if key not in ("method", "n", "layers")}, model)
+    lacking = copy.deepcopy(model)
+    del lacking[1].start
+    with pytest.raises(ValueError, match="Invented, the layer of 'invented', does not keep its setting 'start'"):
+        describe(lacking)
     kw.baselines.convert(other := nn.Sequential(nn.Conv2d(3, 4, 3)), "invented", n=2, scope=["0"])
     with pytest.raises(ValueError, match="several settings: start is equal and first"):
         describe(nn.Sequential(model[1], other[0]))

@@ -70,11 +70,13 @@ class Backbone:
             )
         if dynamic not in choices():
             raise ValueError(f"dynamic={dynamic!r} is not a known method; there are {', '.join(choices())}.")
-        dynamic = STATIC if n == STATIC else dynamic
         own = tuple(BASELINES[dynamic].settings) if dynamic in BASELINES else ()
+        dynamic = STATIC if n == STATIC else dynamic
         settings = {key: kwargs.pop(key) for key in (*SETTINGS, *own) if key in kwargs}
         if settings and dynamic == STATIC:
-            raise ValueError(f"{', '.join(settings)} applies to dynamic='kw' only, not to {dynamic!r}.")
+            raise ValueError(
+                f"{', '.join(settings)} does not apply to {dynamic!r}: a static model has no such setting."
+            )
         if dynamic not in (KW, STATIC):
             check_settings(dynamic, settings)
         if from_weights and dynamic not in (KW, STATIC):
@@ -83,8 +85,9 @@ class Backbone:
         try:
             model = self.vanilla(self.base, pretrained=pretrained, **kwargs)
         except TypeError as error:
-            whose, known = (dynamic, own) if dynamic in BASELINES else ("its warehouses", SETTINGS)
-            raise TypeError(f"{self.base}: {error}. Settings of {whose} are {', '.join(known) or 'none'}.") from error
+            whose, known = {KW: ("its warehouses", SETTINGS)}.get(dynamic, (dynamic, own))
+            more = f" Settings of {whose} are {', '.join(known)}." if known and dynamic != STATIC else ""
+            raise TypeError(f"{self.base}: {error}.{more}") from error
         model.kw_args = {**kwargs}  # type: ignore[assignment]  # kw/description.py reads them
         if dynamic == KW:
             self._convert(model, parse_budget(n), settings, from_weights)

@@ -50,9 +50,11 @@ def convert(model: nn.Module, name: str, n: BudgetLike = 1, scope: Choice | None
         static = model.get_submodule(layer_name)
         layers[static] = like(static, method.layer(*convolution_arguments(static), **keywords), layer_name)
     if all(getattr(layer, "attention", None) is None for layer in layers.values()):
+        with_n = f" with n = {n}" if method.budget else ""
+        remedy = "take n = 2 or more" if method.budget and kernels == 1 else "choose other layers, or another method"
         warnings.warn(
-            f"{name} with n = {n} makes nothing dynamic in {type(model).__name__}: no layer that it replaces "
-            f"({len(layers)}) has an attention.",
+            f"{name}{with_n} makes nothing dynamic in {type(model).__name__}: no layer that it replaces "
+            f"({len(layers)}) has an attention. To compare, {remedy}.",
             stacklevel=2,
         )
     replace(model, layers)

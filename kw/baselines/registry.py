@@ -31,6 +31,8 @@ class Baseline:
 
 
 BASELINES: dict[str, Baseline] = {}
+# Arguments of kw.create_model and kw.baselines.convert, which settings are passed along with.
+TAKEN = ("name", "n", "dynamic", "pretrained", "features_only", "from_weights", "model", "scope")
 
 
 def register(
@@ -44,7 +46,8 @@ def register(
         settings: further keywords of the layer, with the values that they may have.
 
     Raises:
-        ValueError: the name is taken, or not of lower case letters.
+        ValueError: the name is taken, or not of lower case letters; or a setting has the name of an argument of
+            `kw.create_model` or `kw.baselines.convert`.
         TypeError: the layer is no `DynamicConv2d`, or lacks `forward`: it would be a static convolution, unnoticed.
     """
     if not re.fullmatch("[a-z]+", name):
@@ -52,6 +55,10 @@ def register(
     if name in choices():
         by = f", by {BASELINES[name].layer.__module__}" if name in BASELINES else ""
         raise ValueError(f"A method cannot be called {name!r}: that name is taken{by}.")
+
+    for setting in settings:
+        if setting in TAKEN:
+            raise ValueError(f"{name}: a setting cannot be called {setting!r}, as kw.create_model has that argument.")
 
     def add(layer: type[Any]) -> type[Any]:
         if not (isinstance(layer, type) and issubclass(layer, DynamicConv2d)):
@@ -100,7 +107,9 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         if key not in known:
             if key in SETTINGS:
-                raise ValueError(f"{key} applies to dynamic={KW!r} only, not to {name!r}.")
-            raise ValueError(f"dynamic={name!r} has no setting {key!r}, but {', '.join(known) or 'none'}.")
+                others = [KW, *(other for other, method in sorted(BASELINES.items()) if key in method.settings)]
+                raise ValueError(f"{key} does not apply to dynamic={name!r}, but to {', '.join(others)}.")
+            has = f"its settings are {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"dynamic={name!r} has no setting {key!r}: {has}.")
         if value not in known[key]:
             raise ValueError(f"{key}={value!r} is not for dynamic={name!r}: it can be {', '.join(known[key])}.")

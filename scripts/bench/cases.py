@@ -12,7 +12,7 @@ from torch import nn
 import kw
 from kw.backbones import BACKBONES
 from kw.baselines import check_budget
-from kw.config import STATIC, parse_budget
+from kw.config import KW, STATIC, parse_budget
 from scripts.bench.evaluated import EVALUATED
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,6 +83,8 @@ def parse_case(text: str) -> Case:
 def method(n: str) -> dict[str, str]:
     """The N of a case as arguments of `kw.create_model`: "4", "static", "odconv4" or "se". Raises ValueError."""
     word = re.match("[a-z]*", n)[0]  # type: ignore[index]
+    if word == KW:
+        raise ValueError(f"{n!r}: KernelWarehouse is written by its n alone, such as 4.")
     if word in ("", STATIC):
         return {"n": n if n == STATIC else str(parse_budget(n))}
     return {"dynamic": word, "n": str(check_budget(word, n.removeprefix(word) or 1))}

@@ -34,7 +34,8 @@ def write(path: Path, state: State) -> None:
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         # A full disk: torch closes its archive after the OSError, fails, and tells of an "unexpected pos".
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        cause = error.__context__
+        reason = cause if isinstance(error, RuntimeError) and isinstance(cause, OSError) else error
         raise CheckpointError(
             f"{path} could not be written ({reason}); earlier checkpoints are as they were."
         ) from error
