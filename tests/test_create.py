@@ -126,7 +126,7 @@ def test_a_name_that_timm_does_not_have_is_refused_with_similar_ones(name, near)
         ({"dynamic": "odcon"}, ValueError, r"'odcon'.*condconv.*odconv"),
         ({"n": "3/2"}, ValueError, r"n='3/2'"),
         ({"n": "1/2", "dynamic": "odconv"}, ValueError, r"n='1/2'.*integer"),
-        ({"n": STATIC, "reduction": "1/8"}, ValueError, r"reduction.*dynamic='kw'.*'static'"),
+        ({"n": STATIC, "reduction": "1/8"}, ValueError, r"reduction.*'static': a static model"),
         ({"reduction": 2}, ValueError, r"reduction=2"),
         ({"reductoin": "1/8"}, TypeError, r"reductoin.*reduction, cell_in"),
     ],
