@@ -33,7 +33,7 @@ def write(path: Path, state: State) -> None:
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        # A full disk: torch closes its archive after the OSError, fails, and tells of an "unexpected pos".
+        # On a full disk torch raises a RuntimeError of its own, about file positions, in place of the OSError.
         cause = error.__context__
         reason = cause if isinstance(error, RuntimeError) and isinstance(cause, OSError) else error
         raise CheckpointError(
