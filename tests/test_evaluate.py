@@ -9,6 +9,7 @@ import kw
 from train.config import unused_in_evaluation, unused_in_training
 from train.config.saved import to_plain
 from train.evaluate import data_settings, evaluate_checkpoint
+from train.jobs.checkpoints import newest_or_warn
 from train.jobs.errors import ConfigError
 from train.jobs.reading import FORMAT
 from train.jobs.world import World
@@ -133,3 +134,13 @@ def test_a_frozen_model_is_evaluated_with_its_cells_in_other_types(tmp_path):
 def test_what_cannot_be_frozen_is_refused(words, said, run):
     with pytest.raises(ConfigError, match=said):
         evaluate_checkpoint(*overridden(*(word.format(run=run) for word in words)), ALONE)
+
+
+def test_a_damaged_newest_checkpoint_is_told_when_an_earlier_one_is_read(tmp_path, capsys):
+    for name in ("last.pt", "previous.pt"):
+        torch.save({"format": FORMAT, "name": name}, tmp_path / name)
+    assert newest_or_warn(tmp_path)[0].name == "last.pt"
+    (tmp_path / "last.pt").write_bytes(b"cut off")
+    path, state = newest_or_warn(tmp_path)
+    assert "last.pt is damaged" in (told := capsys.readouterr().err) and "previous.pt is read in its" in told
+    assert (path.name, state["name"]) == ("previous.pt", "previous.pt")

@@ -18,7 +18,7 @@ from train.data.formats import open_split
 from train.data.loader import Batch, Samples, eval_loader
 from train.data.transforms import eval_transform
 from train.jobs.agreement import once_per_node
-from train.jobs.checkpoints import State, newest
+from train.jobs.checkpoints import State, newest_or_warn
 from train.jobs.errors import CheckpointError, ConfigError, check, warn
 from train.jobs.reading import FORMAT, read
 from train.jobs.sweep import GROUP
@@ -79,7 +79,7 @@ def evaluate_checkpoint(config: TrainConfig, typed: Sequence[str], world: World)
         ConfigError: the data set has other classes than the model, or the command line sets what the checkpoint has.
     """
     path = Path(str(config.evaluate)).expanduser()
-    path, state = newest(path / "checkpoints")[:2] if path.is_dir() else (path, read(path))
+    path, state = newest_or_warn(path / "checkpoints") if path.is_dir() else (path, read(path))
     ours = state.get("format") == FORMAT
     unused = [key for key in unused_in_evaluation(typed) if key != GROUP]
     if unused and not ours:

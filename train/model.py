@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import kw
 from train.config import TrainConfig
-from train.jobs.checkpoints import newest
+from train.jobs.checkpoints import newest_or_warn
 from train.jobs.errors import CheckpointError, ConfigError
 from train.jobs.reading import read
 
@@ -75,7 +75,7 @@ def start_from(model: nn.Module, path: Path) -> None:
         CheckpointError: it cannot be read, or does not fit.
     """
     path = path.expanduser()
-    path, state = newest(path / "checkpoints")[:2] if path.is_dir() else (path, read(path))
+    path, state = newest_or_warn(path / "checkpoints") if path.is_dir() else (path, read(path))
     weights = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
     others = [key for key, value in weights.items() if not isinstance(value, Tensor)]
     if others:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from train.jobs.errors import CheckpointError, writing
+from train.jobs.errors import CheckpointError, warn, writing
 from train.jobs.folder import link
 from train.jobs.reading import FORMAT, read
 
@@ -70,6 +70,14 @@ def newest(folder: Path, form: str = FORMAT, allowed: Sequence[Any] = ()) -> Fou
             return Found(path, state, remarks)
         remarks.append(f"{path} is not a checkpoint of a run.")
     raise CheckpointError(f"{folder}: no checkpoint can be read. " + (" ".join(remarks) or "There is none."))
+
+
+def newest_or_warn(folder: Path) -> tuple[Path, State]:
+    """As `newest`, for readers that only take the weights: it warns of each newer file that was passed over."""
+    path, state, remarks = newest(folder)
+    for remark in remarks:
+        warn(f"{remark} {path.name} is read in its place.")
+    return path, state
 
 
 class Checkpoints:
