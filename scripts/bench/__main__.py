@@ -94,7 +94,8 @@ def parse(arguments: list[str] | None) -> tuple[list[Case], Settings, Path]:
         help=f"besides static: {', '.join(kw.functional.CHOICES)}, with +folded; {', '.join(EVALUATED)}")  # fmt: skip
     add("--what", nargs="+", choices=list(MEASURED), default=list(MEASURED))
     add("--cuda-graph", action="store_true", help="run `eval` and `one` as a CUDA graph")
-    add("--compile", action="store_true", help="with torch.compile, which takes a minute or more for each model")
+    add("--compile", nargs="?", const="default", choices=["default", "reduce-overhead"], metavar="MODE",
+        help="with torch.compile, which takes a minute or more for each model; reduce-overhead: also as CUDA graphs")  # fmt: skip
     add("--in-process", action="store_true", help="no process for each case: that saves its start, some 10 s on a GPU")
     add("--out", type=Path, default=Path("report/benchmark"), help="where the files go (default: report/benchmark)")
     add_options(parser)

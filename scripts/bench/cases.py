@@ -42,7 +42,7 @@ class Settings:
     choices: tuple[str, ...] = ("grouped", "auto")
     what: tuple[str, ...] = ()
     cuda_graph: bool = False
-    compile: bool = False
+    compile: str | None = None  # a mode of torch.compile
     in_process: bool = False
 
     @property

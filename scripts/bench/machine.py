@@ -30,7 +30,7 @@ def machine(settings: Settings) -> dict[str, str]:
         "dtype": settings.dtype,
         "layout": settings.layout_name
         + (", evaluation as a CUDA graph" if settings.cuda_graph else "")
-        + (", compiled" if settings.compile else ""),
+        + (f", compiled ({settings.compile})" if settings.compile else ""),
         "environment": " ".join(f"{key}={os.environ[key]}" for key in keys) or "nothing set",
         "commit": re.sub(r"(?<=^\w{8})\w+", "", provenance()["commit"] or "unknown"),
     }

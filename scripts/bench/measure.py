@@ -117,7 +117,7 @@ def prepare(model: nn.Module, name: str, what: str, case: Case, settings: Settin
     targets = torch.arange(len(images), device=settings.device) % 10
     dtype = DTYPES[settings.dtype]
     model.train(what in ("train", "memory"))
-    called = torch.compile(model) if settings.compile else model
+    called = torch.compile(model, mode=settings.compile) if settings.compile else model
     # Neither a static model nor one that is only evaluated has implementations to choose from.
     choice = ["auto"] if name in (STATIC, *EVALUATED) else name.split("+")
 
