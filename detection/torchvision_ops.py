@@ -77,6 +77,7 @@ def roi_align_forward(
 ) -> None:
     """Features `(B, C, H, W)`, averaged in the bins of each RoI, to `output` `(R, C, height, width)`."""
     scale, height, width, *sampling = _roi_settings(**settings)
+    input = _at_least_float32(input)
     output.copy_(torchvision.ops.roi_align(input, rois.to(input.dtype), (height, width), scale, *sampling))
 
 
@@ -85,8 +86,14 @@ def roi_align_backward(
 ) -> None:
     """The gradient of `roi_align_forward`, to `grad_input` `(B, C, H, W)`."""
     scale, height, width, *sampling = _roi_settings(**settings)
-    where = (rois.to(grad_output.dtype), scale, height, width)
-    grad_input.copy_(ROI_ALIGN_GRADIENT(grad_output, *where, *grad_input.shape, *sampling))
+    grad = _at_least_float32(grad_output)
+    where = (rois.to(grad.dtype), scale, height, width)
+    grad_input.copy_(ROI_ALIGN_GRADIENT(grad, *where, *grad_input.shape, *sampling))
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """As autocast does: on a GPU, torchvision has no kernels for bfloat16, and adds up gradients in float16."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _roi_settings(

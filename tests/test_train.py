@@ -27,6 +27,7 @@ from train.jobs.reading import FORMAT, read
 from train.model import build_model
 from train.optim import build_optimizer
 from train.schedule import learning_rate, temperature
+from train.summary import summarize
 from train.trainer import Trainer
 
 
@@ -271,6 +272,14 @@ def test_a_run_stopped_in_an_evaluation_has_lost_nothing(which, signalled, whole
     again.fit()
     assert differences(outcome(whole), outcome(tmp_path)) == []
     assert all(line["images_per_second"] > 0 for line in again.metrics.read())
+
+
+def test_a_summary_names_every_device_that_a_run_was_trained_on(tmp_path):
+    trainer = averaged(tmp_path)
+    assert trainer.world.device_name == "cpu"
+    line = {"top1": 50.0, "eval_samples": 20, "images_per_second": 1.0}
+    lines = [line, *({**line, "device": device} for device in ("H100", "H100", "cpu"))]  # the first of an older version
+    assert summarize(trainer.config, trainer.model, lines)["device"] == "unknown, H100, cpu"
 
 
 @pytest.fixture

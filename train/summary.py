@@ -5,7 +5,6 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-import torch
 from torch import nn
 
 import kw
@@ -13,9 +12,7 @@ from train.config import TrainConfig
 from train.jobs.provenance import provenance
 
 
-def summarize(
-    config: TrainConfig, model: nn.Module, lines: list[dict[str, Any]], device: torch.device
-) -> dict[str, Any]:
+def summarize(config: TrainConfig, model: nn.Module, lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What was trained, how well it ended, and what it costs.
 
     Args:
@@ -38,7 +35,8 @@ def summarize(
         "macs": costs.macs,
         "images_per_second": median(line["images_per_second"] for line in lines),
         "seed": config.seed,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        # All devices that it was trained on; lines of older versions do not say.
+        "device": ", ".join(dict.fromkeys(line.get("device", "unknown") for line in lines)),
         "devices": config.runtime.devices * config.runtime.nodes,
         **provenance(),
     }

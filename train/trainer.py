@@ -274,6 +274,7 @@ class Trainer:
         line["lr"] = self.learner.learning_rate(self.step - 1)
         line["temperature"] = self.learner.temperature(self.step * self.data.accumulation - 1)
         line["images_per_second"] = speed
+        line["device"] = self.world.device_name
         line["devices"] = self.world.size
         if self.data.substitutes:  # all ranks have finished the epoch: their sums are here
             line["substituted"] = self.data.substitutes.count(epoch)
@@ -317,7 +318,7 @@ class Trainer:
                 f"{self.metrics.path} has no line of any epoch, though the run is finished: it was removed or emptied. "
                 f"Put it back; or move {self.folder} away, to train once more."
             )
-        summary = summarize(self.config, self.model, lines, self.world.device)
+        summary = summarize(self.config, self.model, lines)
         if self.world.is_main:
             write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary

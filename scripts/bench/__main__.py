@@ -95,7 +95,7 @@ def parse(arguments: list[str] | None) -> tuple[list[Case], Settings, Path]:
     add("--what", nargs="+", choices=list(MEASURED), default=list(MEASURED))
     add("--cuda-graph", action="store_true", help="run `eval` and `one` as a CUDA graph")
     add("--compile", nargs="?", const="default", choices=["default", "reduce-overhead"], metavar="MODE",
-        help="with torch.compile, which takes a minute or more for each model; reduce-overhead: also as CUDA graphs")  # fmt: skip
+        help="with torch.compile, a minute or more for each model; reduce-overhead: and CUDA graphs")  # fmt: skip
     add("--in-process", action="store_true", help="no process for each case: that saves its start, some 10 s on a GPU")
     add("--out", type=Path, default=Path("report/benchmark"), help="where the files go (default: report/benchmark)")
     add_options(parser)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from scripts.arguments import argument_parser
 
-PURE = ("timm", "hydra-core", "omegaconf", "antlr4-python3-runtime", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection",
-        "addict", "imaug", "yapf", "platformdirs", "termcolor", "terminaltables")  # fmt: skip
+PURE = ("timm", "hydra-core", "omegaconf", "antlr4-python3-runtime", "onedl-mmengine", "onedl-mmcv",
+        "onedl-mmdetection", "addict", "imaug", "yapf", "platformdirs", "termcolor", "terminaltables")  # fmt: skip
 COMPILED = ("pycocotools", "shapely")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 

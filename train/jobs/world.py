@@ -32,6 +32,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """The GPU's name, or cpu."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
     def place(self, values: Sequence[int]) -> Tensor:
         """Integers on the device, copied from pinned memory: for a copy from other memory the host would wait."""
         pin = self.device.type == "cuda"
