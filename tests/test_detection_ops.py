@@ -133,6 +133,22 @@ def test_roi_align_refuses_maxima():
         roi_align(torch.randn(1, 1, 8, 8), torch.tensor([[0.0, 0, 0, 4, 4]]), 2, 1.0, 2, mode=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_roi_align_computes_half_precision_in_float32(dtype):
+    """A GPU's kernels are not there for bfloat16, and add up a gradient in float16."""
+    features = torch.randn(2, 3, 16, 16).to(dtype)
+    rois = ROIS.float()
+    assert torch.equal(roi_align(features, rois, 4, 0.5, 2), roi_align(features.float(), rois, 4, 0.5, 2).to(dtype))
+    gradient = torch.randn(len(ROIS), 3, 4, 4).to(dtype)
+    settings = {"aligned_height": 4, "aligned_width": 4, "spatial_scale": 0.5, "sampling_ratio": 2}
+    settings |= {"pool_mode": 1, "aligned": True}
+    found, expected = torch.zeros(2, 3, 16, 16, dtype=dtype), torch.zeros(2, 3, 16, 16)
+    nothing = torch.zeros(0)
+    ops.roi_align_backward(gradient, rois, nothing, nothing, found, **settings)
+    ops.roi_align_backward(gradient.float(), rois, nothing, nothing, expected, **settings)
+    assert torch.equal(found, expected.to(dtype)) and expected.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sampling", [(2, True), (0, False)])
 def test_without_torchvisions_private_operator_the_gradient_is_the_same(sampling, dtype):
