@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def go(monkeypatch, tmp_path):
     def run(*parts, **options):
         monkeypatch.setattr(entry, "parts_of", lambda run: list(parts))
         monkeypatch.setattr(entry, "install_wheels", lambda folder: None)
+        monkeypatch.setattr(entry, "import_problem", lambda environment: None)  # it takes seconds
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         status = entry.main(["--dry", "--out", str(out), *words])
         parts = json.loads((out / "summary.json").read_text())["parts"]
@@ -141,6 +143,17 @@ def test_without_a_gpu_the_remedy_is_named(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         entry.parse([])
     assert "--dry" in capsys.readouterr().err
+
+
+def test_a_library_that_is_too_old_stops_all_parts_with_the_remedy(monkeypatch, capsys, tmp_path):
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm/__init__.py").write_text("__version__ = '0.9'\n")  # no timm.models
+    monkeypatch.setattr(entry, "install_wheels", lambda folder: tmp_path)
+    monkeypatch.setattr(entry, "run_part", None)
+    monkeypatch.setattr(entry, "environment_of", lambda run, wheels: {**os.environ, "PYTHONPATH": str(wheels)})
+    assert entry.main(["--dry", "--out", str(tmp_path / "report")]) == 1
+    said = capsys.readouterr().out
+    assert "No module named 'timm.models'" in said and "make gpu-wheels" in said
 
 
 def test_an_unknown_part_or_missing_data_is_refused_by_name(capsys, tmp_path):

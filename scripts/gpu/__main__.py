@@ -59,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         environment = environment_of(run, install_wheels(Path(folder)))
         machine = describe()
         print(machine, flush=True)
+        if problem := import_problem(environment):
+            print(f"No part can run: {problem}\nmake gpu-wheels, run where there is a package index, helps.")
+            return 1
         results: list[Result] = []
         for part in parts_of(run):
             if only and part.name not in only:
@@ -107,6 +110,13 @@ def environment_of(run: Run, wheels: Path | None) -> dict[str, str]:
     if run.dry:  # also on a machine that has a GPU
         environment |= {"GPU_DRY": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return environment
+
+
+def import_problem(environment: dict[str, str]) -> str | None:
+    """Why this project cannot be imported here, such as a library that is too old."""
+    command = [sys.executable, "-c", "import kw"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return (done.stderr.strip().splitlines() or ["it crashed"])[-1] if done.returncode else None
 
 
 def describe() -> str:

@@ -192,9 +192,9 @@ def assert_near(found, expected, tolerance=2e-4):
 @pytest.mark.parametrize("setting", ["auto", "triton", "triton folded"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_model_trains_and_evaluates_the_same(mode, setting, small, dry):
+    """In float64: the norms over a small batch multiply rounding, which the compiler's order of operations changes."""
     if dry and (mode, setting) != ("default", "triton folded"):
         pytest.skip("one is enough on a CPU")
-    """In float64: the norms over a small batch multiply rounding, which the compiler's order of operations changes."""
     model, x = (value.double() for value in small)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager") if dry else torch.compile(model, mode=mode)
