@@ -32,12 +32,14 @@ def checkpoints_in(folder: Path, keep_best: int = 1) -> Checkpoints:
 
 
 def latest(folder: Path) -> Path:
-    """The newest checkpoint in a run folder of `python -m detection` or of MMDetection's tools.
+    """The newest checkpoint in a run folder of `python -m detection` or of MMDetection's tools. Warns of newer files
+    that cannot be read.
 
     Raises:
         CheckpointError: there is none that is complete.
     """
     if found := checkpoints_in(folder).newest():
+        found.warn()
         return found.path
     if (folder / "last_checkpoint").exists():
         return Path((folder / "last_checkpoint").read_text().strip())

@@ -17,6 +17,7 @@ from detection import (  # noqa: F401  torchvision_ops: so that mmcv has operato
     SimplePyramid,
     TemperatureWarmup,
     feature_channels,
+    saving,
     torchvision_ops,
 )
 from detection.plugin import pretrained
@@ -320,3 +321,13 @@ def test_the_temperature_falls_over_the_first_steps_and_stays(steps):
         (tau,) = {round(float(m.temperature), 4) for m in model.modules() if isinstance(m, Attention)}
         found.append(tau)
     assert found == [round(1 - (k + 1) / steps, 4) if k < steps else 0.0 for k in range(10)]
+
+
+def test_a_damaged_newest_checkpoint_of_a_detector_is_told_when_an_earlier_one_is_read(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("last.pt", "previous.pt"):
+        torch.save({"format": saving.FORMAT}, tmp_path / "checkpoints" / name)
+    assert saving.latest(tmp_path).name == "last.pt" and not capsys.readouterr().err
+    (tmp_path / "checkpoints/last.pt").write_bytes(b"cut off")
+    assert saving.latest(tmp_path).name == "previous.pt"
+    assert "last.pt is damaged" in (told := capsys.readouterr().err) and "previous.pt is read in its" in told

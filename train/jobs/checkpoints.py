@@ -46,6 +46,10 @@ class Found(NamedTuple):
     state: State
     remarks: list[str]  # one for each newer file that was passed over
 
+    def warn(self) -> None:
+        for remark in self.remarks:
+            warn(f"{remark} {self.path.name} is read in its place.")
+
 
 def newest(folder: Path, form: str = FORMAT, allowed: Sequence[Any] = ()) -> Found:
     """The newest complete state in a run's folder of checkpoints. Changes nothing there: all ranks may call it.
@@ -74,10 +78,9 @@ def newest(folder: Path, form: str = FORMAT, allowed: Sequence[Any] = ()) -> Fou
 
 def newest_or_warn(folder: Path) -> tuple[Path, State]:
     """As `newest`, for readers that only take the weights: it warns of each newer file that was passed over."""
-    path, state, remarks = newest(folder)
-    for remark in remarks:
-        warn(f"{remark} {path.name} is read in its place.")
-    return path, state
+    found = newest(folder)
+    found.warn()
+    return found.path, found.state
 
 
 class Checkpoints:
