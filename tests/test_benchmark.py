@@ -38,6 +38,7 @@ def test_a_run_leaves_table_csv_and_picture(tmp_path, capsys):
     assert "chosen" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_processes_of_their_own(tmp_path):
     options = ["--threads", "1", "--out", str(tmp_path), "--what", "memory", "--choices", "auto"]
     benchmark.main(["small:1@2", *options])

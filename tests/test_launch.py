@@ -165,6 +165,7 @@ def test_a_batch_that_cannot_be_shared_out_is_reported_before_workers_start(here
         start(config("recipe.batch_size=127", "runtime.devices=2"), here)
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_not_buried_by_the_other_processes(here, capfd):
     """The error, a line of the process that lost contact, if it was still there, and nothing of torch's."""
     for split in ("train", "val"):

@@ -69,7 +69,7 @@ def test_a_backbone_trains_with_every_switch(name, precision, device, dry, tmp_p
         assert any(not torch.equal(before[key], value) for key, value in after.items())
 
 
-@pytest.mark.no_dry  # on a CPU it takes minutes; `make test-all` does it there
+@pytest.mark.no_dry  # on a CPU it takes minutes
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_compiled_model_trains_and_begins_with_the_same_loss(precision, device, dry, tmp_path, tf32):
     """One step: gradients are compared in float64, by `test_a_compiled_model_trains_and_evaluates_the_same`. A second
