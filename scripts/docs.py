@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from kw.baselines import BASELINES
 from scripts.cifar10 import table as cifar10_table
 from scripts.report.published import CLASSIFICATION, COCO, DETECTION, HANDS, IMAGENET, Published, published
 
@@ -81,7 +82,7 @@ def coco() -> str:
     lines = [
         [
             f"`{row.name}`" if row.has_code else f"{row.name}: published only",
-            row.n if row.dynamic != "fdconv" else "-",
+            row.n if row.dynamic not in BASELINES or BASELINES[row.dynamic].budget else "-",
             HANDS[row.hand],
             _score(row, "box_ap"),
             _score(row, "mask_ap"),
