@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -22,17 +23,19 @@ def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """One row of axes for each protocol that has runs, at least one. Finished runs only, where there are any.
 
     Over epochs: the mean of the seeds, and a band from the least to the greatest. Over hours of training: each seed's
-    own line, for machines and loads differ.
+    own line, for loads differ, and only of the device that most epochs were trained on.
     """
     lines = complete(lines) or lines
+    device = Counter(line["device"] for line in lines).most_common(1)[0][0] or "the machine at hand"
+    timed = [line for line in lines if line["device"] in (device, "")]
     run = {line["protocol"] for line in lines}
     titles = {protocol: title for protocol, title in TITLES.items() if protocol in run}
     figure, axes = plt.subplots(len(titles), 2, figsize=(11, 4.2 * len(titles)), squeeze=False, layout="constrained")
     for (over_epochs, over_time), (protocol, title) in zip(axes, titles.items(), strict=True):
         for number, case in enumerate(case for case in CASES if case.protocol == protocol):
-            _add(over_epochs, over_time, lines, case, COLORS[number])
+            _add(over_epochs, lines, over_time, timed, case, COLORS[number])
         over_epochs.set(title=title, xlabel="epoch", ylabel="test top-1 (%)")
-        over_time.set(xlabel="hours of training, without evaluation")
+        over_time.set(xlabel=f"hours of training on {device}, without evaluation")
         for axis in (over_epochs, over_time):
             axis.set_ylim(bottom=50)
             axis.grid(alpha=0.3)
@@ -41,7 +44,10 @@ def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def _add(over_epochs: Axes, over_time: Axes, lines: Sequence[Mapping[str, Any]], case: Case, color: str) -> None:
+def _add(
+    over_epochs: Axes, lines: Sequence[Mapping[str, Any]], over_time: Axes, timed: Sequence[Mapping[str, Any]],
+    case: Case, color: str,
+) -> None:  # fmt: skip
     runs = list(runs_of(lines, case).values())
     if not runs:
         return
@@ -51,6 +57,6 @@ def _add(over_epochs: Axes, over_time: Axes, lines: Sequence[Mapping[str, Any]],
     label = f"{case.name} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
     over_epochs.plot(numbers, [mean(at) for at in values], color=color, label=label)
     over_epochs.fill_between(numbers, [min(at) for at in values], [max(at) for at in values], color=color, alpha=0.2)
-    for run in runs:
+    for run in runs_of(timed, case).values():
         hours = [float(line["seconds"]) / 3600 for line in run]
         over_time.plot(hours, [float(line["top1"]) for line in run], color=color, linewidth=1)
