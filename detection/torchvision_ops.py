@@ -37,6 +37,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     Args:
         offset: 1 if x2 and y2 belong to the box (a width is x2 - x1 + 1), else 0.
     """
+    boxes, scores = _at_least_float32(boxes), _at_least_float32(scores)
     return torchvision.ops.nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, iou_threshold)
 
 
@@ -91,11 +92,6 @@ def roi_align_backward(
     grad_input.copy_(ROI_ALIGN_GRADIENT(grad, *where, *grad_input.shape, *sampling))
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    """As autocast does: on a GPU, torchvision has no kernels for bfloat16, and adds up gradients in float16."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _roi_settings(
     aligned_height: int, aligned_width: int, spatial_scale: float, sampling_ratio: int, pool_mode: int, aligned: bool
 ) -> tuple[float, int, int, int, bool]:
@@ -123,7 +119,7 @@ def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, *, gamma: float, alpha: float
 ) -> None:
     """Focal loss (arXiv 1708.02002) of logits `(N, classes)` for targets `(N,)`; target `classes` is background."""
-    output.copy_(_focal_loss(input, target, weight, gamma, alpha))
+    output.copy_(_focal_loss(_at_least_float32(input), target, weight, gamma, alpha))
 
 
 def sigmoid_focal_loss_backward(
@@ -131,7 +127,7 @@ def sigmoid_focal_loss_backward(
 ) -> None:
     """The gradient of `sigmoid_focal_loss_forward` by the logits, to `grad_input`."""
     with torch.enable_grad():
-        logits = input.detach().requires_grad_()
+        logits = _at_least_float32(input.detach()).requires_grad_()
         loss = _focal_loss(logits, target, weight, gamma, alpha).sum()
     grad_input.copy_(torch.autograd.grad(loss, logits)[0])
 
@@ -142,6 +138,12 @@ def _focal_loss(logits: Tensor, target: Tensor, weight: Tensor, gamma: float, al
     if weight.numel():  # one for each class; the background has none
         loss = loss * F.pad(weight, (0, 1))[target][:, None]
     return loss
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """As autocast does. In half precision torchvision has no NMS on a CPU and no gradient of RoIAlign in bfloat16 on a
+    GPU; gradients are added up in float16; and the focal loss of a likely background rounds to 0."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def __getattr__(operator: str) -> Callable[..., NoReturn]:

@@ -12,7 +12,7 @@ import kw
 from kw.layers import KWLayer
 from scripts.options import imagenet_defaults
 from train.config import TrainConfig, compose, load_saved, validate
-from train.jobs.checkpoints import State, newest
+from train.jobs.checkpoints import State, newest_or_warn
 from train.jobs.errors import CheckpointError, ConfigError
 from train.jobs.reading import FORMAT, read
 from train.model import build_model, load_weights
@@ -52,7 +52,7 @@ def open_checkpoint(text: str, overrides: list[str], ema: bool | None = None, at
     """
     path = Path(text).expanduser()
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    path, state = newest(folder)[:2] if folder.is_dir() else (path, read(path))
+    path, state = newest_or_warn(folder) if folder.is_dir() else (path, read(path))
     ours = state.get("format") == FORMAT
     config = _saved_config(path, state, overrides) if ours else _composed(path, overrides)
     if ema and not state.get("ema"):

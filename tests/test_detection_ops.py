@@ -183,6 +183,22 @@ def test_focal_loss_and_its_gradient_are_the_definition(weighted):
     torch.testing.assert_close(slope, gradient)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_focal_loss_and_nms_compute_half_precision_in_float32(dtype):
+    """In half precision 1 - p of a likely background is 1, and its loss 0."""
+    logits, targets = torch.full((4, 3), -7.0, dtype=dtype), torch.full((4,), 3)
+    nothing = torch.zeros(0)
+    found, expected = torch.zeros(2, 4, 3, dtype=dtype), torch.zeros(2, 4, 3)
+    for function, half, whole in zip(
+        (ops.sigmoid_focal_loss_forward, ops.sigmoid_focal_loss_backward), found, expected, strict=True
+    ):
+        function(logits, targets, nothing, half, gamma=2.0, alpha=0.25)
+        function(logits.float(), targets, nothing, whole, gamma=2.0, alpha=0.25)
+        assert torch.equal(half, whole.to(dtype)) and whole.all()
+    boxes = torch.tensor([[0, 0, 4, 4], [0, 0, 4, 5], [8, 8, 9, 9]], dtype=dtype)
+    assert ops.nms(boxes, torch.tensor([0.5, 0.75, 0.25], dtype=dtype), 0.5, 0).tolist() == [1, 2]
+
+
 def test_gradients_through_mmcvs_functions():
     from mmcv.ops import roi_align as mmcv_roi_align
     from mmcv.ops import sigmoid_focal_loss

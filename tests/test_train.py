@@ -279,7 +279,8 @@ def test_a_summary_names_every_device_that_a_run_was_trained_on(tmp_path):
     assert trainer.world.device_name == "cpu"
     line = {"top1": 50.0, "eval_samples": 20, "images_per_second": 1.0}
     lines = [line, *({**line, "device": device} for device in ("H100", "H100", "cpu"))]  # the first of an older version
-    assert summarize(trainer.config, trainer.model, lines)["device"] == "unknown, H100, cpu"
+    assert summarize(trainer.config, trainer.model, [line], "A100")["device"] == "A100"
+    assert summarize(trainer.config, trainer.model, lines)["device"] == "unknown then H100 then cpu"
 
 
 @pytest.fixture

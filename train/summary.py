@@ -12,11 +12,14 @@ from train.config import TrainConfig
 from train.jobs.provenance import provenance
 
 
-def summarize(config: TrainConfig, model: nn.Module, lines: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(
+    config: TrainConfig, model: nn.Module, lines: list[dict[str, Any]], unsaid: str = "unknown"
+) -> dict[str, Any]:
     """What was trained, how well it ended, and what it costs.
 
     Args:
         lines: of metrics.jsonl, at least one.
+        unsaid: the device of lines that do not say theirs, which older versions wrote.
     """
     last = lines[-1]
     size = (3, config.data.image_size, config.data.image_size)
@@ -35,8 +38,7 @@ def summarize(config: TrainConfig, model: nn.Module, lines: list[dict[str, Any]]
         "macs": costs.macs,
         "images_per_second": median(line["images_per_second"] for line in lines),
         "seed": config.seed,
-        # All devices that it was trained on; lines of older versions do not say.
-        "device": ", ".join(dict.fromkeys(line.get("device", "unknown") for line in lines)),
+        "device": " then ".join(dict.fromkeys(line.get("device", unsaid) for line in lines)),
         "devices": config.runtime.devices * config.runtime.nodes,
         **provenance(),
     }

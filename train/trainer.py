@@ -274,7 +274,7 @@ class Trainer:
         line["lr"] = self.learner.learning_rate(self.step - 1)
         line["temperature"] = self.learner.temperature(self.step * self.data.accumulation - 1)
         line["images_per_second"] = speed
-        line["device"] = self.world.device_name
+        line["device"] = self.world.device_name  # that ended the epoch
         line["devices"] = self.world.size
         if self.data.substitutes:  # all ranks have finished the epoch: their sums are here
             line["substituted"] = self.data.substitutes.count(epoch)
@@ -318,7 +318,9 @@ class Trainer:
                 f"{self.metrics.path} has no line of any epoch, though the run is finished: it was removed or emptied. "
                 f"Put it back; or move {self.folder} away, to train once more."
             )
-        summary = summarize(self.config, self.model, lines)
+        path = self.folder / "summary.json"
+        earlier = json.loads(path.read_text()) if path.exists() else {}  # of a finished run that is started again
+        summary = summarize(self.config, self.model, lines, earlier.get("device", "unknown"))
         if self.world.is_main:
-            write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_atomically(path, json.dumps(summary, indent=2) + "\n")
         return summary

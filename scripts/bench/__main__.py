@@ -94,8 +94,10 @@ def parse(arguments: list[str] | None) -> tuple[list[Case], Settings, Path]:
         help=f"besides static: {', '.join(kw.functional.CHOICES)}, with +folded; {', '.join(EVALUATED)}")  # fmt: skip
     add("--what", nargs="+", choices=list(MEASURED), default=list(MEASURED))
     add("--cuda-graph", action="store_true", help="run `eval` and `one` as a CUDA graph")
-    add("--compile", nargs="?", const="default", choices=["default", "reduce-overhead"], metavar="MODE",
-        help="with torch.compile, a minute or more for each model; reduce-overhead: and CUDA graphs")  # fmt: skip
+    add("--compile", action="store_const", const="default",
+        help="with torch.compile, which takes a minute or more for each model")  # fmt: skip
+    add("--compile-mode", dest="compile", choices=["default", "reduce-overhead"],
+        help="the same in this mode; reduce-overhead makes CUDA graphs")  # fmt: skip
     add("--in-process", action="store_true", help="no process for each case: that saves its start, some 10 s on a GPU")
     add("--out", type=Path, default=Path("report/benchmark"), help="where the files go (default: report/benchmark)")
     add_options(parser)
@@ -115,6 +117,8 @@ def _check(options: dict[str, Any], parser: argparse.ArgumentParser) -> None:
         parser.error("--device cuda: PyTorch finds no GPU here.")
     if options["device"] != "cuda" and options["cuda_graph"]:
         parser.error("--cuda-graph: needs --device cuda.")
+    if options["cuda_graph"] and options["compile"] == "reduce-overhead":
+        parser.error("--cuda-graph: --compile-mode reduce-overhead makes CUDA graphs already; leave one out.")
     if options["device"] == "cpu" and options["in_process"] and "memory" in options["what"]:
         parser.error("--in-process: memory on a CPU takes a process for each choice; leave one of both out.")
     if set(options["choices"]) <= set(EVALUATED) and not {"eval", "one"} & set(options["what"]):

@@ -57,8 +57,8 @@ def hours(row: Row) -> str:
     """Device-hours that the runs took or, after ~, that one would take."""
     if row.hours is None:
         return "not measured" if row.state == NOT_RUN else NONE
-    kind = "CPU" if row.device == "cpu" or (row.device or "").startswith("cpu") else "GPU"
-    kind = kind if row.device and row.device != NONE else ""
+    device = row.device or ""
+    kind = "" if device in ("", NONE, "unknown") or " then " in device else "CPU" if device.startswith("cpu") else "GPU"
     return f"{'~' if row.state == NOT_RUN else ''}{_rounded(row.hours)} {kind}".rstrip()
 
 
