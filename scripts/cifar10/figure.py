@@ -30,10 +30,11 @@ def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     timed = [line for line in lines if line["device"] in (device, "")]
     run = {line["protocol"] for line in lines}
     titles = {protocol: title for protocol, title in TITLES.items() if protocol in run}
+    names = list(dict.fromkeys(case.name for case in CASES))
     figure, axes = plt.subplots(len(titles), 2, figsize=(11, 4.2 * len(titles)), squeeze=False, layout="constrained")
     for (over_epochs, over_time), (protocol, title) in zip(axes, titles.items(), strict=True):
-        for number, case in enumerate(case for case in CASES if case.protocol == protocol):
-            _add(over_epochs, lines, over_time, timed, case, COLORS[number])
+        for case in (case for case in CASES if case.protocol == protocol):
+            _add(over_epochs, lines, over_time, timed, case, COLORS[names.index(case.name)])
         over_epochs.set(title=title, xlabel="epoch", ylabel="test top-1 (%)")
         over_time.set(xlabel=f"hours of training on {device}, without evaluation")
         for axis in (over_epochs, over_time):
