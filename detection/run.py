@@ -39,7 +39,7 @@ from train.jobs.display import Display
 from train.jobs.errors import CheckpointError, ConfigError, NonFiniteError, RunError, warn
 from train.jobs.folder import lock, write_atomically
 from train.jobs.launch import launch
-from train.jobs.metrics import MetricsFile
+from train.jobs.metrics import MetricsFile, devices
 from train.jobs.provenance import provenance
 from train.jobs.signals import StopRequest
 from train.jobs.world import World, connect, disconnect
@@ -147,7 +147,8 @@ def train(config: DetectionConfig, cfg: Config, folder: Path, world: World) -> N
             display.stop()
     if world.is_main:
         figures = last_figures(saving.metrics, runner)
-        results = {**summary(config, cfg, figures, runner), "devices": world.size}
+        device = devices(saving.metrics.read()) or world.device_name  # a run need not evaluate
+        results = {**summary(config, cfg, figures, runner), "device": device, "devices": world.size}
         write_atomically(folder / "summary.json", json.dumps(results, indent=2) + "\n")
         without = "nothing was detected, so there is no AP" if figures.get("eval_images") else "not evaluated"
         display.print(f"{config.name}: {line(figures) or without}. Everything is in {folder}.")

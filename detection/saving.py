@@ -185,6 +185,8 @@ class SavingHook(Hook):
             "lr": hub.get_scalar("train/lr").current(),
             "temperature": max((float(one.read()) for one in kw.temperatures(unwrapped(runner.model))), default=0.0),
             "images_per_second": self.speed,
+            "device": self.world.device_name,  # that ended the epoch
+            "devices": self.world.size,
         }
         if self.substitutes:  # all ranks have finished the epoch
             line["substituted"] = self.substitutes.count(epoch)

@@ -406,6 +406,8 @@ def test_a_run_is_watched_goes_on_and_is_evaluated(digits, in_this_process, refu
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["backbone"], summary["n"], summary["epochs"]) == ("resnet18", "1", 2)
+    (evaluated,) = map(json.loads, (run / "metrics.jsonl").open())  # its interval leaves the first epoch out
+    assert evaluated["device"] == summary["device"] == "cpu"
     assert {"box_ap", "box_ap50", "mask_ap", "commit"} <= summary.keys()
     assert {"torch", "timm", "mmdet", "mmengine"} <= summary["versions"].keys()
     assert "no init=CHECKPOINT" in done.stderr and "scratch=true" in done.stderr

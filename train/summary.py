@@ -9,6 +9,7 @@ from torch import nn
 
 import kw
 from train.config import TrainConfig
+from train.jobs.metrics import devices
 from train.jobs.provenance import provenance
 
 
@@ -38,7 +39,7 @@ def summarize(
         "macs": costs.macs,
         "images_per_second": median(line["images_per_second"] for line in lines),
         "seed": config.seed,
-        "device": " then ".join(dict.fromkeys(line.get("device", unsaid) for line in lines)),
+        "device": devices(lines, unsaid),
         "devices": config.runtime.devices * config.runtime.nodes,
         **provenance(),
     }

@@ -11,6 +11,15 @@ from train.jobs.errors import writing
 from train.jobs.folder import write_atomically
 
 
+def devices(lines: list[dict[str, Any]], unsaid: str = "unknown") -> str:
+    """The devices on which the epochs ended, in the order of their first, as "NVIDIA H100 then cpu".
+
+    Args:
+        unsaid: that of lines that do not say theirs, which older versions wrote.
+    """
+    return " then ".join(dict.fromkeys(line.get("device", unsaid) for line in lines))
+
+
 class MetricsFile:
     """One line an epoch, on disk before the checkpoint of that epoch is."""
 
