@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 
 from torch import nn
@@ -24,7 +24,7 @@ from kw.replace import (
     replace,
     why_not_plain,
 )
-from kw.scope import channels_of, shape_of
+from kw.scope import channels_of, read_by_torch, shape_of, shared_weights
 from kw.sharing import Groups, regroup
 from kw.temperature import share_temperature
 from kw.warehouse import KernelShape, Share, Warehouse, Warehouses
@@ -106,7 +106,7 @@ def convert(
             f"kw.convert(model, config=kw.KWConfig(n=2))."
         )
     groups, configs = _asked(model, scope, KWConfig() if config is None else config)
-    _refuse_read(model, [name for names in groups.values() for name in names], example)
+    _check_use(model, [name for names in groups.values() for name in names], example)
     _convert(model, groups, configs, from_weights)
     _warn_of_rounding(model.warehouses)  # type: ignore[arg-type]
     return model
@@ -235,15 +235,34 @@ def _check_gain(plan: Plan) -> None:
         warnings.warn(f"{plan.model}: {plan.summary()}; print(kw.plan(model, n)) lists the reasons.", stacklevel=3)
 
 
-def _refuse_read(model: nn.Module, names: list[str], example: Example) -> None:
-    """Raises ValueError for a layer whose weight the model reads in its forward pass."""
+def _check_use(model: nn.Module, names: list[str], example: Example) -> None:
+    """Raises ValueError for layers whose weight the model reads in its forward pass, or shares with another module.
+    Warns of layers in whose input the first dimension does not count samples."""
     seen = observe(model, names, example)
-    read = sorted(seen.read & set(names)) if seen is not None else []
+    read = read_by_torch(model, names) | (seen.read & set(names) if seen is not None else set())
+    shared = shared_weights(model)
     if read:
         raise ValueError(
-            f"The model reads the weight of {', '.join(map(repr, read[:4]))}{', ...' if len(read) > 4 else ''} itself, "
-            f"and a dynamic layer has none: leave {'it' if len(read) == 1 else 'them'} out of the scope."
+            f"The model reads the weight of {_some(read)} itself, and a dynamic layer has none: leave "
+            f"{'it' if len(read) == 1 else 'them'} out of the scope."
         )
+    if tied := {name for name in names if id(_weight(model, name)) in shared}:
+        raise ValueError(
+            f"The weight of {_some(tied)} is also another module's, and would no longer be: leave "
+            f"{'it' if len(tied) == 1 else 'them'} out of the scope, or untie the weights first."
+        )
+    mixed = {name for name, layer in seen.layers.items() if not layer.per_sample} if seen is not None else set()
+    if mixed:
+        warnings.warn(
+            f"In the input of {_some(mixed)} the first dimension does not count samples, so that the attention mixes "
+            f"them, and the output of a sample depends on the others of its batch.",
+            stacklevel=3,
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    first = sorted(names)
+    return ", ".join(map(repr, first[:4])) + (", ..." if len(first) > 4 else "")
 
 
 def _groups(model: nn.Module, scope: Scope) -> Groups:
@@ -259,13 +278,14 @@ def _groups(model: nn.Module, scope: Scope) -> Groups:
 
 
 def _config_of(warehouse: str, config: Configs) -> KWConfig:
-    if isinstance(config, KWConfig):
-        return config
-    if isinstance(config, Mapping):
-        if warehouse not in config:
-            raise ValueError(f"There is no config for warehouse {warehouse!r}; there are some for {', '.join(config)}.")
-        return config[warehouse]
-    return config(warehouse)
+    if isinstance(config, Mapping) and warehouse not in config:
+        raise ValueError(f"There is no config for warehouse {warehouse!r}; there are some for {', '.join(config)}.")
+    found = config[warehouse] if isinstance(config, Mapping) else config(warehouse) if callable(config) else config
+    if not isinstance(found, KWConfig):
+        raise ValueError(
+            f"The config of warehouse {warehouse!r} is {found!r}, but must be a kw.KWConfig, such as kw.KWConfig(n=2)."
+        )
+    return found
 
 
 def _kernel(model: nn.Module, name: str) -> KernelShape:

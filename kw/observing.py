@@ -2,7 +2,8 @@
 gates, and whose weight the model reads itself.
 
 The pass runs on a copy of the model on the meta device, where nothing is computed and no memory is needed. A model that
-cannot run there, because it branches on values, runs once on its own device. The model itself is not touched.
+cannot run there, because it branches on values, runs on its own device. The model itself is not touched. A second pass,
+on twice as many samples, shows in which layers' inputs the first dimension counts them.
 """
 
 from __future__ import annotations
@@ -89,8 +90,12 @@ def observe(model: nn.Module, names: Iterable[str], example: Example = None) -> 
                 copied = _copy(model, move)
             except Exception:  # whatever a model's own __deepcopy__ may raise
                 continue
-            seen = _Watch(copied, names).run(_moved(args, move))
+            watch = _Watch(copied, names)
+            seen = watch.run(_moved(args, move))
             if seen.error is None:
+                twice = _Watch(_copy(model, move), names)
+                if twice.run(_doubled(_moved(args, move))).error is None:
+                    _compare(watch, twice)
                 return seen
             if best is None or len(seen.layers) > len(best.layers):
                 best = seen
@@ -108,6 +113,7 @@ class _Watch:
         self.running: set[str] = set()  # layers in their own forward pass
         self.inputs: dict[str, Node | None] = {}  # of a layer's input
         self.outputs: dict[Node, str] = {}  # of a layer's output, or of the image -> the layer's name
+        self.firsts: dict[str, list[int]] = {}  # the first dimension of a layer's input in each of its calls
         self.batch = 1
         for module in model.modules():
             _forget_hooks(module)
@@ -173,7 +179,8 @@ class _Watch:
         first = x.shape[0] if x.dim() else 0
         channels = output.shape[-1] if isinstance(layer, nn.Linear) else output.shape[1]
         positions = max(1, output.numel() // max(1, self.batch * channels))
-        self.seen.layers[name] = Seen(positions, first > 0 and first % self.batch == 0)
+        self.firsts.setdefault(name, []).append(first)
+        self.seen.layers[name] = Seen(positions, all(one > 0 and one % self.batch == 0 for one in self.firsts[name]))
 
     def _fed(self, nodes: Iterable[Node | None], to_output: bool = False) -> set[str]:
         """Layers whose output reaches these autograd nodes without passing another layer. With `to_output`, also
@@ -215,6 +222,25 @@ class _Watch:
             found |= before
             stack.extend(before)
         return found
+
+
+def _compare(once: _Watch, twice: _Watch) -> None:
+    """Twice as many samples are twice as many in the first dimension of a layer that takes them one by one. In a model
+    with positions first, `(L, B, C)`, L stays, which may be a multiple of the batch by chance."""
+    for name, layer in once.seen.layers.items():
+        layer.per_sample &= [2 * first for first in once.firsts[name]] == twice.firsts.get(name)
+
+
+def _doubled(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Positional arguments with every sample twice."""
+    batch = _samples(args)
+
+    def double(arg: Any) -> Any:
+        if isinstance(arg, Tensor):
+            return torch.cat([arg, arg]) if arg.dim() and arg.shape[0] == batch else arg
+        return arg * 2 if type(arg) in (tuple, list) and len(arg) == batch else _mapped(double, arg)
+
+    return tuple(double(arg) for arg in args)
 
 
 def _inputs_of(node: Node) -> list[Node]:

@@ -169,6 +169,11 @@ def plan(
     else:
         settings = config or KWConfig()
         settings = settings if n is None else _with_budget(settings, n)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"{name!r} has no shape yet (a lazy module): run the model once on an input, then convert."
+            )
     params = sum(parameter.numel() for parameter in model.parameters())
     return plan_layers(layers_of(model, example), settings, type(model).__name__, params)
 

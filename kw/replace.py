@@ -31,8 +31,8 @@ def why_not_plain(layer: nn.Module) -> str | None:
         return f"{name} is neither a convolution nor a linear layer"
     if isinstance(layer._parameters.get("weight"), nn.parameter.UninitializedParameter):
         return f"{name} has no shape yet"
-    if computes_weight(layer):
-        return "its weight is computed from other parameters"
+    if computed := computed_parameter(layer):
+        return f"its {computed} is computed from other parameters"
     methods = [key for key in ("forward", "_conv_forward") if hasattr(base, key)]
     if any(getattr(type(layer), key) is not getattr(base, key) for key in methods):
         return f"{name} computes something else than nn.{base.__name__}"
@@ -58,6 +58,9 @@ def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...],
     known = {name for name, _ in model.named_modules()}
     if isinstance(scope, Mapping):
         for name in scope:
+            if name in dict(model.named_modules(remove_duplicate=False)).keys() - known:
+                same = next(first for first, module in model.named_modules() if module is model.get_submodule(name))
+                raise ValueError(f"The scope names layer {name!r}, which is the same module as {same!r}: name that.")
             if name not in known:
                 raise ValueError(f"The scope names layer {name!r}, which this {type(model).__name__} does not have.")
     found: dict[str, Any] = {}
@@ -66,9 +69,9 @@ def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...],
         value = scope.get(name) if isinstance(scope, Mapping) else scope(name, module)
         if value is None or value is False:
             continue
-        if isinstance(module, kinds) and computes_weight(module):
+        if isinstance(module, kinds) and (computed := computed_parameter(module)):
             raise ValueError(
-                f"The scope puts {name!r} {where.format(repr(value))}, but its weight is computed from other "
+                f"The scope puts {name!r} {where.format(repr(value))}, but its {computed} is computed from other "
                 f"parameters (by weight_norm, spectral_norm or pruning), which a dynamic layer does not have. Remove "
                 f"that first, or leave the layer out of the scope."
             )
@@ -148,10 +151,12 @@ def carry_hooks(old: nn.Module, new: nn.Module, name: str) -> None:
         )
 
 
-def computes_weight(layer: nn.Module) -> bool:
-    """Whether the layer's weight is not a parameter, but computed from some: by weight_norm, spectral_norm or pruning,
-    old or as a parametrization."""
-    return not isinstance(layer._parameters.get("weight"), nn.Parameter)
+def computed_parameter(layer: nn.Module) -> str | None:
+    """ "weight" or "bias", where it is not a parameter, but computed from some: by weight_norm, spectral_norm or
+    pruning, old or as a parametrization. None if both are plain."""
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return "weight"
+    return "bias" if layer.bias is not None and layer._parameters.get("bias") is None else None
 
 
 def convolution_arguments(layer: Any) -> tuple[Any, ...]:

@@ -70,7 +70,8 @@ def layers_of(model: nn.Module, example: Example = None) -> list[Layer]:
     - gates, such as squeeze-and-excitation, which are an attention already: layers that see one position and scale
       features of more;
     - layers whose weight the model reads itself, or shares with another module, and those that do not run;
-    - layers of a class that computes something else (weight standardization), or whose weight is a parametrization's.
+    - layers of a class that computes something else (weight standardization), or whose weight or bias is a
+      parametrization's.
 
     A forward pass on the meta device shows most of it (`kw.observing`). Where a model runs on no input that could be
     guessed, and none is given, names and classes have to do.
@@ -126,7 +127,6 @@ def _static(model: nn.Module, layers: dict[str, nn.Module], seen: Observation | 
     names = list(layers)
     reasons = {name: reason for name, layer in layers.items() if (reason := why_not_plain(layer))}
     shared = shared_weights(model)
-    inside = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     heads = classifiers(model, [] if seen is not None and seen.error is None else names)
     if seen is None:
         first = next((name for name in names if name not in heads), None)
@@ -145,13 +145,20 @@ def _static(model: nn.Module, layers: dict[str, nn.Module], seen: Observation | 
             GATE: seen.gates,
             NOT_OF_SAMPLES: {name for name, layer in seen.layers.items() if not layer.per_sample},
         }
-    rules[READ] = rules.get(READ, set()) | {n for n in names if any(n.startswith(f"{part}.") for part in inside)}
+    rules[READ] = rules.get(READ, set()) | read_by_torch(model, names)
     rules[SHARED] = {name for name, layer in layers.items() if id(getattr(layer, "weight", None)) in shared}
     for reason, which in rules.items():
         for name in names:
             if name in which:
                 reasons.setdefault(name, reason)
     return reasons
+
+
+def read_by_torch(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of `names` in modules whose fast path in evaluation, without gradients, reads weights."""
+    fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    inside = tuple(f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, fused))
+    return {name for name in names if name.startswith(inside)}
 
 
 def shared_weights(model: nn.Module) -> set[int]:

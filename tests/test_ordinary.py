@@ -306,15 +306,18 @@ def test_cells_of_some_frozen_layers_are_trained_with_a_warning():
         torch.nn.utils.weight_norm,
         parametrizations.spectral_norm,
         lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+        lambda layer: prune.l1_unstructured(layer, "bias", amount=0.5),
+        lambda layer: parametrizations.weight_norm(layer, "bias"),
     ],
-    ids=["weight_norm", "old weight_norm", "spectral_norm", "pruned"],
+    ids=["weight_norm", "old weight_norm", "spectral_norm", "pruned", "pruned bias", "weight_norm of the bias"],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_a_layer_that_computes_its_weight_is_refused(compute):
+@pytest.mark.parametrize("conversion", ["kw", "odconv"])
+def test_a_layer_that_computes_its_weight_or_bias_is_refused(compute, conversion):
     model = plain()
     compute(model[1])
     with pytest.raises(ValueError, match="'1'"):
-        CONVERSIONS["kw"](model)
+        CONVERSIONS[conversion](model)
 
 
 def test_what_cannot_be_carried_over_is_warned_of():

@@ -266,6 +266,60 @@ def test_transformer_layers_that_torch_computes_by_their_weights_stay_static():
     assert isinstance(model[2], kw.KWLinear)
 
 
+def test_layers_of_a_transformer_that_did_not_run_stay_static_by_its_class():
+    model = nn.Sequential(nn.Linear(32, 64), nn.TransformerEncoderLayer(64, 4, 256, batch_first=True))
+    model.extend([nn.Unflatten(1, (2, -1)), nn.Conv1d(64, 64, 1), nn.Linear(64, 5)])  # no input runs through that
+    with pytest.warns(UserWarning, match="No forward pass"):
+        plan = kw.plan(model)
+    assert plan.static["1.linear1"] == plan.static["1.linear2"] == "the model reads its weight itself"
+
+
+class PositionsFirst(nn.Module):
+    """A transformer as CLIP's: `(L, B, C)` between its patches and its head."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 64, 8, 8), nn.Linear(64, 5)
+        self.mlp = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        self.after = nn.Linear(64, 64)
+
+    def forward(self, images):
+        x = self.patches(images).flatten(2).permute(2, 0, 1)
+        return self.head(self.after((x + self.mlp(x)).transpose(0, 1)).relu().mean(1))
+
+
+class BranchesOnValues(PositionsFirst):
+    """It cannot run on the meta device."""
+
+    def forward(self, images):
+        return super().forward(images if images.sum() > -1e9 else 2 * images)
+
+
+@pytest.mark.parametrize("build", [PositionsFirst, BranchesOnValues])
+@pytest.mark.parametrize("example", [None, (3, 24), (2, 16), (1, 40)])  # images, and their side: a multiple of 8
+def test_layers_whose_input_has_positions_first_stay_static_whatever_their_number(example, build):
+    model = build()
+    images = None if example is None else torch.randn(example[0], 3, example[1], example[1])
+    plan = kw.plan(model, 4, example=images)
+    assert plan.static["mlp.0"] == plan.static["mlp.2"] == "its input is not a batch of samples"
+    assert "after" in plan.scope
+    with pytest.warns(UserWarning, match="first dimension does not count samples"):
+        kw.convert(model, {"mlp.0": "a"}, example=images)
+
+
+def test_tied_weights_another_name_of_a_layer_and_lazy_modules_are_refused_by_name():
+    layers = [nn.Linear(8, 8, bias=False) for _ in range(3)]
+    tied = nn.Sequential(*layers, layers[0], nn.Linear(8, 2))
+    tied[2].weight = tied[1].weight
+    for scope in ({"1": "a"}, {"1": "a", "2": "a"}):
+        with pytest.raises(ValueError, match=r"'1'.* is also another module's"):
+            kw.convert(tied, scope)
+    with pytest.raises(ValueError, match="'3', which is the same module as '0'"):
+        kw.convert(tied, {"3": "a"})
+    with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet"):
+        kw.plan(nn.Sequential(nn.LazyConv2d(64, 3), nn.ReLU(), nn.Linear(8, 8)))
+
+
 def test_a_scope_with_a_layer_whose_weight_is_read_is_refused_before_anything_changes():
     model = nn.Sequential(nn.Linear(8, 16), Reader(16), nn.Linear(16, 3))
     with pytest.raises(ValueError, match=r"reads the weight of '1\.read' itself"):
