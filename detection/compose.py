@@ -148,7 +148,7 @@ def set_backbone(cfg: Config, config: DetectionConfig, typed: dict[str, Any]) ->
     """Method, budget, checkpoint, and the channels that the neck takes."""
     backbone, neck = cfg.model.backbone, cfg.model.get("neck")
     if backbone.type != "KWBackbone":
-        for key in ("n", "dynamic", "init", "scratch"):
+        for key in ("n", "dynamic", "init", "start_from", "scratch"):
             check(not getattr(config, key), key, getattr(config, key), f"not for a backbone {backbone.type}")
         return
     if config.n is not None:
@@ -157,6 +157,8 @@ def set_backbone(cfg: Config, config: DetectionConfig, typed: dict[str, Any]) ->
         set_method(backbone, STATIC if config.n == STATIC else config.dynamic)
     if config.init is not None:
         backbone.init_cfg = {"type": "Pretrained", "checkpoint": config.init}
+    if config.start_from is not None:
+        backbone.init_cfg = {"type": "Pretrained", "checkpoint": config.start_from, "static": True}
     if config.scratch:
         begin_from_scratch(cfg)
     if isinstance(neck, dict) and "model.neck.in_channels" not in typed:

@@ -52,7 +52,8 @@ class DetectionConfig:
     config: str = field(default="", metadata=IN_THE_FILE)
     n: int | float | str | None = field(default=None, metadata=IN_THE_FILE)
     dynamic: str | None = field(default=None, metadata=IN_THE_FILE)  # kw, static, or a method of kw.baselines
-    init: str | None = field(default=None, metadata=IN_THE_FILE)
+    init: str | None = field(default=None, metadata=IN_THE_FILE)  # a checkpoint of the backbone
+    start_from: str | None = field(default=None, metadata=IN_THE_FILE)  # one of the static backbone
     scratch: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -71,8 +72,11 @@ class DetectionConfig:
                 raise ConfigError(f"{error} Or n={STATIC} for the vanilla backbone.") from None
         if self.dynamic is not None:
             check_choice("dynamic", self.dynamic, choices())
-        both = self.scratch and self.init is not None
-        check(not both, "scratch", self.scratch, f"means to begin without a checkpoint, but init={self.init}")
+        given = [key for key in ("init", "start_from") if getattr(self, key) is not None]
+        check(len(given) < 2, "start_from", self.start_from, f"contradicts init={self.init}: set one")
+        for key in given:
+            rule = f"means to begin without a checkpoint, but {key}={getattr(self, key)}"
+            check(not self.scratch, "scratch", self.scratch, rule)
         check_choice("resume", self.resume, ("auto", "never"))
         check(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
 

@@ -16,7 +16,7 @@ from kw.config import KW, STATIC, format_budget
 from train.jobs.names import differences, extended
 from train.jobs.settings import flatten
 
-OWN_SETTINGS = ("init", "scratch", "data.classes", "data.on_error")  # that are shown
+OWN_SETTINGS = ("init", "start_from", "scratch", "data.classes", "data.on_error")  # that are shown
 
 
 def run_name(config: DetectionConfig, composed: DictConfig) -> str:

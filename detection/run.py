@@ -29,10 +29,11 @@ from detection.display import RESULTS, DisplayHook, in_percent, line
 from detection.errors import as_job_errors
 from detection.evaluation import EvaluationHook
 from detection.guard import Guard
+from detection.plugin.backbone import method_of
 from detection.prepare import prepare
 from detection.saving import SavingHook, checkpoints_in, latest
 from detection.services import watch
-from kw.config import KW, STATIC
+from kw.config import STATIC
 from train.jobs.agreement import agree, once_per_node
 from train.jobs.checkpoints import Found
 from train.jobs.display import Display
@@ -48,7 +49,7 @@ SETTINGS = "settings.json"  # in a run folder: `learnt_settings`
 
 AT_RANDOM = (
     "no init=CHECKPOINT, so the backbone begins at random, but is set to be fine-tuned: frozen_stages and norm_eval "
-    "are as in the file, and the temperature is 0. Set init=..., or scratch=true to train all of it."
+    "are as in the file, and the temperature is 0. Set init=..., start_from=..., or scratch=true to train all of it."
 )
 
 
@@ -263,8 +264,9 @@ def resumed(config: DetectionConfig, settings: str, folder: Path, world: World) 
 def summary(config: DetectionConfig, cfg: Config, figures: dict[str, Any], runner: Runner) -> dict[str, Any]:
     """Results, and what decides them besides the configuration."""
     backbone = cfg.model.backbone
-    of = {"name": config.name, "backbone": backbone.get("name", backbone.type), "n": str(backbone.get("n", STATIC))}
-    of["dynamic"] = STATIC if of["n"] == STATIC else backbone.get("dynamic", KW)
+    n, dynamic = method_of(backbone.get("n"), backbone.get("dynamic"))
+    of = {"name": config.name, "backbone": backbone.get("name", backbone.type), "n": str(n)}
+    of["dynamic"] = STATIC if n == STATIC else dynamic
     operators = "torchvision" if torchvision_ops.in_use() else "compiled"
     params = sum(parameter.numel() for parameter in runner.model.parameters())
     ran = {"epochs": runner.epoch, "params": params, "operators": operators}

@@ -88,7 +88,8 @@ def save(
         finally:
             shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
-        raise FolderError(f"{folder} could not be written: {error.strerror or error}.") from error
+        where = f" ({error.filename})" if error.filename and Path(error.filename) != folder else ""
+        raise FolderError(f"{folder} could not be written: {error.strerror or error}{where}.") from error
     return folder
 
 

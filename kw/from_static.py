@@ -1,9 +1,10 @@
-"""Starting from a trained static model: its kernels become the cells that anchor each mixture.
+"""Starting from a trained static model: its kernels become the cells that anchor each mixture, or what another method
+makes of a static kernel (`set_kernel` of its layer: FDConv takes the spectrum).
 
-At temperature 1 every mixture is its anchor, so the outputs are the static model's to rounding. At temperature 0 the
-attentions start as those of the anchors alone: a score of 1 for the anchor and of 0 for all other cells makes each
-mixture 1 / (1 + 1e-3) times its anchor, so every kernel is 0.999 times the static one. The scores' weights start at
-zero and train from there; above n = 1, cells that anchor no mixture keep their random values.
+In KernelWarehouse, at temperature 1 every mixture is its anchor, so the outputs are the static model's to rounding. At
+temperature 0 the attentions start as those of the anchors alone: a score of 1 for the anchor and of 0 for all other
+cells makes each mixture 1 / (1 + 1e-3) times its anchor, so every kernel is 0.999 times the static one. The scores'
+weights start at zero and train from there; above n = 1, cells that anchor no mixture keep their random values.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kw.config import KWConfig
-from kw.layers import KWLayer
+from kw.layers import DynamicLayer, KWLayer
 
 
 def check_startable(configs: Iterable[KWConfig]) -> None:
@@ -38,21 +39,31 @@ def load_static(model: nn.Module, weights: Mapping[str, Any]) -> None:
     """Load the state dict of a static model into `model`, the same one converted (or itself static), in place.
 
     Args:
-        model: with n of at least 1 in all its warehouses.
+        model: with n of at least 1 in all its warehouses; or with layers of a method that can begin from a static
+            kernel, as FDConv can.
         weights: of the static model, all of them; on any device.
 
     Raises:
-        ValueError: entries are missing, left over, or of another shape; or the model's settings have no place for
-            static kernels. The model is then unchanged.
+        ValueError: entries are missing, left over, or of another shape; or the model's method or settings have no place
+            for static kernels. The model is then unchanged.
     """
     modules = model.named_modules(remove_duplicate=False)  # a layer may have several names
-    layers = {name: module for name, module in modules if isinstance(module, KWLayer)}
-    check_startable({layer.warehouse.config for layer in layers.values()})
+    layers = {name: module for name, module in modules if isinstance(module, DynamicLayer)}
+    for name, layer in layers.items():
+        if not isinstance(layer, KWLayer) and layer.set_kernel is None:
+            raise ValueError(
+                f"Layer {name!r} ({type(layer).__name__}) has no place for a static kernel: only KernelWarehouse and "
+                f"FDConv can start from static weights."
+            )
+    check_startable({layer.warehouse.config for layer in layers.values() if isinstance(layer, KWLayer)})
     _check(model, layers, weights)
     kernels = {f"{name}.weight": layer for name, layer in layers.items()}
     model.load_state_dict({key: value for key, value in weights.items() if key not in kernels}, strict=False)
     for key, layer in kernels.items():
-        place(layer, weights[key])
+        if isinstance(layer, KWLayer):
+            place(layer, weights[key])
+        else:
+            layer.set_kernel(weights[key])
 
 
 @torch.no_grad()
@@ -71,9 +82,11 @@ def cut(kernel: Tensor, grid: tuple[int, int, int], cell: tuple[int, ...]) -> Te
     return kernel.reshape(rows, o, columns, i, positions).permute(4, 0, 2, 1, 3).reshape(-1, o, i)
 
 
-def _check(model: nn.Module, layers: Mapping[str, KWLayer], weights: Mapping[str, Any]) -> None:
-    dynamic = tuple(f"{name}.{part}." for name in layers for part in ("attention", "warehouse"))
-    own = {key: value for key, value in model.state_dict().items() if not key.startswith(dynamic)}
+def _check(model: nn.Module, layers: Mapping[str, DynamicLayer], weights: Mapping[str, Any]) -> None:
+    own = {
+        key: value for key, value in model.state_dict().items() if not key.startswith(tuple(f"{n}." for n in layers))
+    }
+    own |= {f"{name}.bias": layer.bias for name, layer in layers.items() if layer.bias is not None}
     expected = {key: _shape(value) for key, value in own.items()}
     expected |= {f"{name}.weight": layer.kernel_shape for name, layer in layers.items()}
     found = {key: _shape(value) for key, value in weights.items()}

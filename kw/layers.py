@@ -25,10 +25,14 @@ Size = int | tuple[int, ...]
 class DynamicLayer(nn.Module):
     """A layer whose kernel depends on each sample of its input: the layers below, and those of `kw.baselines`.
 
-    `attention` is the module that computes weights from the input; None where the method needs none.
+    `attention` is the module that computes weights from the input; None where the method needs none. A method of
+    `kw.baselines` that can begin from a static kernel has a function `set_kernel(kernel)`. `trained_when_frozen` names
+    the submodules that a detector trains in its frozen stages too.
     """
 
     attention: Any
+    set_kernel: Any = None
+    trained_when_frozen: tuple[str, ...] = ()
     _setting: functional.Setting | None = None  # of the last forward pass, for activation checkpointing
 
     @property

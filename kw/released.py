@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kw.baselines import fdconv
 from kw.config import CHOICES
 from kw.frozen import refuse_frozen
 from kw.layers import DynamicLayer, KWLayer, KWLinear
@@ -47,7 +48,8 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     """Load a released-format state dict into a backbone, strictly, and return the model.
 
     Args:
-        model: one of `kw.backbones`, at the checkpoint's budget; a vanilla one loads vanilla checkpoints.
+        model: one of `kw.backbones`, at the checkpoint's budget; a vanilla one loads vanilla checkpoints. Or any model
+            with FDConv's layers (`kw.baselines.fdconv.load_released`).
         state_dict: entries, or a checkpoint that holds them under `"model"` or `"state_dict"`.
 
     The temperature becomes 0, as in a trained model. After an error the model is unchanged.
@@ -57,13 +59,11 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
             family that was not released, or it has a method or settings that the release does not have.
     """
     refuse_frozen(model, "lacks parts that a released model has")
-    if any(isinstance(module, DynamicLayer) and not isinstance(module, KWLayer) for module in model.modules()):
-        raise ValueError(
-            f"This {type(model).__name__} is dynamic by another method than KernelWarehouse, and only that has "
-            f"released checkpoints: build it with dynamic='kw'."
-        )
+    values = unwrap(state_dict)
+    if _is_fdconv(model):
+        fdconv.load_released(model, values)
+        return model
     _refuse_unpublished(model)
-    values = _unwrap(state_dict)
     entries = _entries(model)
     fit = "Is it of this backbone, at this n and number of classes?"
     missing = [entry.released_name for entry in entries if entry.released_name not in values]
@@ -90,10 +90,12 @@ def to_released(model: nn.Module) -> dict[str, Tensor]:
     """The model's state dict in the released format, which leaves out the temperature.
 
     Raises:
-        ValueError: the model is of a family that was not released, or its warehouses have settings that the release
-            does not have.
+        ValueError: the model is of a family that was not released, or it has a method or settings that the release does
+            not have.
     """
     refuse_frozen(model, "lacks parts that a released model has")
+    if _is_fdconv(model):
+        return fdconv.to_released(model)
     _refuse_unpublished(model)
     own = model.state_dict()
     return {released_name: own[name].reshape(shape) for name, released_name, shape in _entries(model)}
@@ -122,8 +124,17 @@ def _entries(model: nn.Module) -> list[Entry]:
     return entries
 
 
+def _is_fdconv(model: nn.Module) -> bool:
+    return any(isinstance(module, fdconv.FDConv2d) for module in model.modules())
+
+
 def _refuse_unpublished(model: nn.Module) -> None:
     for layer in model.modules():
+        if isinstance(layer, DynamicLayer) and not isinstance(layer, KWLayer):
+            raise ValueError(
+                f"This {type(model).__name__} has layers of another method ({type(layer).__name__}), and only "
+                f"KernelWarehouse and FDConv have a released format: build it with dynamic='kw' or 'fdconv'."
+            )
         if isinstance(layer, KWLayer):
             for key in ("attention_function", "anchoring", "sharing", "partition"):
                 value, published = getattr(layer.warehouse.config, key), CHOICES[key][0]
@@ -149,7 +160,12 @@ def _format_of(model: nn.Module) -> ReleasedFormat:
     )
 
 
-def _unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+def unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries of a checkpoint that may hold them under "model" or "state_dict", without DataParallel's prefix.
+
+    Raises:
+        ValueError: a key is not a string.
+    """
     for key in ("model", "state_dict"):
         if isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]

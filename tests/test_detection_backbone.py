@@ -164,6 +164,52 @@ def test_a_method_to_compare_with_serves_as_well(method, tmp_path):
     assert all((p.grad is None) == name.startswith(parts) for name, p in model.named_parameters())
 
 
+WIDE = {"layers": [1, 1, 1, 1], "channels": [32, 32, 64, 64], "stem_width": 32}  # FDConv needs over 16 channels
+
+
+def test_fdconv_trains_its_attentions_in_frozen_stages_too():
+    """As its release does: its filter attention does not begin at 1."""
+    model = backbone(dynamic="fdconv", kwargs=WIDE, frozen_stages=1, norm_eval=True).train()
+    sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert {p.requires_grad == (name in trained) for name, p in model.named_parameters()} == {True}
+    stage = {name for name, _ in model.named_parameters() if name.startswith("model.layer1")}
+    own = {name for name in stage if ".attention." in name or ".bands." in name}
+    assert own and stage & trained == own and not any(name.startswith("model.conv1") for name in trained)
+
+
+@pytest.mark.parametrize(("dynamic", "n"), [("fdconv", 1), ("se", 1), (None, "static"), ("static", "static")])
+def test_a_method_without_a_budget_needs_no_n(dynamic, n):
+    model = backbone(None, dynamic=dynamic, kwargs=WIDE)
+    assert model.n == n and any(isinstance(m, DynamicLayer) for m in model.modules()) == (n == 1)
+
+
+@pytest.mark.parametrize("method", ["odconv", "kw"])
+def test_a_method_with_a_budget_is_not_static_without_a_word(method):
+    with pytest.raises(SettingError, match=f"'{method}' needs a budget"):
+        backbone(None, dynamic=method)
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state}])
+@pytest.mark.parametrize(("method", "n"), [("fdconv", 1), ("kw", 2)])
+def test_a_static_checkpoint_starts_a_dynamic_backbone(method, n, wrap, tmp_path):
+    static = kw.create_model("resnet18", n="static", num_classes=7, **WIDE)
+    torch.save(wrap(static.state_dict()), tmp_path / "static.pt")
+    torch.save(ours(static), tmp_path / "run.pt")
+    wanted = kw.create_model("resnet18", n=n, dynamic=method, num_classes=7, **WIDE)
+    kw.load_static(wanted, static.state_dict())
+    for file in ("static.pt", "run.pt"):
+        init = {"type": "Pretrained", "checkpoint": str(tmp_path / file), "num_classes": 7}
+        settings = {"n": n, "dynamic": method, "kwargs": WIDE}
+        model = backbone(**settings, init_cfg={**init, "static": True})
+        model.init_weights()
+        assert torch.equal(model.model.layer1[0].bn1.weight, wanted.layer1[0].bn1.weight)
+        if method == "fdconv":
+            assert torch.equal(model.model.layer2[0].conv2.weight, wanted.layer2[0].conv2.weight)
+        with pytest.raises(PretrainedError, match="does not fit"):
+            backbone(**settings, init_cfg=init).init_weights()
+
+
 # Checkpoints
 
 

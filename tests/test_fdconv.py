@@ -81,6 +81,43 @@ def test_a_models_released_state_dict_loads_strictly():
             load_released(model, broken)
 
 
+def test_released_state_dicts_are_read_and_written_by_the_functions_of_the_library():
+    model, other = (kw.create_model("resnet18", dynamic="fdconv", num_classes=3) for _ in range(2))
+    kw.load_released(model, {"state_dict": kw.to_released(other)})
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+    for call in (kw.to_released, lambda model: kw.load_released(model, {})):
+        with pytest.raises(ValueError, match=r"another method \(ODConv2d\)"):
+            call(kw.create_model("resnet18", n=2, dynamic="odconv"))
+
+
+def test_static_weights_are_the_model_at_zero_scores():
+    """As its release converts a trained static model. Layers that stay static, stem, shortcuts and head come along."""
+    torch.manual_seed(1)
+    static = kw.create_model("resnet18", n="static", num_classes=7, channels=[16, 32, 32, 64]).double().eval()
+    model = kw.create_model("resnet18", dynamic="fdconv", num_classes=7, channels=[16, 32, 32, 64]).double().eval()
+    kw.load_static(model, static.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert (model(x) - static(x)).abs().max() > 1e-3  # a_filter does not begin at 1
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".attention." in name or ".bands." in name:
+                parameter.zero_()
+    torch.testing.assert_close(model(x), static(x), rtol=1e-10, atol=1e-10)
+    torch.manual_seed(1)
+    built = kw.create_model(
+        "resnet18", n=1, dynamic="fdconv", num_classes=7, channels=[16, 32, 32, 64], from_weights=True
+    )
+    torch.testing.assert_close(built.layer2[0].conv2.weight, model.layer2[0].conv2.weight.float())
+    with pytest.raises(ValueError, match=r"'layer1\.0\.conv1' \(ODConv2d\) has no place"):
+        kw.load_static(kw.create_model("resnet18", n=2, dynamic="odconv"), static.state_dict())
+
+
+def test_a_bool_for_groups_is_refused():
+    """nn.Conv2d has groups before bias, which other lists of arguments leave out."""
+    with pytest.raises(TypeError, match=r"groups=True.*bias"):
+        FDConv2d(32, 32, 3, 1, 1, 1, True, 16)
+
+
 def test_at_zero_scores_the_kernel_is_the_static_one_and_the_input_whole():
     layer = FDConv2d(32, 48, 3, padding=1, bias=True).double().eval()
     static = nn.Conv2d(32, 48, 3, padding=1).double()

@@ -132,6 +132,6 @@ def test_what_cannot_be_read_or_is_dynamic_is_refused(static, tmp_path):
 
 @pytest.mark.parametrize("method", ["odconv", "se"])
 def test_other_methods_are_refused_before_anything_is_read(method):
-    with pytest.raises(ConfigError, match=rf"start_from='gone'.*dynamic=kw or static, not {method}"):
+    with pytest.raises(ConfigError, match=rf"start_from='gone'.*dynamic=kw, static, fdconv; {method} has no place"):
         config(f"dynamic={method}", "start_from=gone")
     assert config("dynamic=static", "start_from=gone").start_from == "gone"

@@ -1,7 +1,6 @@
 # python -m detection config=mask_rcnn_fdconv_resnet50_1x_coco data.root=PATH
 # Published: box AP 42.4, mask AP 38.6.
-# FDConv's own steps, padding and batch. Its release also trains the attentions of the frozen first stage; here the
-# complete stage is frozen.
+# FDConv's own steps, padding and batch. Its release trains in float16: optim_wrapper.type=AmpOptimWrapper, on a GPU.
 _base_ = ["_base_/mask_rcnn.py", "_base_/resnet50.py"]
 model = dict(
     data_preprocessor=dict(pad_size_divisor=64),

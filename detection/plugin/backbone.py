@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import kw
 from detection.plugin.errors import SettingError
 from detection.plugin.pretrained import load_classifier
-from kw.config import STATIC
+from kw.baselines.registry import BASELINES
+from kw.config import KW, STATIC
 from kw.layers import DynamicLayer, KWLayer
 from kw.replace import drop_unused_warehouses
 
@@ -33,16 +34,29 @@ def feature_channels(name: str, out_indices: Sequence[int], kwargs: Settings = N
         return [info["num_chs"] for info in _features(_classifier(name, n=STATIC, **(kwargs or {})), out_indices)]
 
 
+def method_of(n: Any = None, dynamic: str | None = None) -> tuple[Any, str]:
+    """n and method as `kw.create_model` takes them, of these arguments of `KWBackbone`.
+
+    Raises:
+        SettingError: the method needs a budget.
+    """
+    if n is None and dynamic in BASELINES and not BASELINES[dynamic].budget:
+        n = 1
+    if n is None and dynamic not in (None, STATIC):
+        raise SettingError(f"KWBackbone: dynamic={dynamic!r} needs a budget n, such as 4; or n='static'.")
+    return (STATIC if n is None else n), (KW if dynamic is None else dynamic)
+
+
 def has_temperature(backbone: Mapping[str, Any]) -> bool:
     """Whether a backbone of these settings of `KWBackbone` has attentions whose temperature is warmed up.
 
     Raises:
         SettingError: it cannot be built.
     """
-    settings = {key: backbone[key] for key in ("n", "dynamic") if backbone.get(key) is not None}
-    settings |= {**(backbone.get("warehouse") or {}), **(backbone.get("kwargs") or {})}
+    n, dynamic = method_of(backbone.get("n"), backbone.get("dynamic"))
+    settings = {**(backbone.get("warehouse") or {}), **(backbone.get("kwargs") or {})}
     with torch.device("meta"):  # nothing is computed
-        return bool(kw.temperatures(_classifier(backbone["name"], **{"n": STATIC, **settings})))
+        return bool(kw.temperatures(_classifier(backbone["name"], n=n, dynamic=dynamic, **settings)))
 
 
 def _classifier(name: str, **settings: Any) -> nn.Module:
@@ -71,12 +85,14 @@ class KWBackbone(BaseModule):
 
     Args:
         name: a timm model, such as resnet50. Those of `kw.backbones` have the warehouses of the paper.
-        n: the budget, "1/4", 1, 4; "static" or None for the vanilla model.
-        dynamic: "kw", or a method of `kw.baselines`, which then has n kernels in a layer.
+        n: the budget, "1/4", 1, 4; "static" for the vanilla model, which is also what None is without `dynamic`.
+        dynamic: "kw", the default, or a method of `kw.baselines`, which has n kernels in a layer. Those without a
+            budget, such as "fdconv", need no n.
         out_indices: indices into timm's `feature_info`. One more than its last is the input of the classifier's
             pooling.
         frozen_stages: 0 freezes the stem, k also the first k stages: no gradient, evaluation mode. Cells that a frozen
-            layer uses are frozen for all layers, or its kernels would change. -1 freezes nothing.
+            layer uses are frozen for all layers, or its kernels would change. FDConv's attentions and bands train in
+            frozen stages too, as in its release. -1 freezes nothing.
         norm_eval: True keeps all batch norms, those of attentions too, in evaluation mode, with the statistics of the
             checkpoint. "attention" keeps those of dynamic layers' attentions there, for training without a
             checkpoint on few images a device.
@@ -101,8 +117,8 @@ class KWBackbone(BaseModule):
     def __init__(
         self,
         name: str,
-        n: Any = STATIC,
-        dynamic: str = "kw",
+        n: Any = None,
+        dynamic: str | None = None,
         out_indices: Sequence[int] = (1, 2, 3, 4),
         frozen_stages: int = -1,
         norm_eval: bool | Literal["attention"] = False,
@@ -113,8 +129,8 @@ class KWBackbone(BaseModule):
         init_cfg: dict[str, Any] | None = None,
     ):
         super().__init__(init_cfg)
-        self.name, self.n = name, STATIC if n is None else n
-        self.settings = dict(n=self.n, dynamic=dynamic, **(warehouse or {}), **(kwargs or {}))
+        self.n, method = method_of(n, dynamic)
+        self.name, self.settings = name, dict(n=self.n, dynamic=method, **(warehouse or {}), **(kwargs or {}))
         if drop_path:
             self.settings["drop_path_rate"] = drop_path
         self.model = _classifier(name, **self.settings, num_classes=0)
@@ -143,8 +159,14 @@ class KWBackbone(BaseModule):
         last = max(group_of.values())
         if not -1 <= stages <= last:
             raise SettingError(f"frozen_stages={stages}: {self.name} has a stem (0) and stages 1 to {last}.")
+        trained = tuple(
+            f"{name}.{part}."
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, DynamicLayer)
+            for part in layer.trained_when_frozen
+        )
         for name, parameter in self.model.named_parameters():
-            if group_of.get(name, last + 1) <= stages:
+            if group_of.get(name, last + 1) <= stages and not name.startswith(trained):
                 parameter.requires_grad_(False)
         for layer in self.model.modules():
             if isinstance(layer, KWLayer) and not any(p.requires_grad for p in layer.own_parameters()):

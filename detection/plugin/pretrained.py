@@ -17,8 +17,9 @@ import kw
 from detection.plugin.errors import PretrainedError, SettingError
 from kw.description import describe
 from kw.folder import FolderError, read
+from kw.released import unwrap
 
-KEYS = {"type", "checkpoint", "num_classes", "ema"}
+KEYS = {"type", "checkpoint", "num_classes", "ema", "static"}
 OURS = {"model", "ema", "classes", "config"}  # keys of a checkpoint of `python -m train`
 IMAGENET = 1000
 
@@ -34,7 +35,8 @@ def load_classifier(backbone: nn.Module, build: Callable[..., nn.Module], init_c
         build: builds the complete model for a number of classes, `num_classes=...`.
         init_cfg: `checkpoint`, a .pt, .pth or .safetensors file, or a model folder (`kw.save`). `num_classes` of a file
             that is not of `python -m train`, 1000 by default. `ema=True` for the averaged weights of a checkpoint of
-            `python -m train`.
+            `python -m train`. `static=True` for one of the static model, from which a dynamic backbone starts
+            (`kw.load_static`).
 
     Raises:
         SettingError: init_cfg has other keys.
@@ -43,24 +45,24 @@ def load_classifier(backbone: nn.Module, build: Callable[..., nn.Module], init_c
     if set(init_cfg) - KEYS or init_cfg.get("type") != "Pretrained" or not init_cfg.get("checkpoint"):
         raise SettingError(
             f"init_cfg={dict(init_cfg)}: KWBackbone takes type='Pretrained', checkpoint=PATH, "
-            f"and if needed num_classes=NUMBER and ema=True."
+            f"and if needed num_classes=NUMBER, ema=True and static=True."
         )
     path = Path(init_cfg["checkpoint"]).expanduser()
-    folder = path.is_dir()
+    folder, static = path.is_dir(), init_cfg.get("static", False)
     state = _of_folder(path) if folder else read_weights(path)
     ours = state.keys() >= OURS
     classes = len(state["classes"]) if ours or folder else init_cfg.get("num_classes", IMAGENET)
     classifier = build(num_classes=classes)
     try:
-        if folder:
+        if folder and not static:
             _check_settings(classifier, state["description"])
-            load_strictly(classifier, state["model"])
-        elif ours:
-            load_strictly(classifier, _weights_of_run(state, path, init_cfg.get("ema", False)))
-        elif state.keys() == classifier.state_dict().keys():
-            load_strictly(classifier, state)
+        weights = _weights_of_run(state, path, init_cfg.get("ema", False)) if ours else unwrap(state)
+        if static:
+            kw.load_static(classifier, weights)
+        elif ours or folder or weights.keys() == classifier.state_dict().keys():
+            load_strictly(classifier, weights)
         else:
-            kw.load_released(classifier, state)
+            kw.load_released(classifier, weights)
     except (ValueError, RuntimeError) as error:
         run = f" It is of the run {state['config'].get('name')}." if ours else ""
         raise PretrainedError(f"{path} does not fit this backbone with {classes} classes: {error}{run}") from None

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from kw.baselines.conversion import convert as convert_to_baseline
-from kw.baselines.registry import BASELINES, check_settings, choices
+from kw.baselines.registry import BASELINES, check_settings, choices, startable
 from kw.config import KW, SETTINGS, STATIC, BudgetLike, KWConfig, parse_budget
 from kw.conversion import Scope, convert, convert_by_scope
+from kw.from_static import load_static
 from kw.replace import drop_unused_warehouses
 
 FEATURE_OPTIONS: tuple[str, ...] = ("out_indices", "output_fmt", "norm")
@@ -51,7 +52,8 @@ class Backbone:
             n: the budget; "static" builds the vanilla model.
             dynamic: "kw", "static", or a method of `kw.baselines`, which then has n kernels in a layer.
             pretrained: load timm's static weights first; with `from_weights` they become the cells.
-            from_weights: start from the static weights (`kw.convert`), pretrained ones or, for a test, random ones.
+            from_weights: start from the static weights (`kw.convert`), pretrained ones or, for a test, random ones. Of
+                the other methods only FDConv can (`kw.load_static`).
             features_only: return the feature maps, as timm does; `out_indices`, `output_fmt` and `norm` go with it.
             kwargs: fields of `KWConfig` override the settings of every warehouse, or are settings of the method
                 (`attention_function`); the others are timm's.
@@ -79,8 +81,8 @@ class Backbone:
             )
         if dynamic not in (KW, STATIC):
             check_settings(dynamic, settings)
-        if from_weights and dynamic not in (KW, STATIC):
-            raise ValueError(f"from_weights=True applies to dynamic='kw' only, not to {dynamic!r}.")
+        if from_weights and dynamic not in startable():
+            raise ValueError(f"from_weights=True applies to dynamic={', '.join(startable())}, not to {dynamic!r}.")
         features = {key: kwargs.pop(key) for key in FEATURE_OPTIONS if features_only and key in kwargs}
         try:
             model = self.vanilla(self.base, pretrained=pretrained, **kwargs)
@@ -92,7 +94,10 @@ class Backbone:
         if dynamic == KW:
             self._convert(model, parse_budget(n), settings, from_weights)
         elif dynamic != STATIC:
+            static = model.state_dict()
             convert_to_baseline(model, dynamic, n, **settings)
+            if from_weights:
+                load_static(model, static)
         return self.features_of(model, features) if features_only else model
 
     def _convert(self, model: nn.Module, n: Fraction, settings: dict[str, Any], from_weights: bool) -> None:

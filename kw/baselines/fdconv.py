@@ -184,6 +184,7 @@ class FDConv2d(DynamicConv2d):
     """
 
     group_of: Tensor
+    trained_when_frozen = ("attention", "bands")  # as in its release
 
     def __init__(self, *args: Any, kernel_num: int | None = 64, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -218,6 +219,12 @@ class FDConv2d(DynamicConv2d):
         with torch.no_grad():
             spectrum.copy_(self._spectrum(self.weight))
         self.weight = spectrum
+
+    @torch.no_grad()
+    def set_kernel(self, kernel: Tensor) -> None:
+        """Take a static kernel, `kernel_shape`. The attention stays, and does not begin at 1: a_filter does not."""
+        kernel = kernel.to(self.weight)
+        self.weight.copy_(kernel if self.attention is None else self._spectrum(kernel))
 
     def _apply(self, fn: Any, recurse: bool = True) -> FDConv2d:
         """From the meta device, `to_empty` brings no values: the groups follow from the shape."""

@@ -31,6 +31,9 @@ class DynamicConv2d(DynamicLayer, nn.Conv2d):
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
+        groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+        if isinstance(groups, bool):
+            raise TypeError(f"groups={groups} must be a number, as in nn.Conv2d, whose bias comes after it.")
         super().__init__(*args, **kwargs)
         self.attention = None
         padding = self.padding if isinstance(self.padding, str) else tuple(self.padding)

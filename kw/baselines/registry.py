@@ -29,6 +29,11 @@ class Baseline:
     budget: bool
     settings: Mapping[str, tuple[str, ...]]
 
+    @property
+    def takes_static(self) -> bool:
+        """Whether its layers can begin from a static kernel: they have `set_kernel(kernel)` then (`kw.load_static`)."""
+        return self.layer.set_kernel is not None
+
 
 BASELINES: dict[str, Baseline] = {}
 # Arguments of kw.create_model and kw.baselines.convert, which settings are passed along with.
@@ -76,6 +81,11 @@ def register(
 def choices() -> tuple[str, ...]:
     """All values of `dynamic`."""
     return (KW, STATIC, *sorted(BASELINES))
+
+
+def startable() -> tuple[str, ...]:
+    """The values of `dynamic` that can start from static weights."""
+    return (KW, STATIC, *(name for name, method in sorted(BASELINES.items()) if method.takes_static))
 
 
 def find(name: str) -> Baseline:

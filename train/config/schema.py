@@ -17,7 +17,7 @@ from timm.data import create_transform
 from timm.optim import list_optimizers
 
 from kw import KWConfig
-from kw.baselines.registry import check_budget, check_settings, choices
+from kw.baselines.registry import check_budget, check_settings, choices, startable
 from kw.config import KW, STATIC, parse_budget
 from train.data.formats import FORMATS
 from train.data.remote import is_url
@@ -288,8 +288,8 @@ class TrainConfig:
                 check_settings(self.dynamic, self.kw.changes())
             except ValueError as error:
                 raise ConfigError(f"kw.{error}") from None
-        rule = f"needs dynamic=kw or static, not {self.dynamic}: other methods have no place for static weights"
-        check(self.start_from is None or self.dynamic in (KW, STATIC), "start_from", self.start_from, rule)
+        rule = f"needs dynamic={', '.join(startable())}; {self.dynamic} has no place for static weights"
+        check(self.start_from is None or self.dynamic in startable(), "start_from", self.start_from, rule)
         check_choice("resume", self.resume, ("auto", "never"))
         if self.freeze is not None:
             check_choice("freeze", self.freeze, FROZEN)
