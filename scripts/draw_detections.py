@@ -19,6 +19,7 @@ from detection.data import class_names
 from detection.run import calm, quiet
 from detection.saving import latest
 from scripts.arguments import argument_parser
+from scripts.options import make_folder, one_line_errors
 from train.jobs.errors import CheckpointError, RunError
 
 COLORS = [(214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207)]
@@ -41,7 +42,8 @@ def main() -> None:
             images = list(detected(options.run, options.images, options.score, options.zoom))
     except RunError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    options.picture.parent.mkdir(parents=True, exist_ok=True)
+    with one_line_errors():
+        make_folder(options.picture.parent)
     grid(images).save(options.picture)
     print(f"{len(images)} images in {options.picture}")
 

@@ -16,7 +16,6 @@ ema          false: the weights themselves, where there is an average of them, w
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,9 @@ from torch import nn
 import kw
 from kw.layers import KWLayer
 from scripts.checkpoints import Opened, open_checkpoint
-from scripts.options import one_line_errors, parse
+from scripts.options import make_folder, one_line_errors, parse
 from train.jobs.errors import CheckpointError, ConfigError, check
+from train.jobs.metrics import MetricsFile
 
 FORMATS = ("onnx", "program", "aoti")
 
@@ -78,7 +78,7 @@ def _of_folder(options: Options, overrides: list[str]) -> nn.Module:
         model = kw.load(options.checkpoint)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-    Path(options.to).expanduser().mkdir(parents=True, exist_ok=True)
+    make_folder(Path(options.to).expanduser())
     return model
 
 
@@ -133,8 +133,7 @@ def _line_of(opened: Opened) -> dict[str, Any]:
     epoch, file = opened.state.get("epoch"), opened.path.parent.parent / "metrics.jsonl"
     if epoch is None or not file.is_file():
         return {}
-    lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    return next((line for line in lines if line.get("epoch") == epoch), {})
+    return next((line for line in MetricsFile(file).read() if line.get("epoch") == epoch), {})
 
 
 def _provenance(opened: Opened) -> dict[str, Any]:

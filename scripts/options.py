@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import TypeVar
 
 from hydra.errors import HydraException
@@ -18,7 +19,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.config import TrainConfig
-from train.jobs.errors import ConfigError, RunError
+from train.jobs.advice import advice
+from train.jobs.errors import ConfigError, RunError, writing
 
 T = TypeVar("T")
 
@@ -72,5 +74,14 @@ def one_line_errors() -> Iterator[None]:
     """End the program with one line where a setting, a checkpoint or a file is at fault."""
     try:
         yield
-    except (RunError, HydraException) as error:
+    except RunError as error:
         sys.exit(str(error).splitlines()[0])
+    except HydraException as error:
+        sys.exit(advice(error, "train"))
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if it is not there. Raises WriteError: it cannot be."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder

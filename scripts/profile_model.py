@@ -34,7 +34,7 @@ import kw
 from kw.backbones import BACKBONES
 from kw.config import KW, STATIC
 from kw.profiling import LayerCost, LayerShare, Profile, WarehouseCost
-from scripts.options import imagenet_defaults, one_line_errors, parse
+from scripts.options import imagenet_defaults, make_folder, one_line_errors, parse
 from train.config import SettingsConfig, TrainConfig, compose
 from train.model import build_model
 
@@ -103,7 +103,6 @@ def draw(profile: Profile, title: str, path: Path) -> None:
         ticks[top + 1 + line] = layer.name
     _finish(left, right, ticks, lines)
     figure.suptitle(f"{title}: {profile.params:,} parameters, {profile.macs:,} multiply-adds per image", fontsize=12)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -151,6 +150,7 @@ def main(words: list[str]) -> None:
     with one_line_errors():
         options, overrides = parse(Options, words, __doc__)
         config = composed(overrides)
+        make_folder(Path(options.out).parent)
         plan = plan_of(config)
         if plan is not None:
             print(f"{plan}\n")

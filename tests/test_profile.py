@@ -11,7 +11,7 @@ from torch import nn
 
 import kw
 from kw.config import STATIC
-from scripts import plan_survey
+from scripts import plan_survey, profile_model
 from scripts.profile_model import composed, draw, profile_of
 
 
@@ -158,3 +158,18 @@ def test_the_survey_of_plans_counts_the_models_that_keep_the_promises(capsys):
         assert 0 <= reached <= 2 and kept == 2 and len(names) == 2 - reached
     with pytest.raises(SystemExit, match="model=2: did you mean models="):
         plan_survey.main(["model=2"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["out={file}/below/x.png"], "could not be written"),
+        (["backbone=resnet18x"], "Did you mean resnet18"),
+        (["nn=7/2"], "Did you mean"),
+    ],
+)
+def test_what_cannot_be_done_ends_in_a_line(words, said, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=said) as left:
+        profile_model.main([word.format(file=tmp_path / "file") for word in words])
+    assert "\n" not in str(left.value)

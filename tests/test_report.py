@@ -103,7 +103,11 @@ def test_a_table_says_where_its_figures_stand_what_is_best_and_what_is_odd(tmp_p
     assert "resnet18_100e_kw4x (74.16) at n = 4" in best and "resnet18_100e_dcd (72.33) without n" in best
     assert "resnet18_100e_dcd: 12.53 M parameters here, 14.70 M published (docs/methods.md)." in hundred
     assert not any("cbam" in note and "here" in note for note in hundred)
+    (best,) = [note for note in notes["ImageNet, ResNet50, 300 epochs"] if note.startswith("Best")]
+    assert "resnet50_kw4x (81.05) at n = 4" in best  # of the paper's table, by the same recipe
+    assert any("stride in the first 1x1" in note for note in notes[made[4].title])
     last = notes[made[5].title]
+    assert any("mask_rcnn_kw4x_resnet50_1x_coco (42.40) at n = 4" in note for note in last)
     assert "mask_rcnn_fdconv_resnet50_1x_coco: first hand." in last
 
 
@@ -371,6 +375,13 @@ def test_the_command_ends_with_a_table_and_no_traceback(fifty, tmp_path):
     done = run("scripts.report", fifty, "--out", "out", cwd=tmp_path)
     assert "Traceback" not in done.stderr + done.stdout
     assert "resnet18_kw1d4x" in done.stdout and (tmp_path / "out" / "index.html").exists()
+
+
+def test_a_report_that_cannot_be_written_ends_in_a_line(fifty, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["report", str(fifty), "--out", str(tmp_path / "file/x")])
+    with pytest.raises(SystemExit, match="could not be written"):
+        main()
 
 
 def test_folders_without_a_finished_run_are_said_to_have_none(tmp_path, monkeypatch):

@@ -283,6 +283,18 @@ def test_a_summary_names_every_device_that_a_run_was_trained_on(tmp_path):
     assert summarize(trainer.config, trainer.model, lines)["device"] == "unknown then H100 then cpu"
 
 
+@pytest.mark.parametrize("damaged", ['{"top1": ', "[]", "{}"])
+def test_a_damaged_summary_of_a_finished_run_is_written_anew(damaged, tmp_path):
+    first = averaged(tmp_path)
+    first.fit()
+    whole = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "summary.json").write_text(damaged)
+    again = averaged(tmp_path)
+    again.resume()
+    again.fit()
+    assert json.loads((tmp_path / "summary.json").read_text()) == whole
+
+
 @pytest.fixture
 def images(tmp_path):
     """A folder of images; a run of one epoch was trained on it."""

@@ -319,8 +319,11 @@ class Trainer:
                 f"Put it back; or move {self.folder} away, to train once more."
             )
         path = self.folder / "summary.json"
-        earlier = json.loads(path.read_text()) if path.exists() else {}  # of a finished run that is started again
-        summary = summarize(self.config, self.model, lines, earlier.get("device", "unknown"))
+        try:
+            device = json.loads(path.read_text())["device"]  # of a finished run that is started again
+        except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged: it is written anew
+            device = "unknown"
+        summary = summarize(self.config, self.model, lines, device)
         if self.world.is_main:
             write_atomically(path, json.dumps(summary, indent=2) + "\n")
         return summary

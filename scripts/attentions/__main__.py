@@ -24,18 +24,17 @@ from scripts.attentions.collect import collect
 from scripts.attentions.load import Options, batches, choose_images, load_model
 from scripts.attentions.page import attentions_page, cell
 from scripts.attentions.statistics import MEANINGS, LayerStatistics, by_warehouse, statistics, warehouse_values
-from scripts.options import one_line_errors, parse
+from scripts.options import make_folder, one_line_errors, parse
 
 
 def main(words: list[str]) -> None:
     with one_line_errors():
         options, overrides = parse(Options, words, __doc__)
+        folder = make_folder(Path(options.out))
         model, config, name = load_model(options, overrides)
         classes, loads = choose_images(options, config)
         collected = collect(model, batches(loads, config), classes)
     layers = statistics(collected)
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
     tau = float(next(layer for layer in model.modules() if hasattr(layer, "temperature")).temperature)
     subtitle = f"{collected.images} images of {len(classes)} class{'es' if len(classes) != 1 else ''}"
     subtitle += f"; temperature {tau:.2f}: not free of the anchors yet" if tau > 0 else ""

@@ -22,6 +22,7 @@ from scripts.arguments import argument_parser
 from scripts.cifar10.cases import COLUMNS, by_run, collect, in_order, merge
 from scripts.cifar10.figure import draw
 from scripts.cifar10.table import missing
+from scripts.options import make_folder, one_line_errors
 
 
 def main() -> None:
@@ -46,7 +47,8 @@ def main() -> None:
         sys.exit(
             f"No run of docs/cifar10.md in {', '.join(map(str, [path, *options.folders]))}: make cifar10 trains them."
         )
-    options.out.mkdir(parents=True, exist_ok=True)
+    with one_line_errors():
+        make_folder(options.out)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

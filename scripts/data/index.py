@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scripts.arguments import argument_parser
+from scripts.options import make_folder
 from train.config import RemoteConfig
 from train.data.remote import chunks, is_url, retrying, url_of
 from train.data.remote_shards import index_name, make_index, write_index
@@ -60,7 +61,7 @@ def index_shards(
     place = classes or (None if is_url(root) else Path(root))
     named = read_classes(place) if place else []
     most = 1 + max(int(index["targets"].max(initial=0)) for index in indexes.values())
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for split, index in indexes.items():
         write_index(out, split, index, named or [str(number) for number in range(most)])
         print(f"{out / index_name(split)}: {len(index['targets'])} samples in {len(index['shards'])} shards")

@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 from scripts.arguments import argument_parser
+from scripts.options import make_folder
 from train.config import DataConfig
 from train.data.formats import open_split
 from train.data.images import Files
 from train.data.order import order_generator
 from train.data.remote_shards import make_index, write_index
 from train.data.shards import SIZES, list_shards, read_sizes
-from train.jobs.errors import ConfigError, DataError
+from train.jobs.errors import ConfigError, RunError
 from train.jobs.folder import temporary_for, write_atomically
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         make_shards(options.source, options.out, options.splits, options.samples, options.seed)
-    except (ConfigError, DataError) as error:
+    except RunError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
@@ -63,7 +64,7 @@ def make_shards(source: str, out: Path, splits: list[str], samples: int = 2000, 
             raise ConfigError(f"{out} has shards of {split!r} already: name another folder, or move them away.")
     if bad := [name for name in first.classes if "\n" in name or "\r" in name]:
         raise ConfigError(f"{source}: the class {bad[0]!r} has a line break in its name: rename it.")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     (out / "classes.txt").write_text("".join(f"{name}\n" for name in first.classes), encoding="utf-8")
     sizes = {split: {"shards": -(-len(images) // samples), "samples": len(images)} for split, images in opened.items()}
     write_atomically(out / SIZES, json.dumps({**read_sizes(out), **sizes}, indent=2) + "\n")

@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from scripts.arguments import argument_parser
+from scripts.options import make_folder, one_line_errors
 from scripts.report.page import report_page
 from scripts.report.rows import Section, sections
 from scripts.report.runs import Run, find_runs
@@ -50,13 +51,14 @@ def main() -> None:
     for section in made:
         if options.all or not section.empty:
             show(section, console)
-    names = write(made, runs, remarks, options.out)
+    with one_line_errors():
+        names = write(made, runs, remarks, options.out)
     console.print(f"Written to {options.out}: {', '.join(names)}")
 
 
 def write(made: list[Section], runs: list[Run], remarks: list[str], folder: Path) -> list[str]:
     """All files of the report; their names."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     (folder / "table.md").write_text(markdown(made), encoding="utf-8")
     (folder / "table.tex").write_text(latex(made), encoding="utf-8")
     (folder / "index.html").write_text(report_page(made, remarks), encoding="utf-8")

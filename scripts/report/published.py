@@ -43,12 +43,13 @@ WORDS = {
 @dataclass(frozen=True)
 class Table:
     """One table: its title, where its figures stand, whether their authors say so themselves (hand 1) or others quote
-    them (hand 2), and remarks."""
+    them (hand 2), remarks, and ids of rows of other tables that are compared with its rows."""
 
     title: str
     source: str = RELEASE
     hand: int = 1
     remarks: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +107,8 @@ def published() -> list[Published]:
             counted = [costs.get(row["id"], {}).get(key) for key in ("params", "macs")]
             made.append(Published(row["id"], *of, *counted, scores, settings, epochs, row.get("top1_gain")))
     for group in content["groups"]:
-        table = Table(
-            group["title"], group["source"], group["hand"], (*_speeds(group.get("speed")), *group.get("remarks", ()))
-        )
+        remarks = (*_speeds(group.get("speed")), *group.get("remarks", ()))
+        table = Table(group["title"], group["source"], group["hand"], remarks, tuple(group.get("beside", ())))
         made += [_of_group(row, group, table, content["recipes"], costs) for row in group["rows"]]
     return made
 

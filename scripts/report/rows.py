@@ -143,6 +143,7 @@ class Section:
     task: str
     rows: list[Row]
     table: Table | None  # the published one, if it is
+    beside: list[Row] = field(default_factory=list)  # rows of another table, to compare with
 
     @property
     def published(self) -> bool:
@@ -177,7 +178,8 @@ def sections(runs: list[Run], steps: Iterable[Step] = ()) -> tuple[list[Section]
     made = []
     for table, task in dict.fromkeys((known.table, known.task) for known in rows):
         found = [row for known in rows if known.table == table for row in rows[known]]
-        made.append(Section(table.title, task, found, table))
+        beside = [row for known in rows if known.id in table.beside and known.table != table for row in rows[known]]
+        made.append(Section(table.title, task, found, table, beside))
     for task in SCORES:
         found = [row for row in others if row.task == task]
         if found:

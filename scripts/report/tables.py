@@ -113,13 +113,13 @@ def _sources(section: Section) -> list[str]:
 
 
 def _best(section: Section) -> list[str]:
-    """In a table of several methods, the best row of each budget and backbone."""
+    """In a table of several methods, the best row of each budget and backbone; rows beside it take part."""
     if section.table is None or len({row.dynamic for row in section.rows} - {STATIC, KW}) == 0:
         return []
     key, made = section.scores[0], []
     for kind, score in (("measured", Row.score), ("published", Row.figure)):
         groups: dict[tuple[str, str], list[tuple[float, str]]] = {}
-        for row in section.rows:
+        for row in [*section.rows, *section.beside]:
             found = score(row, key)
             value = found[0] if isinstance(found, tuple) else found
             if value is not None and row.published and (kind == "published" or row.state == DONE):
