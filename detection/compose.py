@@ -17,8 +17,8 @@ from detection.config import OWN, DetectionConfig
 from detection.data import datasets, read_classes, set_classes
 from detection.errors import as_job_errors
 from detection.plugin.backbone import has_temperature
-from kw.baselines.registry import BASELINES, check_budget
-from kw.config import STATIC
+from kw.baselines.registry import BASELINES, check_budget, startable
+from kw.config import KW, STATIC
 from train.jobs.errors import ConfigError, check
 from train.jobs.settings import fixed_settings, flatten
 
@@ -158,6 +158,9 @@ def set_backbone(cfg: Config, config: DetectionConfig, typed: dict[str, Any]) ->
     if config.init is not None:
         backbone.init_cfg = {"type": "Pretrained", "checkpoint": config.init}
     if config.start_from is not None:
+        method = backbone.get("dynamic") or KW
+        rule = f"{method} has no place for static weights; {', '.join(startable())} have"
+        check(method in startable(), "start_from", config.start_from, rule)
         backbone.init_cfg = {"type": "Pretrained", "checkpoint": config.start_from, "static": True}
     if config.scratch:
         begin_from_scratch(cfg)

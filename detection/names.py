@@ -32,9 +32,8 @@ def run_name(config: DetectionConfig, composed: DictConfig) -> str:
     defaults, own = (flatten(asdict(one)) for one in (DetectionConfig(config.config), config))
     before |= {key: defaults[key] for key in OWN_SETTINGS}
     after |= {key: own[key] for key in OWN_SETTINGS}
-    before["n"] = _budget(file.model.backbone.get("n", STATIC))
+    before["n"], before["dynamic"] = _method(file.model.backbone)
     after["n"] = before["n"] if config.n is None else _budget(config.n)
-    before["dynamic"] = file.model.backbone.get("dynamic", KW)
     after["dynamic"] = config.dynamic or before["dynamic"]
     if STATIC in (after["dynamic"], after["n"]) and before["n"] != STATIC:
         after["n"], after["dynamic"] = STATIC, before["dynamic"]
@@ -42,6 +41,14 @@ def run_name(config: DetectionConfig, composed: DictConfig) -> str:
         after["n"] = before["n"]
     name = Path(config.config).stem if config.config.endswith(".py") else config.config
     return extended(name, differences(_lists(after), _lists(before)))
+
+
+def _method(backbone: Any) -> tuple[str, str]:
+    """n and method of the file's backbone. A method without a budget needs no n."""
+    n, dynamic = backbone.get("n"), backbone.get("dynamic") or KW
+    if n is None and dynamic in BASELINES and not BASELINES[dynamic].budget:
+        n = 1
+    return _budget(n), dynamic
 
 
 def _budget(n: Any) -> str:

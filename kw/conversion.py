@@ -21,10 +21,11 @@ from kw.replace import (
     like,
     plain_base,
     refuse_converted,
+    refuse_tied,
     replace,
     why_not_plain,
 )
-from kw.scope import channels_of, read_by_torch, shape_of, shared_weights
+from kw.scope import channels_of, read_by_torch, shape_of
 from kw.sharing import Groups, regroup
 from kw.temperature import share_temperature
 from kw.warehouse import KernelShape, Share, Warehouse, Warehouses
@@ -74,11 +75,13 @@ def convert(
 
     Raises:
         ValueError: the scope matches no layer, names one that does not exist, cannot be dynamic or whose weight the
-            model reads itself; no layer would gain; the plan is of another model; a warehouse has no config; or its
-            kernels cannot be cut into cells. The message names layer or warehouse, and the model is unchanged.
+            model reads itself or shares with another module; no layer would gain; the plan is of another model; a
+            warehouse has no `KWConfig`; or its kernels cannot be cut into cells. The message names layer or warehouse,
+            and the model is unchanged.
 
     Warns:
-        UserWarning: by default, if less than half of what n asks for can be reached.
+        UserWarning: by default, if less than half of what n asks for can be reached; with a scope, if the first
+            dimension of a layer's input does not count samples.
     """
     refuse_converted(model)
     if hasattr(model, "warehouses"):
@@ -220,6 +223,7 @@ def _planned(model: nn.Module, plan: Plan) -> tuple[Groups, dict[str, KWConfig]]
     more = [name for name, module in known.items() if isinstance(module, PLAIN) and name not in planned]
     if more:
         raise ValueError(f"The plan is of another model: it does not know layer {more[0]!r}. Make it of this one.")
+    refuse_tied(model, plan.scope)
     return {warehouse.name: list(warehouse.layers) for warehouse in plan.warehouses}, plan.configs
 
 
@@ -236,25 +240,21 @@ def _check_gain(plan: Plan) -> None:
 
 
 def _check_use(model: nn.Module, names: list[str], example: Example) -> None:
-    """Raises ValueError for layers whose weight the model reads in its forward pass, or shares with another module.
+    """Raises ValueError for layers whose weight the model reads in its forward pass.
     Warns of layers in whose input the first dimension does not count samples."""
-    seen = observe(model, names, example)
+    every = [name for name, module in model.named_modules() if isinstance(module, PLAIN) and name]
+    seen = observe(model, every, example)
     read = read_by_torch(model, names) | (seen.read & set(names) if seen is not None else set())
-    shared = shared_weights(model)
     if read:
         raise ValueError(
             f"The model reads the weight of {_some(read)} itself, and a dynamic layer has none: leave "
             f"{'it' if len(read) == 1 else 'them'} out of the scope."
         )
-    if tied := {name for name in names if id(_weight(model, name)) in shared}:
-        raise ValueError(
-            f"The weight of {_some(tied)} is also another module's, and would no longer be: leave "
-            f"{'it' if len(tied) == 1 else 'them'} out of the scope, or untie the weights first."
-        )
-    mixed = {name for name, layer in seen.layers.items() if not layer.per_sample} if seen is not None else set()
+    layers = {} if seen is None else seen.layers
+    mixed = {name for name in names if name in layers and not layers[name].per_sample}
     if mixed:
         warnings.warn(
-            f"In the input of {_some(mixed)} the first dimension does not count samples, so that the attention mixes "
+            f"The first dimension of the input of {_some(mixed)} does not count samples: the attention averages over "
             f"them, and the output of a sample depends on the others of its batch.",
             stacklevel=3,
         )

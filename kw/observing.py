@@ -91,11 +91,12 @@ def observe(model: nn.Module, names: Iterable[str], example: Example = None) -> 
             except Exception:  # whatever a model's own __deepcopy__ may raise
                 continue
             watch = _Watch(copied, names)
-            seen = watch.run(_moved(args, move))
+            seen, firsts = watch.run(_moved(args, move)), watch.firsts
             if seen.error is None:
+                del watch, copied  # and the pass's graph
                 twice = _Watch(_copy(model, move), names)
                 if twice.run(_doubled(_moved(args, move))).error is None:
-                    _compare(watch, twice)
+                    _compare(seen, firsts, twice.firsts)
                 return seen
             if best is None or len(seen.layers) > len(best.layers):
                 best = seen
@@ -224,11 +225,13 @@ class _Watch:
         return found
 
 
-def _compare(once: _Watch, twice: _Watch) -> None:
-    """Twice as many samples are twice as many in the first dimension of a layer that takes them one by one. In a model
-    with positions first, `(L, B, C)`, L stays, which may be a multiple of the batch by chance."""
-    for name, layer in once.seen.layers.items():
-        layer.per_sample &= [2 * first for first in once.firsts[name]] == twice.firsts.get(name)
+def _compare(seen: Observation, once: dict[str, list[int]], twice: dict[str, list[int]]) -> None:
+    """Twice as many samples double the first dimension of what a layer takes, summed over its calls, if that counts
+    samples. In a model with positions first, `(L, B, C)`, L stays, which may be a multiple of the batch by chance. If
+    no layer has twice as many, the samples are where `_doubled` does not find them, and nothing is known."""
+    doubled = {name for name in seen.layers if sum(twice.get(name, ())) == 2 * sum(once[name]) > 0}
+    for name, layer in seen.layers.items() if doubled else ():
+        layer.per_sample = name in doubled
 
 
 def _doubled(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -238,7 +241,7 @@ def _doubled(args: tuple[Any, ...]) -> tuple[Any, ...]:
     def double(arg: Any) -> Any:
         if isinstance(arg, Tensor):
             return torch.cat([arg, arg]) if arg.dim() and arg.shape[0] == batch else arg
-        return arg * 2 if type(arg) in (tuple, list) and len(arg) == batch else _mapped(double, arg)
+        return arg * 2 if type(arg) is list and len(arg) == batch else _mapped(double, arg)
 
     return tuple(double(arg) for arg in args)
 
@@ -333,12 +336,18 @@ def _mapped(change: Callable[[Any], Any], args: Any) -> Any:
 
 
 def _samples(args: tuple[Any, ...]) -> int:
-    first = args[0] if args else None
-    if isinstance(first, dict):
-        first = next(iter(first.values()), None)
-    if isinstance(first, Tensor):
-        return max(1, first.shape[0] if first.dim() else 1)
-    return max(1, len(first)) if isinstance(first, (tuple, list)) else 1
+    """The samples of an input: the first dimension of its first tensor that has one, or the length of a list, which has
+    a tensor for each sample, as torchvision's detectors take them."""
+    return next(filter(None, map(_count, args)), 1)
+
+
+def _count(arg: Any) -> int:
+    if isinstance(arg, Tensor):
+        return arg.shape[0] if arg.dim() else 0
+    if isinstance(arg, list):
+        return len(arg)
+    inside = arg.values() if isinstance(arg, dict) else arg if isinstance(arg, tuple) else ()
+    return next(filter(None, map(_count, inside)), 0)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -86,6 +86,7 @@ def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...],
                 f"convert nn.Sequential(model)."
             )
         found[name] = value
+    refuse_tied(model, found)
     if not found:
         some = [name for name, module in model.named_modules() if plain_base(module) in kinds][:5]
         raise ValueError(
@@ -97,6 +98,27 @@ def chosen(model: nn.Module, scope: Chooser, kinds: tuple[type[nn.Module], ...],
 
 def _hint(module: nn.Module) -> str:
     return f" ({why_not_plain(module)})" if isinstance(module, PLAIN) else ""
+
+
+def refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ValueError if one of these layers shares its weight with another module, which replacing it would undo."""
+    shared = shared_weights(model)
+    tied = [name for name in names if id(getattr(model.get_submodule(name), "weight", None)) in shared]
+    if tied:
+        raise ValueError(
+            f"The weight of {tied[0]!r} is also another module's, and would no longer be: leave the layer out of the "
+            f"scope, or untie the weights first."
+        )
+
+
+def shared_weights(model: nn.Module) -> set[int]:
+    """Identities of parameters that several modules of `model` hold."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {key for key, count in owners.items() if count > 1}
 
 
 def like(static: nn.Module, dynamic: DynamicLayer, name: str) -> DynamicLayer:
@@ -152,8 +174,8 @@ def carry_hooks(old: nn.Module, new: nn.Module, name: str) -> None:
 
 
 def computed_parameter(layer: nn.Module) -> str | None:
-    """ "weight" or "bias", where it is not a parameter, but computed from some: by weight_norm, spectral_norm or
-    pruning, old or as a parametrization. None if both are plain."""
+    """Which of weight and bias is not a parameter, but computed from some: by weight_norm, spectral_norm or pruning,
+    old or as a parametrization. None if both are plain."""
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return "weight"
     return "bias" if layer.bias is not None and layer._parameters.get("bias") is None else None

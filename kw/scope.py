@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from kw.observing import Example, Observation, observe
-from kw.replace import PLAIN, why_not_plain
+from kw.replace import PLAIN, shared_weights, why_not_plain
 
 READS_IMAGE = "reads the model's input"
 HEAD = "its output is the model's"
@@ -155,20 +155,15 @@ def _static(model: nn.Module, layers: dict[str, nn.Module], seen: Observation | 
 
 
 def read_by_torch(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Those of `names` in modules whose fast path in evaluation, without gradients, reads weights."""
-    fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-    inside = tuple(f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, fused))
+    """Those of `names` whose weight torch's attention reads, or its fast path in evaluation without gradients, which no
+    pass with gradients shows."""
+    encoder = nn.TransformerEncoderLayer
+    inside = tuple(
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) or getattr(type(module), "forward", None) is encoder.forward
+    )
     return {name for name in names if name.startswith(inside)}
-
-
-def shared_weights(model: nn.Module) -> set[int]:
-    """Identities of parameters that several modules of `model` hold."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return {key for key, count in owners.items() if count > 1}
 
 
 def _is_gate_by_name(model: nn.Module, name: str) -> bool:

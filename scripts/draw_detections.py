@@ -19,8 +19,8 @@ from detection.data import class_names
 from detection.run import calm, quiet
 from detection.saving import latest
 from scripts.arguments import argument_parser
-from scripts.options import make_folder, one_line_errors
-from train.jobs.errors import CheckpointError, RunError
+from scripts.options import make_folder
+from train.jobs.errors import CheckpointError, RunError, writing
 
 COLORS = [(214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207)]
 MARGIN = 4  # pixels between images
@@ -38,13 +38,13 @@ def main() -> None:
     calm()
     loading.install()
     try:
+        make_folder(options.picture.parent)
         with quiet():
             images = list(detected(options.run, options.images, options.score, options.zoom))
+        with writing(options.picture):
+            grid(images).save(options.picture)
     except RunError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    with one_line_errors():
-        make_folder(options.picture.parent)
-    grid(images).save(options.picture)
     print(f"{len(images)} images in {options.picture}")
 
 

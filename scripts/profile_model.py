@@ -36,6 +36,7 @@ from kw.config import KW, STATIC
 from kw.profiling import LayerCost, LayerShare, Profile, WarehouseCost
 from scripts.options import imagenet_defaults, make_folder, one_line_errors, parse
 from train.config import SettingsConfig, TrainConfig, compose
+from train.jobs.errors import writing
 from train.model import build_model
 
 CLASSES = 1000
@@ -156,7 +157,8 @@ def main(words: list[str]) -> None:
             print(f"{plan}\n")
         profile = profile_of(config)
     print(profile)
-    draw(profile, f"{config.backbone.label}, {config.dynamic}, n = {config.n}", Path(options.out))
+    with one_line_errors(), writing(Path(options.out)):
+        draw(profile, f"{config.backbone.label}, {config.dynamic}, n = {config.n}", Path(options.out))
     print(f"\nThe picture is {options.out}.")
 
 

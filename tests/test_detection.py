@@ -109,6 +109,8 @@ def test_a_row_is_composed_and_any_key_of_its_file_can_be_set():
     )
     assert settings.n == cfg.model.backbone.n == "4"
     assert cfg.model.backbone.init_cfg == {"type": "Pretrained", "checkpoint": "weights.pt"}
+    _, started = config("config=mask_rcnn_fdconv_resnet50_1x_coco", "start_from=static.pt")
+    assert started.model.backbone.init_cfg == {"type": "Pretrained", "checkpoint": "static.pt", "static": True}
     assert cfg.optim_wrapper.optimizer.lr == 1e-3 and cfg.param_scheduler[1].milestones == [3, 4]
     assert cfg.model.backbone.drop_path == 0.1
     assert cfg.train_dataloader.dataset.data_root == cfg.test_dataloader.dataset.data_root == "somewhere"
@@ -186,6 +188,9 @@ def test_a_configuration_may_leave_the_channels_out(tmp_path):
         (["config="], "config=''"),
         (["train_cfg.max_epochs=many"], r"train_cfg\.max_epochs='many': the file has 12"),
         (["scratch=true", "init=weights.pt"], r"scratch=True: .*init=weights\.pt"),
+        (["scratch=true", "start_from=weights.pt"], r"scratch=True: .*start_from=weights\.pt"),
+        (["init=a.pt", "start_from=b.pt"], r"start_from='b\.pt': contradicts init=a\.pt"),
+        (["dynamic=odconv", "n=4", "start_from=a.pt"], "start_from='a.pt': odconv has no place for static weights"),
         (["scratch=true", "model.backbone.type=ResNet"], "scratch=True: not for a backbone ResNet"),
         (["default_hooks.checkpoint.interval=2"], r"interval: this program .* runtime\.checkpoint_steps"),
         (["runtime.checkpoint_steps=0"], r"runtime\.checkpoint_steps=0"),
@@ -226,6 +231,7 @@ def test_a_name_follows_from_values_and_not_from_how_they_were_typed():
     assert name("optim_wrapper.optimizer.lr=1e-3") == "+optim_wrapper.optimizer.lr-0.001"
     assert name("val_dataloader.dataset.pipeline.1.scale=[1333,800]") == ""  # as the file has it, a tuple there
     assert name("+model.backbone.drop_path=0.1", "init=a/b.pt") == "+init-a_b.pt+model.backbone.drop_path-0.1"
+    assert name("dynamic=fdconv", "start_from=a.pt") == "+dynamic-fdconv+start_from-a.pt"
 
 
 def test_which_settings_may_change_when_a_run_is_resumed():

@@ -176,6 +176,9 @@ def test_fdconv_trains_its_attentions_in_frozen_stages_too():
     stage = {name for name, _ in model.named_parameters() if name.startswith("model.layer1")}
     own = {name for name in stage if ".attention." in name or ".bands." in name}
     assert own and stage & trained == own and not any(name.startswith("model.conv1") for name in trained)
+    model = backbone(dynamic="fdconv", kwargs=WIDE, frozen_stages=1, drop_path=0.5).train()
+    training = {name for name, m in model.model.layer1.named_modules() if m.training}
+    assert training and all(".attention" in name or ".bands" in name for name in training)
 
 
 @pytest.mark.parametrize(("dynamic", "n"), [("fdconv", 1), ("se", 1), (None, "static"), ("static", "static")])
@@ -188,6 +191,8 @@ def test_a_method_without_a_budget_needs_no_n(dynamic, n):
 def test_a_method_with_a_budget_is_not_static_without_a_word(method):
     with pytest.raises(SettingError, match=f"'{method}' needs a budget"):
         backbone(None, dynamic=method)
+    with pytest.raises(SettingError, match=r"fdconf.*fdconv"):
+        backbone(None, dynamic="fdconf")
 
 
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state}])
@@ -196,9 +201,10 @@ def test_a_static_checkpoint_starts_a_dynamic_backbone(method, n, wrap, tmp_path
     static = kw.create_model("resnet18", n="static", num_classes=7, **WIDE)
     torch.save(wrap(static.state_dict()), tmp_path / "static.pt")
     torch.save(ours(static), tmp_path / "run.pt")
+    kw.save(static, tmp_path / "folder")
     wanted = kw.create_model("resnet18", n=n, dynamic=method, num_classes=7, **WIDE)
     kw.load_static(wanted, static.state_dict())
-    for file in ("static.pt", "run.pt"):
+    for file in ("static.pt", "run.pt", "folder"):
         init = {"type": "Pretrained", "checkpoint": str(tmp_path / file), "num_classes": 7}
         settings = {"n": n, "dynamic": method, "kwargs": WIDE}
         model = backbone(**settings, init_cfg={**init, "static": True})
@@ -208,6 +214,15 @@ def test_a_static_checkpoint_starts_a_dynamic_backbone(method, n, wrap, tmp_path
             assert torch.equal(model.model.layer2[0].conv2.weight, wanted.layer2[0].conv2.weight)
         with pytest.raises(PretrainedError, match="does not fit"):
             backbone(**settings, init_cfg=init).init_weights()
+
+
+def test_a_released_static_checkpoint_starts_a_dynamic_backbone(tmp_path):
+    static = kw.create_model("mobilenetv2_050", n="static", num_classes=7)
+    torch.save({"state_dict": kw.to_released(static)}, tmp_path / "released.pth")
+    init = {"type": "Pretrained", "checkpoint": str(tmp_path / "released.pth"), "num_classes": 7, "static": True}
+    model = KWBackbone("mobilenetv2_050", n=1, out_indices=(1, 2, 3, 5), init_cfg=init)
+    model.init_weights()
+    assert torch.equal(model.model.blocks[1][0].bn1.weight, static.blocks[1][0].bn1.weight)
 
 
 # Checkpoints

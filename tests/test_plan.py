@@ -1,5 +1,7 @@
 """The default plan: what it promises about parameters, that its counts are right, and why layers stay static."""
 
+import copy
+from collections import namedtuple
 from fractions import Fraction
 from functools import partial
 
@@ -303,8 +305,60 @@ def test_layers_whose_input_has_positions_first_stay_static_whatever_their_numbe
     plan = kw.plan(model, 4, example=images)
     assert plan.static["mlp.0"] == plan.static["mlp.2"] == "its input is not a batch of samples"
     assert "after" in plan.scope
-    with pytest.warns(UserWarning, match="first dimension does not count samples"):
+    with pytest.warns(UserWarning, match="does not count samples"):
         kw.convert(model, {"mlp.0": "a"}, example=images)
+
+
+class Body(nn.Module):
+    """Layers of samples, whose input is found by `get`."""
+
+    def __init__(self, get):
+        super().__init__()
+        self.first, self.body, self.head, self.get = nn.Linear(64, 256), nn.Linear(256, 256), nn.Linear(256, 3), get
+
+    def forward(self, *args):
+        return self.head(self.body(self.first(self.get(*args)).relu()).relu())
+
+
+Pair = namedtuple("Pair", "x y")
+VECTORS = torch.randn(2, 64)
+
+
+@pytest.mark.parametrize(
+    ("get", "example"),
+    [
+        (lambda time, x: x * time, (torch.tensor(0.5), VECTORS)),
+        (lambda flag, x: x, (None, VECTORS)),
+        (lambda batch: batch["image"], {"size": 32, "image": VECTORS}),
+        (lambda pair: pair[0] + pair[1], ((VECTORS, VECTORS),)),
+        (lambda pair: pair.x, (Pair(VECTORS, VECTORS),)),  # what is in it is not found
+        (lambda images: torch.stack(images), [VECTORS[0], VECTORS[1], VECTORS[0]]),
+        (lambda x, state: x + state[0], (VECTORS, (VECTORS, VECTORS))),
+    ],
+    ids=["time first", "None first", "dictionary", "pair", "namedtuple", "list of samples", "state"],
+)
+def test_samples_are_found_wherever_an_example_has_them(get, example):
+    assert "body" in kw.plan(Body(get), 2, example=example).scope
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_layers_called_for_parts_of_the_batch_are_convertible(batch):
+    class OneByOne(Body):
+        def forward(self, x):
+            return torch.cat([super(OneByOne, self).forward(one) for one in x.split(1)])
+
+    assert "body" in kw.plan(OneByOne(lambda x: x), 2, example=torch.randn(batch, 64)).scope
+
+
+def test_an_encoder_layer_with_a_forward_of_its_own_takes_no_fast_path():
+    class Own(nn.TransformerEncoderLayer):
+        def forward(self, x):
+            return x + self.linear2(self.linear1(x).relu())
+
+    model = nn.Sequential(nn.Linear(32, 64), Own(64, 2, 256, batch_first=True), nn.Linear(64, 3))
+    kw.convert(model, {"1.linear1": "a"}, example=torch.randn(2, 4, 32))
+    with torch.no_grad():
+        assert model.eval()(torch.randn(2, 4, 32)).shape == (2, 4, 3)
 
 
 def test_tied_weights_another_name_of_a_layer_and_lazy_modules_are_refused_by_name():
@@ -314,6 +368,12 @@ def test_tied_weights_another_name_of_a_layer_and_lazy_modules_are_refused_by_na
     for scope in ({"1": "a"}, {"1": "a", "2": "a"}):
         with pytest.raises(ValueError, match=r"'1'.* is also another module's"):
             kw.convert(tied, scope)
+    convolutions = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1, bias=False) for _ in range(4)))
+    plan = kw.plan(copy.deepcopy(convolutions), 2, example=torch.randn(2, 64, 4, 4))
+    convolutions[2].weight = convolutions[1].weight
+    for conversion in (lambda m: kw.convert(m, plan=plan), lambda m: kw.baselines.convert(m, "odconv", 2)):
+        with pytest.raises(ValueError, match=r"'1'.* is also another module's"):
+            conversion(convolutions)
     with pytest.raises(ValueError, match="'3', which is the same module as '0'"):
         kw.convert(tied, {"3": "a"})
     with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet"):

@@ -8,6 +8,7 @@ import torch
 from helpers.training import ALONE, NARROW, TINY, config
 
 import kw
+from kw.baselines.fdconv import FDConv2d
 from scripts.kill_storm import differences, outcome
 from train.jobs.errors import CheckpointError, ConfigError
 from train.trainer import Trainer
@@ -67,6 +68,19 @@ def test_a_static_run_trains_on_from_the_weights(static, tmp_path):
         torch.testing.assert_close(state, static.model.state_dict(), rtol=0, atol=0)
     assert made.fit()["epochs"] == 1
     assert not any(torch.equal(p, begun[name]) for name, p in made.model.named_parameters())
+
+
+def test_fdconv_starts_from_the_kernels_of_a_static_run(static, tmp_path):
+    channels = "backbone.kwargs.channels=[32,32,32,32]"
+    source = trainer(tmp_path / "static", "n=static", channels)
+    source.fit()
+    made = started(tmp_path / "run", source.folder, "dynamic=fdconv", channels)
+    kernels = source.model.state_dict()
+    layers = {name: m for name, m in made.model.named_modules() if isinstance(m, FDConv2d) and m.attention is not None}
+    assert layers
+    for name, layer in layers.items():
+        torch.testing.assert_close(layer.weight, layer._spectrum(kernels[f"{name}.weight"]))
+    assert made.fit()["epochs"] == 1
 
 
 def test_an_interrupted_run_goes_on_without_what_it_started_from(static, tmp_path):
@@ -134,4 +148,5 @@ def test_what_cannot_be_read_or_is_dynamic_is_refused(static, tmp_path):
 def test_other_methods_are_refused_before_anything_is_read(method):
     with pytest.raises(ConfigError, match=rf"start_from='gone'.*dynamic=kw, static, fdconv; {method} has no place"):
         config(f"dynamic={method}", "start_from=gone")
-    assert config("dynamic=static", "start_from=gone").start_from == "gone"
+    for method in ("static", "fdconv"):
+        assert config(f"dynamic={method}", "start_from=gone").start_from == "gone"

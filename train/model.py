@@ -65,8 +65,8 @@ def set_drop_path(model: nn.Module, rate: float, rule: str) -> None:
 
 
 def start_from(model: nn.Module, path: Path) -> None:
-    """Load the weights of a static run or checkpoint into `model`, which has the same backbone, static or with n of at
-    least 1 (`kw.load_static`).
+    """Load the weights of a static run or checkpoint into `model`, which has the same backbone: static, of
+    KernelWarehouse with n of at least 1, or of FDConv (`kw.load_static`).
 
     Args:
         path: a run folder or a file: a checkpoint of a run, a state dict, or one under `"model"` or `"state_dict"`.

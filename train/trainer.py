@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+import kw
 from train.config import TrainConfig, to_plain
 from train.data.loader import Batch
 from train.data.run_data import RunData
@@ -112,7 +113,8 @@ class Trainer:
             return
         self.learner.start_from(Path(path))
         top1 = self.evaluate(self.model)["top1"]
-        self.display.print(f"Started from {path}: top-1 {top1:.2f} before training, at temperature 0.")
+        at = ", at temperature 0" if kw.temperatures(self.model) else ""
+        self.display.print(f"Started from {path}: top-1 {top1:.2f} before training{at}.")
 
     def load(self, state: State) -> None:
         """Take over a state of `state()`.

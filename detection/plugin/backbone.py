@@ -40,11 +40,12 @@ def method_of(n: Any = None, dynamic: str | None = None) -> tuple[Any, str]:
     Raises:
         SettingError: the method needs a budget.
     """
-    if n is None and dynamic in BASELINES and not BASELINES[dynamic].budget:
-        n = 1
-    if n is None and dynamic not in (None, STATIC):
+    budget = dynamic == KW or (dynamic in BASELINES and BASELINES[dynamic].budget)
+    if n is None and budget:
         raise SettingError(f"KWBackbone: dynamic={dynamic!r} needs a budget n, such as 4; or n='static'.")
-    return (STATIC if n is None else n), (KW if dynamic is None else dynamic)
+    if n is None:
+        n = STATIC if dynamic in (None, STATIC) else 1
+    return n, dynamic or KW
 
 
 def has_temperature(backbone: Mapping[str, Any]) -> bool:
@@ -130,9 +131,8 @@ class KWBackbone(BaseModule):
     ):
         super().__init__(init_cfg)
         self.n, method = method_of(n, dynamic)
-        self.name, self.settings = name, dict(n=self.n, dynamic=method, **(warehouse or {}), **(kwargs or {}))
-        if drop_path:
-            self.settings["drop_path_rate"] = drop_path
+        self.timms = {**(kwargs or {}), **({"drop_path_rate": drop_path} if drop_path else {})}
+        self.name, self.settings = name, dict(n=self.n, dynamic=method, **(warehouse or {}), **self.timms)
         self.model = _classifier(name, **self.settings, num_classes=0)
         features = _features(self.model, out_indices)
         self.channels = [info["num_chs"] for info in features]
@@ -141,6 +141,11 @@ class KWBackbone(BaseModule):
         self._remove_head(out_indices)
         self.out_norms = nn.ModuleList(LayerNorm2d(c) if out_norm else nn.Identity() for c in self.channels)
         self._freeze(frozen_stages)
+
+    def _whole(self, num_classes: int, static: bool) -> nn.Module:
+        """The classification model of this backbone, or of the static one."""
+        settings = {"n": STATIC, **self.timms} if static else self.settings
+        return _classifier(self.name, **settings, num_classes=num_classes)
 
     def _remove_head(self, out_indices: Sequence[int]) -> None:
         """Remove what follows the last feature, and the warehouses that no other layer uses."""
@@ -165,9 +170,16 @@ class KWBackbone(BaseModule):
             if isinstance(layer, DynamicLayer)
             for part in layer.trained_when_frozen
         )
+        frozen = {name for name, group in group_of.items() if group <= stages}
         for name, parameter in self.model.named_parameters():
-            if group_of.get(name, last + 1) <= stages and not name.startswith(trained):
+            if name in frozen and not name.startswith(trained):
                 parameter.requires_grad_(False)
+        self._in_evaluation: list[nn.Module] = []  # modules of frozen stages
+        self._in_training: list[nn.Module] = []  # parts of these that are trained
+        for name, module in self.model.named_modules():
+            own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()} if name else {""}
+            if own and own <= frozen:
+                (self._in_training if f"{name}.".startswith(trained) else self._in_evaluation).append(module)
         for layer in self.model.modules():
             if isinstance(layer, KWLayer) and not any(p.requires_grad for p in layer.own_parameters()):
                 layer.warehouse.cells.requires_grad_(False)
@@ -175,6 +187,10 @@ class KWBackbone(BaseModule):
     def train(self, mode: bool = True) -> KWBackbone:
         """Training mode, except for what is frozen and for the norms that `norm_eval` names."""
         super().train(mode)
+        for module in self._in_evaluation:
+            module.eval()
+        for module in self._in_training:
+            module.train(mode)
         for module in self.model.modules():
             own = [parameter.requires_grad for parameter in module.parameters()]
             if (own and not any(own)) or (self.norm_eval is True and isinstance(module, _BatchNorm)):
@@ -192,7 +208,7 @@ class KWBackbone(BaseModule):
             PretrainedError: it cannot be read, or does not fit; the message names what is missing or left over.
         """
         if self.init_cfg and not self._is_init:
-            load_classifier(self.model, lambda **more: _classifier(self.name, **self.settings, **more), self.init_cfg)
+            load_classifier(self.model, self._whole, self.init_cfg)
         self._is_init = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ def load_classifier(backbone: nn.Module, build: Callable[..., nn.Module], init_c
 
     Args:
         backbone: a timm model, static or dynamic, without what follows its last feature map.
-        build: builds the complete model for a number of classes, `num_classes=...`.
+        build: builds the complete model for a number of classes, `num_classes=...`; with `static=True` the static one.
         init_cfg: `checkpoint`, a .pt, .pth or .safetensors file, or a model folder (`kw.save`). `num_classes` of a file
             that is not of `python -m train`, 1000 by default. `ema=True` for the averaged weights of a checkpoint of
             `python -m train`. `static=True` for one of the static model, from which a dynamic backbone starts
@@ -52,17 +52,18 @@ def load_classifier(backbone: nn.Module, build: Callable[..., nn.Module], init_c
     state = _of_folder(path) if folder else read_weights(path)
     ours = state.keys() >= OURS
     classes = len(state["classes"]) if ours or folder else init_cfg.get("num_classes", IMAGENET)
-    classifier = build(num_classes=classes)
+    classifier = build(num_classes=classes, static=static)
     try:
-        if folder and not static:
+        if folder:
             _check_settings(classifier, state["description"])
         weights = _weights_of_run(state, path, init_cfg.get("ema", False)) if ours else unwrap(state)
-        if static:
-            kw.load_static(classifier, weights)
-        elif ours or folder or weights.keys() == classifier.state_dict().keys():
+        if ours or folder or weights.keys() == classifier.state_dict().keys():
             load_strictly(classifier, weights)
         else:
             kw.load_released(classifier, weights)
+        if static:
+            weights, classifier = classifier.state_dict(), build(num_classes=classes, static=False)
+            kw.load_static(classifier, weights)
     except (ValueError, RuntimeError) as error:
         run = f" It is of the run {state['config'].get('name')}." if ours else ""
         raise PretrainedError(f"{path} does not fit this backbone with {classes} classes: {error}{run}") from None

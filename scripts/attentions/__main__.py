@@ -25,22 +25,24 @@ from scripts.attentions.load import Options, batches, choose_images, load_model
 from scripts.attentions.page import attentions_page, cell
 from scripts.attentions.statistics import MEANINGS, LayerStatistics, by_warehouse, statistics, warehouse_values
 from scripts.options import make_folder, one_line_errors, parse
+from train.jobs.errors import writing
 
 
 def main(words: list[str]) -> None:
     with one_line_errors():
         options, overrides = parse(Options, words, __doc__)
-        folder = make_folder(Path(options.out))
         model, config, name = load_model(options, overrides)
         classes, loads = choose_images(options, config)
+        folder = make_folder(Path(options.out))
         collected = collect(model, batches(loads, config), classes)
     layers = statistics(collected)
     tau = float(next(layer for layer in model.modules() if hasattr(layer, "temperature")).temperature)
     subtitle = f"{collected.images} images of {len(classes)} class{'es' if len(classes) != 1 else ''}"
     subtitle += f"; temperature {tau:.2f}: not free of the anchors yet" if tau > 0 else ""
-    write_csv(layers, classes, folder)
     text = attentions_page(f"The attentions of {name}", subtitle, layers, classes)
-    (folder / "index.html").write_text(text, encoding="utf-8")
+    with one_line_errors(), writing(folder):
+        write_csv(layers, classes, folder)
+        (folder / "index.html").write_text(text, encoding="utf-8")
     print(f"{name}: {subtitle}")
     for layer in layers:
         values = "  ".join(f"{key} {cell(getattr(layer, key))}" for key in MEANINGS)

@@ -23,6 +23,7 @@ from scripts.cifar10.cases import COLUMNS, by_run, collect, in_order, merge
 from scripts.cifar10.figure import draw
 from scripts.cifar10.table import missing
 from scripts.options import make_folder, one_line_errors
+from train.jobs.errors import writing
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
         )
     with one_line_errors():
         make_folder(options.out)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with one_line_errors(), writing(path), path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)

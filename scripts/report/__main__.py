@@ -24,6 +24,7 @@ from scripts.report.rows import Section, sections
 from scripts.report.runs import Run, find_runs
 from scripts.report.steps import STEPS, read_steps
 from scripts.report.tables import latex, markdown, show, write_csv, write_runs
+from train.jobs.errors import writing
 
 
 def main() -> None:
@@ -59,11 +60,12 @@ def main() -> None:
 def write(made: list[Section], runs: list[Run], remarks: list[str], folder: Path) -> list[str]:
     """All files of the report; their names."""
     make_folder(folder)
-    (folder / "table.md").write_text(markdown(made), encoding="utf-8")
-    (folder / "table.tex").write_text(latex(made), encoding="utf-8")
-    (folder / "index.html").write_text(report_page(made, remarks), encoding="utf-8")
-    write_csv(made, folder / "table.csv")
-    write_runs(runs, folder / "runs.csv")
+    with writing(folder):
+        (folder / "table.md").write_text(markdown(made), encoding="utf-8")
+        (folder / "table.tex").write_text(latex(made), encoding="utf-8")
+        (folder / "index.html").write_text(report_page(made, remarks), encoding="utf-8")
+        write_csv(made, folder / "table.csv")
+        write_runs(runs, folder / "runs.csv")
     return ["table.md", "table.tex", "table.csv", "runs.csv", "index.html"]
 
 
