@@ -44,6 +44,8 @@ lock: $(READY)
 
 demo: $(READY)
 	$(BIN)/python -m train -m n=static,1/4,1,4
+	$(BIN)/python -m scripts.profile_model backbone=resnet_digits data=digits n=1
+	$(BIN)/python -m scripts.attentions checkpoint=runs/digits/resnet_digits_kw1x/seed0
 	$(BIN)/python -m scripts.report runs/digits
 
 # The paper's tables, row by row: make table-resnet18 DATA=imagenet, with SET="runtime.devices=8 seed=0,1,2" for settings.
