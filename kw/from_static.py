@@ -52,8 +52,8 @@ def load_static(model: nn.Module, weights: Mapping[str, Any]) -> None:
     for name, layer in layers.items():
         if not isinstance(layer, KWLayer) and layer.set_kernel is None:
             raise ValueError(
-                f"Layer {name!r} ({type(layer).__name__}) has no place for a static kernel: only KernelWarehouse and "
-                f"FDConv can start from static weights."
+                f"Layer {name!r} ({type(layer).__name__}) has no place for a static kernel: its method cannot start "
+                f"from static weights, as KernelWarehouse and FDConv can."
             )
     check_startable({layer.warehouse.config for layer in layers.values() if isinstance(layer, KWLayer)})
     _check(model, layers, weights)
